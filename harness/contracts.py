@@ -1,0 +1,185 @@
+"""What a method and a metric are. Declarations only: listing them imports no torch.
+
+A file in `methods/` holds `METHOD`, a file in `metrics/` holds `METRIC`; the file's existence is the registration.
+Their functions import torch inside themselves, so that `pytest --collect-only` stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from harness.records import Case, Figure
+
+if TYPE_CHECKING:  # annotations only
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a method: its type, default and meaning."""
+
+    kind: type[int] | type[float] | type[str]
+    default: int | float | str
+    help: str
+    choices: tuple[int | float | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which weights a method of ours quantizes.
+
+    part: 'linear' every decoder projection (lm_head left alone), 'attention' or 'mlp' half of them, 'all' every
+    weight, embeddings, head and norms too. `layers` is an inclusive range of decoder layers, `names` a glob over
+    module names; both narrow the part.
+    """
+
+    part: str = "linear"
+    layers: tuple[int, int] | None = None
+    names: str = ""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A method's arguments after the defaults: nothing is left to a library's own default."""
+
+    dtype: str  # of what is not quantized, and of the activations
+    scope: Scope | None = None  # None: the method selects by itself (libraries, references)
+    values: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A plain model folder (config.json, *.safetensors, tokenizer.json) and where it came from."""
+
+    specification: str
+    directory: Path
+    revision: str  # commit of a Hub model, else sha256 over the weights files
+    note: str = ""  # what a reader must know, e.g. that the weights were stored as Q4_1
+    grid: str = ""  # quantization grid that the weights already lie on, e.g. 'affine4:32'
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized weight as it lies in a model, for the census and the error figures."""
+
+    name: str  # of the module
+    kind: str  # class of the module it replaced: Linear, Conv1D, Embedding, ...
+    elements: int  # of the weight it replaced
+    storage: int  # bytes of codes, scales, zero points, code tables
+    dequantize: Callable[[], torch.Tensor]  # the weight it stands for, in the original module's layout
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quantization method (or, with `bits` 32 or 16 and no quantized weights, a reference).
+
+    load(checkpoint, arguments, device) -> model in eval mode, on `device` ("cpu" or "cuda"), quantized.
+    sketch(model, arguments) rewrites an unquantized model on the meta device so that it holds exactly the tensors
+    that `load` would hold before its first forward: shapes and dtypes, no weights.
+    quantized(model) yields the quantized weights of a loaded (or sketched) model.
+    targets(model, arguments) names the modules that must be quantized; fewer is an error.
+    """
+
+    name: str
+    summary: str  # one line
+    bits: float  # of a code, scales not counted
+    load: Callable[[Checkpoint, Arguments, str], nn.Module]
+    sketch: Callable[[nn.Module, Arguments], None]
+    quantized: Callable[[nn.Module], Iterator[QuantizedWeight]]
+    targets: Callable[[nn.Module, Arguments], list[str]]
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    scoped: bool = False  # takes a scope
+    dtype: str = ""  # fixed dtype of a reference; "" lets the user choose
+    requires: tuple[str, ...] = ()  # distributions
+    batch_invariant: bool = True  # False: activations quantized with statistics across rows; measured at batch 1
+    grid: str = ""  # 'affine4:32' where the codes can represent such a grid exactly
+    core: bool = True  # planned by default
+
+
+@dataclass(frozen=True)
+class Member:
+    """One number of a metric family."""
+
+    name: str  # full name, 'memory.storage'
+    unit: str
+    better: str  # 'lower', 'higher' or 'neither'
+    exact: bool = False  # held bit for bit, and carried over to every environment
+    timed: bool = False  # a latency: exclusive, judged as a ratio
+    textual: bool = True  # needs a dataset and a protocol
+    paired: bool = False  # needs the reference's NLL on the same tokens
+    protocols: tuple[str, ...] = ()  # protocol names under which it exists; () means all
+    core: bool = True  # planned when the family is named; False: only when the member itself is, or 'all'
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A family of numbers; the module's docstring is their specification."""
+
+    family: str
+    members: tuple[Member, ...]
+    measure: Callable[[Subject, Member], Figure]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward pass: token ids fed in, and how many of the last positions' successors are scored.
+
+    ids: (L,) int64. The logits at positions L-1-k .. L-2 predict ids[L-k:], k = scored <= L-1.
+    """
+
+    ids: NDArray[np.int64]
+    scored: int
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """One text under one tokenizer and protocol: what will be fed and scored, known before a model is loaded."""
+
+    protocol: str  # short name with the W used, 'chunk:512'
+    protocol_id: str  # everything that fixes the number, in words
+    token_hash: str  # sha256 of the planned token ids, little-endian int32
+    tokens: int  # planned tokens
+    windows: tuple[Window, ...]
+    aggregate: str  # 'token' exp(sum/count) or 'window' exp(mean of window means)
+    normalisers: Mapping[str, int] = field(default_factory=dict)  # 'word', 'byte' counts of the text scored
+
+
+class Subject(Protocol):
+    """What a metric measures: one loaded model in its group's process, and its reference."""
+
+    case: Case
+    arguments: Arguments
+    method: Method
+    checkpoint: Checkpoint
+    device: Any  # harness.devices.Device
+    predicted: Mapping[str, int]  # memory.parameters, memory.footprint, memory.storage in bytes
+    before: Mapping[str, int]  # the same measured before the first forward, and memory.load_peak
+    plan: TokenPlan  # of the case in hand
+    repetitions: int  # timed repetitions of candidate and reference each
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under the method, eval mode, no grad."""
+
+    @property
+    def reference(self) -> nn.Module:
+        """The unquantized model, loaded on first use; shares nothing mutable with `model`."""
+
+    def nll(self) -> NDArray[np.float32]:
+        """(scored tokens,) nats of the case's plan under `model`, in window order; computed once a plan."""
+
+    def reference_nll(self) -> NDArray[np.float32]:
+        """The same under the reference, computed once a session and shared through a file."""
+
+    def release_reference(self) -> None:
+        """Drop the reference model, so that a peak counts the candidate alone."""

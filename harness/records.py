@@ -1,0 +1,178 @@
+"""The nouns that travel between processes and files: frozen, JSON in and out, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+from urllib.parse import quote
+
+SCHEMA = 1  # of measurements.jsonl and of baseline files; a newer one is refused by name
+
+
+class Verdict(StrEnum):
+    """The words of a judgement, most severe first (the order of the members is the severity)."""
+
+    MISSING = "missing"
+    OUT_OF_BOUND = "out of bound"
+    WORSE = "worse"
+    UNUSABLE = "unusable"
+    NOT_COMPARABLE = "not comparable"
+    UNRECORDED = "unrecorded"
+    BETTER = "better"
+    WITHIN_NOISE = "within noise"
+    SAME = "same"
+    WITHIN_BOUND = "within bound"
+
+    @property
+    def severity(self) -> int:
+        """0 for the most severe."""
+        return list(Verdict).index(self)
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """model x method x dataset x protocol x metric x device: one line of the plan.
+
+    Every field is canonical specification text; `dataset` and `protocol` are "" for metrics that read no text.
+    """
+
+    model: str
+    method: str
+    dataset: str
+    protocol: str
+    metric: str
+    device: str  # "cpu" or "cuda"
+    reference: str = "fp32"
+
+    @property
+    def id(self) -> str:
+        """The pytest id: fields joined by '/', each percent-encoded where it would be ambiguous."""
+        parts = (self.model, self.method, self.dataset, self.protocol, self.metric, self.device)
+        return "/".join(quote(part, safe=":=@.,-_+~*") for part in parts if part)
+
+    @property
+    def group(self) -> str:
+        """What shares one child process: a model under a method on a device."""
+        return "/".join(quote(part, safe=":=@.,-_+~*") for part in (self.model, self.method, self.device))
+
+    @property
+    def family(self) -> str:
+        """The metric's file: 'memory' for 'memory.storage'."""
+        return self.metric.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a metric returns: one number with its unit, how many observations, and how they spread.
+
+    `spread` is an interquartile range or standard error in `unit` (the metric's docstring says which);
+    `interval` is a two-sided 95% interval in `unit`; `samples` are raw observations in `unit`.
+    """
+
+    value: float
+    unit: str
+    count: int = 1
+    spread: float | None = None
+    interval: tuple[float, float] | None = None
+    samples: tuple[float, ...] = ()
+    detail: dict[str, Any] = field(default_factory=dict)  # JSON: what the judge or the report wants beside it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of measurements.jsonl: a case, what was measured, and what was decided.
+
+    `value` is None exactly for `missing` rows, and then `reason` says why.
+    """
+
+    model: str
+    method: str
+    metric: str
+    device: str
+    reference: str
+    dataset: str = ""
+    protocol: str = ""
+    revision: str = ""  # commit of a Hub model, or sha256 of the weights
+    method_id: str = ""  # the method with every argument written out, dtype and batch size too
+    protocol_id: str = ""
+    token_hash: str = ""
+    nll: str = ""  # sha256 naming nll/<sha>.npz
+    value: float | None = None
+    unit: str = ""
+    count: int = 0
+    spread: float | None = None
+    interval: tuple[float, float] | None = None
+    samples: tuple[float, ...] = ()
+    detail: dict[str, Any] = field(default_factory=dict)
+    census: dict[str, Any] = field(default_factory=dict)
+    bits_per_weight: float | None = None
+    verdict: Verdict = Verdict.UNRECORDED
+    verdict_reference: Verdict | None = None
+    verdict_baseline: Verdict | None = None
+    baseline: str = ""  # the file that served, relative to the baselines folder
+    reason: str = ""
+    environment: str = ""  # id into environments.json
+    seconds: float = 0.0
+    key: str = ""  # content key for --resume
+    schema: int = SCHEMA
+
+    @property
+    def case(self) -> Case:
+        """The case this row answers."""
+        return Case(self.model, self.method, self.dataset, self.protocol, self.metric, self.device, self.reference)
+
+    @classmethod
+    def of(cls, case: Case, **measured: Any) -> Row:
+        """A row for a case."""
+        return cls(**asdict(case), **measured)
+
+    def to_json(self) -> str:
+        """One line of strict JSON: NaN and infinities become strings."""
+        return json.dumps(encode(asdict(self)), sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Row:
+        """Read a line back; ValueError on a newer schema or an unreadable line."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+            raise ValueError("not a measurement: no schema number")
+        if data["schema"] > SCHEMA:
+            raise ValueError(f"schema {data['schema']} is newer than this harness reads ({SCHEMA}): upgrade it")
+        known = {item.name for item in fields(cls)}
+        data = {name: value for name, value in data.items() if name in known}
+        for name in ("value", "spread", "bits_per_weight", "seconds"):
+            data[name] = decode_number(data.get(name))
+        if data.get("interval") is not None:
+            low, high = data["interval"]
+            data["interval"] = (decode_number(low), decode_number(high))
+        data["samples"] = tuple(decode_number(value) for value in data.get("samples", ()))
+        data["verdict"] = Verdict(data["verdict"])
+        for name in ("verdict_reference", "verdict_baseline"):
+            data[name] = Verdict(data[name]) if data.get(name) else None
+        return cls(**data)
+
+
+def encode(value: Any) -> Any:
+    """Make a value strict JSON: non-finite floats as 'nan', 'inf', '-inf'; tuples as lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, dict):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode_number(value: Any) -> Any:
+    """Undo `encode` for one number."""
+    return float(value) if isinstance(value, str) and value in {"nan", "inf", "-inf"} else value
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON value in canonical form."""
+    text = json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
