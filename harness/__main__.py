@@ -1,0 +1,39 @@
+"""`python -m harness COMMAND`: what needs no pytest. Each command is a module of `harness.commands`; torch stays out
+unless the command needs it.
+
+Exit status: 0 fine, 1 harm, 2 usage, 3 undecided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from harness import commands
+from harness.errors import HarnessError
+
+USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a HarnessError is one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m harness", description=commands.__doc__)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for info in sorted(pkgutil.iter_modules(commands.__path__), key=lambda info: info.name):
+        importlib.import_module(f"harness.commands.{info.name}").add(subparsers)
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except HarnessError as error:
+        print(f"python -m harness {parsed.command}: {error}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:
+        return 0
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The measured cases, to run from any repository: `pytest --pyargs harness.cases`."""

@@ -1,0 +1,186 @@
+"""The controller's side of a session: which cases were selected, which rows came in, and the files at the end.
+
+The only writer of the report directory's tables: workers attach their rows to the test report, and each row is
+flushed to measurements.jsonl as it arrives.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pluggy import HookimplMarker
+
+from harness import baselines, judge, report
+from harness.errors import HarnessError
+from harness.files import append_line, replace_text
+from harness.records import Case, Row, Verdict
+from harness.runner import missing
+from harness.session import known_environments, open_report, read_rows
+
+if TYPE_CHECKING:
+    import pytest
+
+    from harness.plugin import State
+
+hookimpl = HookimplMarker("pytest")
+FAILED = 1  # pytest's exit status for failed tests
+
+
+class Collector:
+    """Registered in the controller (or the only process) of a session."""
+
+    def __init__(self, state: State, usage_error: type[Exception]) -> None:
+        self.state, self.usage_error = state, usage_error
+        self.selected: tuple[Case, ...] = ()
+        self.rows: dict[str, Row] = {}
+        self.environments: dict[str, Any] = {}
+        self.crashed: dict[str, str] = {}
+        self.report_path: Path | None = None
+
+    # which cases
+
+    @hookimpl
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Without xdist: the collected items are the selected plan."""
+        parameters = [getattr(item, "callspec", None) for item in session.items]
+        cases = [spec.params["harness_case"] for spec in parameters if spec and "harness_case" in spec.params]
+        self.select(cases, session.config)
+
+    @hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
+        """With xdist: the first worker's node ids are."""
+        if not self.selected:
+            plan = {case.id: case for case in self.state.plan}
+            named = (case_id(nodeid) for nodeid in ids)
+            self.select([plan[name] for name in named if name in plan], node.config)
+
+    def select(self, cases: Sequence[Case], config: pytest.Config) -> None:
+        """Open the report and make what the cases need; what a user must fix is said here, before anything ran."""
+        cases = tuple(dict.fromkeys(cases))
+        if not cases or config.option.collectonly:
+            return
+        options = self.state.options
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        say = reporter.write_line if reporter is not None else print
+        try:
+            runnable = [case for case in cases if not self.state.absent(case)]
+            if runnable:
+                self.state.session.prepare(runnable, say)
+            open_report(options.report_dir, keep=options.resume)
+        except HarnessError as error:
+            raise self.usage_error(str(error)) from error
+        replace_text(options.report_dir / "plan.json", json.dumps([vars(case) for case in cases], indent=0))
+        if options.resume:
+            self.rows = read_rows(options.report_dir / "measurements.jsonl")
+            self.environments = dict(known_environments(options.report_dir))
+            self.rows = {case.id: self.rows[case.id] for case in cases if case.id in self.rows}
+        self.selected = cases
+        say(f"harness: {len(cases)} cases planned, report in {options.report_dir}")
+
+    # which rows
+
+    @hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take a row as its test ends, and flush it."""
+        if report.when != "call" and not report.failed:
+            return
+        properties = dict(report.user_properties)
+        text = properties.get("harness_row")
+        if not isinstance(text, str):
+            if report.failed and (name := case_id(report.nodeid)):
+                self.crashed[name] = str(report.longrepr).strip().splitlines()[-1] if report.longrepr else "crashed"
+            return
+        row = Row.from_json(text)
+        if report.failed and row.value is not None and not self.fails(row):
+            row = Row(**{**vars(row), "verdict": Verdict.WORSE, "reason": "exact facts differ from the record"})
+        self.rows[row.case.id] = row
+        if row.environment:
+            self.environments[row.environment] = properties.get("harness_environment", {})
+            self._write_environments()
+        append_line(self.state.options.report_dir / "measurements.jsonl", row.to_json())
+
+    @hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
+        """Say the figure and the verdict where pytest says PASSED."""
+        text = dict(getattr(report, "user_properties", ())).get("harness_row")
+        if report.when != "call" or not isinstance(text, str) or report.skipped:
+            return None
+        row = Row.from_json(text)
+        word = "PASSED" if report.passed else "FAILED"
+        letter = "." if report.passed else "F"
+        return report.outcome, letter, f"{word} {brief(row)}"
+
+    def fails(self, row: Row) -> bool:
+        """Whether a row fails the session."""
+        options = self.state.options
+        return judge.fails(row, require_baselines=options.require_baselines, allow_missing=options.allow_missing)
+
+    # the end
+
+    @hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write everything, whatever ended the session."""
+        if not self.selected:
+            return
+        options = self.state.options
+        rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in self.selected]
+        self.rows = {row.case.id: row for row in rows}
+        replace_text(options.report_dir / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
+        self._write_environments()
+        if options.regenerate:
+            baselines.record(
+                options.baselines,
+                baselines.to_record(rows, options.regenerate),
+                self.environments,
+                options.report_dir / "nll",
+            )
+        command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
+        self.report_path = report.write(options.report_dir, rows, self.selected, self.environments, command=command)
+        if session.exitstatus == 0 and any(self.fails(row) for row in rows):
+            session.exitstatus = FAILED
+
+    def why_not(self, case: Case) -> str:
+        """Why a selected case has no row."""
+        return self.crashed.get(case.id) or self.state.absent(case) or "not reached: the session stopped before it"
+
+    def _write_environments(self) -> None:
+        text = json.dumps(self.environments, indent=1, sort_keys=True)
+        replace_text(self.state.options.report_dir / "environments.json", text + "\n")
+
+    @hookimpl
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Planned, ran, missing, and where the report lies."""
+        if not self.report_path:
+            return
+        rows = list(self.rows.values())
+        ran = [row for row in rows if row.value is not None]
+        terminalreporter.section("harness")
+        terminalreporter.write_line(f"{len(rows)} planned, {len(ran)} ran, {len(rows) - len(ran)} missing")
+        gpu = [row for row in rows if row.device == "cuda"]
+        if gpu:
+            terminalreporter.write_line(f"{sum(row in ran for row in gpu)} of {len(gpu)} gpu cases ran")
+        reasons = dict.fromkeys(row.reason for row in rows if row.value is None)
+        for reason in reasons:
+            count = sum(row.reason == reason for row in rows if row.value is None)
+            terminalreporter.write_line(f"missing {count}: {reason}")
+        counts = {verdict: sum(row.verdict is verdict for row in ran) for verdict in Verdict}
+        terminalreporter.write_line(", ".join(f"{verdict} {count}" for verdict, count in counts.items() if count))
+        terminalreporter.write_line(f"report: {self.report_path}")
+
+
+def case_id(nodeid: str) -> str:
+    """The case's id within a node id: between the first '[' and the last ']' (xdist appends '@group')."""
+    inside, bracket, _ = nodeid.partition("[")[2].rpartition("]")
+    return inside if bracket else ""
+
+
+def brief(row: Row) -> str:
+    """The figure in a few characters."""
+    if row.value is None:
+        return f"missing: {row.reason}"
+    scale, unit, digits = {"B": (2**-20, "MiB", 2), "s": (1e3, "ms", 1)}.get(row.unit, (1.0, row.unit, 4))
+    return f"{row.value * scale:.{digits}f} {unit} ({row.verdict})"

@@ -1,0 +1,1 @@
+"""Figures of LLM quantization: reports, comparisons and predictions, without pytest."""

@@ -1,0 +1,52 @@
+"""`doctor`: the environment, devices, assets and cache as the harness sees them, without torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from harness import corpora, models, probe
+from harness.environment import capture
+from harness.errors import HarnessError
+from harness.files import cache_dir
+from harness.settings import read_declared
+from harness.specifications import parse
+
+MODELS = ("smollm2-135m", "tiny-gpt2", "tiny-olmo")
+DATASETS = ("lee", "synthetic")
+
+
+def add(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("doctor", help="environment, devices, assets, cache, recorded baselines")
+    parser.add_argument("--recorded", metavar="MODEL", help="exit 0 if figures of MODEL are recorded for this device class")
+    parser.add_argument("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="default: baselines")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what was found; with --recorded answer by the exit status alone."""
+    gpus = probe.cuda_devices()
+    world = capture("cuda" if gpus else "cpu", len(os.sched_getaffinity(0)))
+    if arguments.recorded:
+        suffix = world.device_class.replace(":", "+")
+        folder = arguments.baselines / parse(arguments.recorded).filename
+        found = sorted(folder.glob(f"*@{suffix}*.yaml"))
+        print(f"{len(found)} methods of {arguments.recorded} are recorded for {world.device_class}")
+        return 0 if found else 1
+    for name, value in world.to_dict().items():
+        print(f"{name}: {value}")
+    print(f"device class: {world.device_class}")
+    print("gpus: " + (", ".join(f"{gpu.name} (sm_{gpu.sm})" for gpu in gpus) or "none visible"))
+    print(f"cache: {cache_dir()}")
+    _, declared = read_declared(Path.cwd())
+    for kind, names, check in (("model", MODELS, models.check), ("dataset", DATASETS, corpora.check)):
+        for name in names:
+            try:
+                check(parse(name), declared)
+                print(f"{kind} {name}: at hand")
+            except HarnessError as error:
+                print(f"{kind} {name}: {error}")
+    return 0

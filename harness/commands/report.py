@@ -1,0 +1,22 @@
+"""`report DIR`: make report.md and its plots anew from a report directory's measurements, and print the report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from harness import report
+
+
+def add(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("report", help="make a report anew from its measurements, and print it")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the report directory")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rewrite and print."""
+    print(report.rewrite(arguments.directory).read_text(encoding="utf-8"))
+    return 0

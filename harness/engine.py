@@ -1,0 +1,193 @@
+"""The hot path: the NLL of every scored token of a list of windows under a causal model.
+
+The backbone gives hidden states; the head runs on scored positions alone, in slices of at most 64 MiB of fp32 logits,
+so the memory of an evaluation does not grow with vocabulary times window. Softmax is in fp32. A model whose logits are
+not `head(hidden)` (scaled, soft-capped) is found by a probe, and then asked for whole logits, a window at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.contracts import Window
+
+LOGITS_BYTES = 64 * 2**20  # fp32 logits held at once: large enough that a slice fills the cores, small beside a model
+PROBE_TOKENS = 16  # enough to show a scaled or capped head, and no work
+NATIVE = {  # instruction sets with products in a half precision; without them torch's half GEMM is 5 to 10 times slower
+    torch.float16: frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
+    torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+}
+_splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def score(
+    model: nn.Module, windows: Sequence[Window], *, device: str, batch_size: int = 1, padding_id: int = 0
+) -> NDArray[np.float32]:
+    """NLL of every scored token.
+
+    Args:
+        model: causal, in eval mode, on `device`; a model of transformers, or one that answers alike.
+        windows: what to feed and score; those that score nothing are not run.
+        device: "cpu" or "cuda".
+        batch_size: windows in one forward pass.
+        padding_id: any id of the vocabulary; padding is masked, never attended to, never scored.
+
+    Returns:
+        (scored tokens,) nats, float32, in window order and left to right within a window.
+    """
+    ends = np.cumsum([window.scored for window in windows], dtype=np.int64)
+    nll = np.empty(int(ends[-1]) if len(windows) else 0, dtype=np.float32)
+    order = sorted(  # longest first, so that the largest batch comes at once; equal lengths share batches
+        (index for index, window in enumerate(windows) if window.scored), key=lambda index: -len(windows[index].ids)
+    )
+    if not order:
+        return nll
+    with torch.inference_mode(), fp32_products(model):
+        split = splits(model, windows[order[0]].ids[:PROBE_TOKENS], device)
+        size = batch_size if split else 1
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            scored = batch_nll(model, [windows[index] for index in chosen], device, padding_id, split)
+            pieces = np.split(scored, np.cumsum([windows[index].scored for index in chosen])[:-1])
+            for index, piece in zip(chosen, pieces, strict=True):
+                nll[ends[index] - windows[index].scored : ends[index]] = piece
+    return nll
+
+
+def batch_nll(
+    model: nn.Module, windows: Sequence[Window], device: str, padding_id: int, split: bool
+) -> NDArray[np.float32]:
+    """NLL of the scored tokens of windows run together: (sum of scored,), window after window."""
+    longest = max(len(window.ids) for window in windows) - 1  # the last id is only predicted
+    fed = np.full((len(windows), longest), padding_id, dtype=np.int64)  # (B, L)
+    mask = np.zeros((len(windows), longest), dtype=np.int64)  # (B, L)
+    scored = np.zeros((len(windows), longest), dtype=bool)  # (B, L)
+    for row, window in enumerate(windows):
+        length = len(window.ids) - 1
+        fed[row, :length] = window.ids[:-1]
+        mask[row, :length] = 1
+        scored[row, length - window.scored : length] = True
+    targets = torch.from_numpy(np.concatenate([window.ids[-window.scored :] for window in windows])).to(device)  # (N,)
+    arguments: dict[str, Any] = {"input_ids": torch.from_numpy(fed).to(device), "use_cache": False}
+    if not mask.all():
+        arguments["attention_mask"] = torch.from_numpy(mask).to(device)
+    places = torch.from_numpy(scored).to(device)
+    if split:
+        hidden = backbone(model)(**arguments).last_hidden_state[places]  # (N, H)
+        return sliced_nll(hidden, targets, model.get_output_embeddings())  # type: ignore[operator]
+    return sliced_nll(model(**arguments).logits[places], targets, None)
+
+
+def sliced_nll(rows: Tensor, targets: Tensor, head: Any) -> NDArray[np.float32]:
+    """-ln softmax(logits)[target] for each row: (N, H) hidden states and their head, or (N, V) logits and None."""
+    width = rows.shape[-1] if head is None else vocabulary(head, rows)
+    step = max(1, LOGITS_BYTES // (4 * width))  # 4 bytes an fp32 logit
+    found = []
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        logits = (piece if head is None else head(piece)).float()  # (n, V)
+        picked = logits.gather(-1, targets[start : start + step, None])[:, 0]  # (n,)
+        found.append((logits.logsumexp(-1) - picked).cpu())
+    return torch.cat(found).numpy()
+
+
+def vocabulary(head: Any, rows: Tensor) -> int:
+    """Logits a position: what the head declares, else what it gives for one."""
+    return int(getattr(head, "out_features", 0) or head(rows[:1]).shape[-1])
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its head, by transformers' convention; the model itself where it follows none."""
+    inner = getattr(model, "base_model", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def splits(model: nn.Module, ids: NDArray[np.int64], device: str) -> bool:
+    """Whether head(backbone(ids)) is model(ids).logits, bit for bit; asked once a model."""
+    if model not in _splits:
+        _splits[model] = _splits_now(model, torch.from_numpy(ids[None].copy()).to(device))
+    return _splits[model]
+
+
+def _splits_now(model: nn.Module, ids: Tensor) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or backbone(model) is model:
+        return False
+    whole = model(input_ids=ids, use_cache=False).logits  # (1, L, V)
+    output = backbone(model)(input_ids=ids, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)  # (1, L, H)
+    return hidden is not None and torch.equal(head(hidden), whole)
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's instruction sets as Linux names them; empty where it does not say."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return frozenset()
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in {"flags", "Features"}:  # x86, ARM
+            return frozenset(value.split())
+    return frozenset()
+
+
+def native(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of the dtype in hardware; fp32 always."""
+    return dtype not in NATIVE or bool(NATIVE[dtype] & cpu_flags())
+
+
+def linear_in_fp32(module: Any, x: Tensor) -> Tensor:
+    """The nn.Linear x W^T + b: half inputs, fp32 products and sums, one rounding."""
+    if x.dtype != module.weight.dtype:
+        return nn.Linear.forward(module, x)
+    bias = None if module.bias is None else module.bias.float()
+    return functional.linear(x.float(), module.weight.float(), bias).to(x.dtype)
+
+
+def conv1d_in_fp32(module: Any, x: Tensor) -> Tensor:
+    """The Conv1D of transformers, x W + b with W (in, out), in the same way."""
+    if x.dtype != module.weight.dtype:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    weight: Tensor = module.weight.float()  # (in, out)
+    sums: Tensor = x.float() @ weight + module.bias.float()  # (..., out)
+    return sums.to(x.dtype)
+
+
+@contextmanager
+def fp32_products(model: nn.Module) -> Iterator[None]:
+    """Within, plain half-precision linear layers on a CPU without such products multiply in fp32.
+
+    A half GEMM rounds exact products of half inputs once, after an fp32 sum; so does this, so the numbers agree but
+    for the order of the sum, at the speed of fp32. Quantized and otherwise special modules are left alone, and the
+    model is untouched afterwards.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    replacements = {nn.Linear: linear_in_fp32, Conv1D: conv1d_in_fp32}
+    changed: list[nn.Module] = []
+    for module in model.modules():
+        product = replacements.get(type(module))
+        if product is None or "forward" in vars(module):  # a hook of another library owns this module's forward
+            continue
+        weight = module.weight
+        if isinstance(weight, Tensor) and weight.device.type == "cpu" and not native(weight.dtype):
+            module.forward = types.MethodType(product, module)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward

@@ -1,0 +1,34 @@
+"""What the controller and a group's process say to each other: picklable, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.options import Options
+from harness.records import Row
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a group's process needs to know: complete."""
+
+    options: Options
+    model: str
+    method: str
+    device: str
+    reference: str
+    threads: int
+    log: Path  # the process's stdout and stderr
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer: a row, a key, predicted bytes, or why there is none."""
+
+    kind: str  # 'row', 'key', 'predicted', 'said', 'done', 'error' (one line) or 'bug' (a traceback)
+    row: Row | None = None
+    text: str = ""
+    data: Mapping[str, Any] | None = None

@@ -1,0 +1,12 @@
+"""One file a method; the file's existence is the registration. Listing them imports no torch.
+
+To add a weight-only method, add one file with two functions and METHOD:
+
+    def quantize(weight, **values): ...           (out, in) fp32 -> {"codes": ..., "scale": ...}
+    def dequantize(stored, shape, **values): ...  -> (out, in) fp32
+    METHOD = weight_method(name="my-int8", summary="...", bits=8, quantize=quantize, dequantize=dequantize)
+
+`harness.weightmethod` says what the two may rely on, `harness.codes` has blocks and packing. Both must work on meta
+tensors: predicted bytes come from the same code. Scopes, tied weights, Conv1D, the census and the errors are the
+base's. A method that loads a model in its own way builds a `harness.contracts.Method` instead.
+"""

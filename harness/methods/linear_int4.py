@@ -1,0 +1,42 @@
+"""Symmetric int4 in blocks: s = max|w| / 7, q = round(w / s) in -7..7, w' = q s; stored as q + 8, two to a byte.
+
+The code -8 stays unused, so that the grid is symmetric. Ties round to even. |w - w'| <= s / 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from harness.codes import BLOCK, blocks, divide, pack, rescale, unpack
+from harness.weightmethod import weight_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def quantize(weight: Tensor, block: int) -> dict[str, Tensor]:
+    """(out, in) fp32, n elements -> codes (ceil(n / 2),) uint8, scale (ceil(n / block),) fp32."""
+    rows = blocks(weight, block)  # (blocks, block)
+    scale = rows.abs().amax(dim=1) / 7
+    codes = divide(rows, scale[:, None]).round_().clamp_(-7, 7).add_(8).byte()
+    return {"codes": pack(codes, weight.numel()), "scale": scale}
+
+
+def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int) -> Tensor:
+    """(out, in) fp32."""
+    import torch
+
+    levels = torch.arange(-8.0, 8.0, device=stored["codes"].device)
+    values = unpack(stored["codes"], levels, shape[0] * shape[1])
+    return rescale(values, block, stored["scale"]).view(shape)
+
+
+METHOD = weight_method(
+    name="linear-int4",
+    summary="symmetric int4 in blocks, absmax scale",
+    bits=4,
+    quantize=quantize,
+    dequantize=dequantize,
+    parameters={"block": BLOCK},
+)

@@ -1,0 +1,224 @@
+"""Latency: how long a model takes, against the unquantized reference in the same session.
+
+| member | one repetition | tokens |
+|---|---|---|
+| `latency.prefill` | one forward of the prompt that makes the KV cache, logits of the last position only | 128 |
+| `latency.decode` | one forward of one token behind a cached prompt, always from the same cache length | 128 + 1 |
+| `latency.forward` | one forward without a cache, logits of every position: what the reports timed | 128 |
+| `latency.generate` | prefill and greedy decoding of a fixed number of tokens, past any end of text | 32 + 64 |
+| `latency.evaluation` | the case's whole perplexity pass (`harness.engine.score` over the plan), batch 1 | all |
+
+All at batch 1, in inference mode, on the same seeded token ids: random text, so a method whose work depends on the
+activations (LLM.int8's outlier columns) meets other outliers than in prose. Where the model's context (or its sliding
+window) is shorter, prompt and continuation shrink to what fits, and `detail` holds the lengths used.
+
+*Value*: p50 of the candidate's seconds; lower is better. *Spread*: their interquartile range. *Samples*: the raw
+seconds. *Protocol*: `harness.timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the
+session's, at most 6 for `generate` and `evaluation`, which are long. *Clock*: `harness.devices` (CUDA events around
+each repetition, synchronised once; `perf_counter_ns` on the CPU).
+
+*What is judged*: `log_ratio` = ln(candidate / reference), the Hodges-Lehmann estimate over blocks with its interval
+(`harness.stats.hodges_lehmann_ratio`). Where the candidate is the reference itself, two streams of the one model are
+timed against each other, and that log ratio is the session's A/A comparison. `aa_floor` (`harness.timing.aa_floor`)
+says how far the reference seems to differ from itself.
+
+`detail`: `p90 p99 reference_p50 reference_iqr reference_samples log_ratio log_ratio_low log_ratio_high
+log_ratio_usable aa_floor blocks warmup prompt_tokens new_tokens threads wait_policy`, seconds where a time; numbers
+that could not be had are null. On CUDA also `device_seconds` and `reference_device_seconds` (profiler; kernels and
+copies of one repetition), or null with `device_seconds_error`.
+
+*Left out*: tokenising, loading, sampling, the transfer of results, everything before warm-up. On CUDA the gaps in which
+the device waits for the host are in, so a small model shows its launch cost.
+Equal to nobody else's number: absolute times belong to one machine. The forwards are the model's own: where a
+processor lacks products in half precision, `evaluation` alone gains from the engine's fp32 products.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness.contracts import Member, Metric, Subject
+from harness.records import Figure
+from harness.stats import hodges_lehmann_ratio, summarise
+from harness.timing import WARMUP_LIMIT, Timing, Warmup, Work, aa_floor, measure
+
+if TYPE_CHECKING:  # annotations only
+    import torch
+    from torch import nn
+
+PROMPT_TOKENS = 128  # protocols.md, and the length that the reports timed
+GENERATE_PROMPT, GENERATE_NEW = 32, 64  # protocols.md
+SEED = 20_251_122  # of the token ids; any number would do
+LONG_BLOCKS = 6  # fewest pairs for which a 95% signed-rank interval exists: 2 / 2^6 = 0.03, while 2 / 2^5 = 0.06
+LONG_WARMUP = {"latency.generate": 3, "latency.evaluation": 1}  # each repetition is many forwards of one shape
+UNLIMITED = 1 << 30  # a context that no length here reaches
+
+
+def measure_latency(subject: Subject, member: Member) -> Figure:
+    """Seconds of one member: candidate's p50 and raw samples, and in `detail` its log ratio to the reference."""
+    import torch
+
+    model = subject.model
+    own = subject.case.method == subject.case.reference
+    reference = model if own else subject.reference
+    blocks, limit = subject.repetitions, WARMUP_LIMIT
+    if member.name in LONG_WARMUP:
+        blocks, limit = min(blocks, LONG_BLOCKS), LONG_WARMUP[member.name]
+    with torch.inference_mode():
+        lengths, build = _work(subject, member)
+        candidate_work, reference_work = build(model), build(reference)
+        timing = measure(candidate_work, reference_work, subject.device.time, blocks, limit=limit)
+        apart = _device_seconds(subject, candidate_work, reference_work)
+    summary = summarise(timing.candidate)
+    detail = {"p90": summary.p90, "p99": summary.p99, **_against_reference(timing), **lengths, **apart}
+    detail |= {"threads": torch.get_num_threads(), "wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
+    return Figure(summary.p50, "s", len(timing.candidate), summary.iqr, samples=timing.candidate, detail=detail)
+
+
+def _work(subject: Subject, member: Member) -> tuple[dict[str, int], Callable[[nn.Module], Work]]:
+    """The lengths used, and how to make a model's work out of them."""
+    kind = member.name.partition(".")[2]
+    if kind == "evaluation":
+        fed = sum(len(window.ids) - 1 for window in subject.plan.windows if window.scored)
+        return {"prompt_tokens": fed, "new_tokens": 0}, partial(_evaluation, subject)
+    wanted, new = {"generate": (GENERATE_PROMPT, GENERATE_NEW), "decode": (PROMPT_TOKENS, 1)}.get(
+        kind, (PROMPT_TOKENS, 0)
+    )
+    room = _context(subject.model)
+    prompt = min(wanted, room - min(new, 1))
+    new = min(new, room - prompt)
+    ids = _token_ids(subject, prompt)
+    works: dict[str, Callable[[nn.Module], Work]] = {
+        "prefill": partial(_prefill, ids),
+        "decode": partial(_decode, ids),
+        "forward": partial(_forward, ids),
+        "generate": partial(_generate, ids, new),
+    }
+    return {"prompt_tokens": prompt, "new_tokens": new}, works[kind]
+
+
+def _context(model: nn.Module) -> int:
+    """Tokens that one cache can hold: the context, or a shorter sliding window less the slot that cropping needs."""
+    config: Any = model.config
+    config = config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    window = getattr(config, "sliding_window", None)
+    return int(min(context, window - 1) if window else context)
+
+
+def _token_ids(subject: Subject, length: int) -> torch.Tensor:
+    """(1, length) seeded ids below the vocabulary's size, on the device."""
+    import torch
+
+    config: Any = subject.model.config
+    ids = np.random.default_rng(SEED).integers(0, config.get_text_config().vocab_size, (1, length))
+    return torch.from_numpy(ids).to(subject.device.torch_device)  # (1, length) int64
+
+
+def _evaluation(subject: Subject, model: nn.Module) -> Work:
+    from harness import engine
+
+    windows, device = subject.plan.windows, subject.device.name
+    return Work(lambda: engine.score(model, windows, device=device, batch_size=1))
+
+
+def _prefill(ids: torch.Tensor, model: nn.Module) -> Work:
+    return Work(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
+
+
+def _forward(ids: torch.Tensor, model: nn.Module) -> Work:
+    return Work(lambda: model(input_ids=ids, use_cache=False))
+
+
+def _decode(ids: torch.Tensor, model: nn.Module) -> Work:
+    """One token behind a prompt whose cache is made once, and cropped back before each repetition, untimed."""
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    prompt = ids.shape[1]
+    token = ids[:, -1:]  # (1, 1)
+
+    def crop() -> None:
+        grown = cache.get_seq_length() - prompt
+        if grown:
+            cache.crop(-grown)
+        if cache.get_seq_length() != prompt:
+            raise RuntimeError(f"the cache holds {cache.get_seq_length()} tokens after cropping, not {prompt}")
+
+    return Work(lambda: model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1), crop)
+
+
+def _generate(ids: torch.Tensor, new: int, model: nn.Module) -> Work:
+    """Greedy decoding of exactly `new` tokens, the ids kept on the device; the run gives them back, (1, new)."""
+    import torch
+
+    def run() -> torch.Tensor:
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]  # (1, 1) each
+        while len(tokens) < new:
+            output = model(
+                input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1
+            )
+            tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(tokens, dim=1)
+
+    return Work(run)
+
+
+def _against_reference(timing: Timing) -> dict[str, Any]:
+    """The reference's own figures, and the log ratio to it with what is needed to judge it."""
+    reference = summarise(timing.reference)
+    ratio = hodges_lehmann_ratio(np.array(timing.candidate), np.array(timing.reference))
+    return {
+        "reference_p50": reference.p50,
+        "reference_iqr": reference.iqr,
+        "reference_samples": list(timing.reference),
+        "log_ratio": _finite(ratio.value),
+        "log_ratio_low": _finite(ratio.low),
+        "log_ratio_high": _finite(ratio.high),
+        "log_ratio_usable": ratio.usable,
+        "aa_floor": aa_floor(timing.reference),
+        "blocks": len(timing.reference),
+        "warmup": {
+            "candidate": _warmup(timing.warmup_candidate),
+            "reference": _warmup(timing.warmup_reference),
+        },
+    }
+
+
+def _warmup(warmup: Warmup) -> dict[str, Any]:
+    return {"repetitions": warmup.repetitions, "settled": warmup.settled}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _device_seconds(subject: Subject, candidate: Work, reference: Work) -> dict[str, Any]:
+    """The accelerator's own seconds where there are such; a profiler that sees nothing is told, not fatal."""
+    from harness.devices import NoDeviceTime
+
+    try:
+        ours = subject.device.device_seconds(candidate)
+        if ours is None:
+            return {}
+        return {"device_seconds": ours, "reference_device_seconds": subject.device.device_seconds(reference)}
+    except NoDeviceTime as error:
+        return {"device_seconds": None, "reference_device_seconds": None, "device_seconds_error": str(error)}
+
+
+METRIC = Metric(
+    family="latency",
+    members=(
+        Member("latency.prefill", "s", "lower", timed=True, textual=False),
+        Member("latency.decode", "s", "lower", timed=True, textual=False),
+        Member("latency.forward", "s", "lower", timed=True, textual=False, core=False),
+        Member("latency.generate", "s", "lower", timed=True, textual=False, core=False),
+        Member("latency.evaluation", "s", "lower", timed=True, core=False),
+    ),
+    measure=measure_latency,
+)

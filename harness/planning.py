@@ -1,0 +1,130 @@
+"""The plan: which cases a session means to measure, from the options and a look at the devices. No torch.
+
+Computed alike in every process, so that a case that never ran can be shown as missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+
+from harness import arguments, catalog, corpora, models, protocols
+from harness.contracts import Member, Method
+from harness.errors import BadSpecification, UnknownName
+from harness.options import DEVICES, Options
+from harness.records import Case
+from harness.specifications import Specification
+
+CORE = (
+    "fp32 bf16 fp16 absmax-int8 absmax-int8-tensor zeropoint-int8 linear-int4 linear-int4-affine nf4 fp4 "
+    "bnb-int8 bnb-fp4 bnb-nf4 bnb-nf4-dq"
+).split()  # the order of tables; core methods of other packages follow by name
+ALL_INSTALLED = Specification("all-installed")
+MEMORY_FIRST = {"memory": 0, "perplexity": 1, "divergence": 2, "latency": 4}  # peaks before anything else is loaded
+
+
+def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
+    """Every case the options ask for, grouped by device, model and method, the reference first."""
+    methods = chosen_methods(options)
+    members = chosen_members(options.metrics)
+    for model in options.models:
+        models.declared_source(model, options.declared)
+    for dataset in options.datasets:
+        corpora.check_name(dataset, options.declared)
+    texts = [(dataset, protocols.parse(protocol)) for dataset in options.datasets for protocol in options.protocols]
+    found: dict[Case, None] = {}  # a set that keeps its order
+    for device in devices(options, cuda_visible):
+        for specification, method in methods:
+            arguments.resolve(specification, method, device)
+        for model, (specification, _), member in itertools.product(options.models, methods, members):
+            if member.paired and specification == options.reference:
+                continue  # the reference differs from itself by nothing
+            rest = (member.name, device, str(options.reference))
+            for dataset, protocol in texts if member.textual else ():
+                if not member.protocols or protocol.name in member.protocols:
+                    found[Case(str(model), str(specification), str(dataset), str(protocol), *rest)] = None
+            if not member.textual:
+                found[Case(str(model), str(specification), "", "", *rest)] = None
+    return tuple(found)
+
+
+def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
+    """The devices planned for: asked for by name, named in the mark expression, else the visible one."""
+    if options.device not in DEVICES:
+        raise UnknownName("device", options.device, DEVICES)
+    if options.device != "auto":
+        return (options.device,)
+    if re.search(r"\b(gpu|cpu)\b", options.mark_expression):
+        return ("cpu", "cuda")  # the expression itself then deselects what it does not mean
+    return ("cuda",) if cuda_visible else ("cpu",)
+
+
+def chosen_methods(options: Options) -> list[tuple[Specification, Method]]:
+    """The reference, then the methods asked for; unknown names list the known ones."""
+    known = catalog.methods()
+    asked = list(options.methods) or [Specification(name) for name in core_names(known.values())]
+    if ALL_INSTALLED in asked:
+        asked = [item for item in asked if item != ALL_INSTALLED]
+        asked += [Specification(name) for name in ordered(known) if installed(known[name])]
+    unique = dict.fromkeys((options.reference, *asked))
+    return [(specification, method_of(specification, known)) for specification in unique]
+
+
+def method_of(specification: Specification, known: Mapping[str, Method]) -> Method:
+    """The catalogue's method of that name."""
+    if specification.name not in known:
+        raise UnknownName("method", specification.name, (*known, str(ALL_INSTALLED)))
+    return known[specification.name]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Core methods in table order, then the others by name."""
+    return sorted(names, key=lambda name: (CORE.index(name) if name in CORE else len(CORE), name))
+
+
+def core_names(methods: Iterable[Method]) -> list[str]:
+    """Names of the methods planned by default."""
+    return ordered(method.name for method in methods if method.core)
+
+
+def installed(method: Method) -> bool:
+    """Whether every distribution that the method needs is there."""
+    try:
+        for name in method.requires:
+            distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def chosen_members(asked: Iterable[str]) -> list[Member]:
+    """The members named, a family standing for its core members and 'all' for every one; peaks first, timing last."""
+    families = catalog.metrics()
+    members = {member.name: member for metric in families.values() for member in metric.members}
+    chosen: dict[str, Member] = {}
+    for name in asked:
+        if name == "all":
+            chosen |= members
+        elif name in families:
+            chosen |= {member.name: member for member in families[name].members if member.core}
+        elif name in members:
+            chosen[name] = members[name]
+        else:
+            raise UnknownName("metric", name, {*families, *members, "all"})
+    if not chosen:
+        raise BadSpecification("--metrics names nothing to measure")
+    order = list(members)
+    return sorted(
+        chosen.values(),
+        key=lambda member: (MEMORY_FIRST.get(member.name.partition(".")[0], 3), order.index(member.name)),
+    )
+
+
+def member_of(case: Case) -> Member:
+    """The member a case measures."""
+    for member in catalog.metrics()[case.family].members:
+        if member.name == case.metric:
+            return member
+    raise UnknownName("metric", case.metric, catalog.metrics())

@@ -1,0 +1,248 @@
+"""pytest's face: options, marks, one test a case, and the hooks that hand over to plain objects.
+
+Where the harness is active ([tool.harness] in pyproject.toml, or `-p harness.plugin`) the short option names
+exist; elsewhere only `--harness-...`, so that another project's own `--device` is not broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from harness import baselines, judge, planning, probe
+from harness.collector import Collector
+from harness.errors import HarnessError
+from harness.options import Options
+from harness.records import Case, Row, Verdict
+from harness.session import Session
+from harness.settings import SETTINGS, Setting, build, read_declared
+
+MARKS = {
+    "gpu": "cases on a CUDA device",
+    "cpu": "cases on the processor",
+    "perplexity": "perplexity and its paired delta to the reference",
+    "divergence": "KL divergence and top-1 agreement with the reference",
+    "memory": "bytes, predicted and measured",
+    "latency": "timed cases; each runs with nothing beside it",
+    "published": "figures of published reports",
+    "invariant": "behaviour that must hold whatever the version",
+}
+STATE = pytest.StashKey["State"]()
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Declare every option, under its short name too where the harness is active."""
+    config = pluginmanager.get_plugin("pytestconfig")
+    assert isinstance(config, pytest.Config)
+    active = is_active(config)
+    group = parser.getgroup("harness", "LLM quantization harness")
+    for setting in SETTINGS:
+        spellings = [f"--harness-{setting.flag}"] + ([f"--{setting.flag}"] if active else [])
+        dest = f"harness_{setting.name}"
+        if setting.read is None:
+            group.addoption(*spellings, dest=dest, action="store_true", help=f"{setting.help} (default: off)")
+        else:
+            text = f"{setting.help} (default: {setting.default})"
+            reader = as_argument(setting)
+            group.addoption(*spellings, dest=dest, type=reader, metavar=setting.metavar, default=None, help=text)
+
+
+def is_active(config: pytest.Config) -> bool:
+    """Whether the short names exist: asked for with -p, or the project has a [tool.harness] table."""
+    arguments = config.invocation_params.args
+    asked = any(
+        str(item) == "-pharness.plugin" or (str(item) == "harness.plugin" and str(before) == "-p")
+        for before, item in zip(("", *arguments), arguments, strict=False)
+    )
+    try:
+        return asked or read_declared(config.rootpath)[0]
+    except HarnessError:
+        return True  # the table is there; pytest_configure says what is wrong with it
+
+
+def as_argument(setting: Setting) -> Callable[[str], Any]:
+    """The setting's reader, its errors turned into argparse's."""
+    assert setting.read is not None
+    read = setting.read
+
+    def reader(text: str) -> Any:
+        try:
+            return read(text)
+        except HarnessError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    reader.__name__ = setting.name
+    return reader
+
+
+class State:
+    """What this pytest process holds: the options, the plan, and the session that measures."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        given = {setting.name: config.getoption(f"harness_{setting.name}") for setting in SETTINGS}
+        regenerate = "all" if config.getoption("regen_all", False) else ""
+        regenerate = regenerate or ("force" if config.getoption("force_regen", False) else "")
+        _, declared = read_declared(config.rootpath)
+        self.options: Options = build(
+            given,
+            declared,
+            config.invocation_params.dir,
+            regenerate=regenerate,
+            mark_expression=config.option.markexpr or "",
+        )
+
+    @functools.cached_property
+    def gpus(self) -> list[probe.Gpu]:
+        """The visible CUDA devices."""
+        return probe.cuda_devices()
+
+    @functools.cached_property
+    def plan(self) -> tuple[Case, ...]:
+        """Every case that the options ask for."""
+        return planning.plan(self.options, bool(self.gpus))
+
+    @functools.cached_property
+    def session(self) -> Session:
+        """The session, made at the first case."""
+        return Session(self.options, threads())
+
+    def absent(self, case: Case) -> str:
+        """Why a case cannot run here at all; '' when it can."""
+        return "no CUDA device" if case.device == "cuda" and not self.gpus else ""
+
+
+def threads() -> int:
+    """One thread a core that this process may use: the same whatever -n says."""
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the options once; group the cases of a model and method on one worker; collect in the controller."""
+    for name, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    if not config.pluginmanager.has_plugin("xdist"):
+        config.addinivalue_line("markers", "xdist_group(name): cases that share one loaded model")
+    try:
+        state = State(config)
+        if is_active(config) or any("harness.cases" in argument for argument in config.args):
+            _ = state.plan  # every option, name and schema error now, in one line
+            baselines.validate(state.options.baselines)
+        workers = len(config.getoption("tx", None) or ())
+        worker = getattr(config, "workerinput", None)
+        if worker is not None:
+            config.option.loadgroup = True
+            pin(int(worker["workerid"][2:]), int(worker["workercount"]), state)
+        elif workers:
+            if config.option.dist == "load":
+                config.option.dist = "loadgroup"
+            if state.gpus and any(case.device == "cuda" for case in state.plan):
+                probe.worker_devices(0, workers, os.environ.get("CUDA_VISIBLE_DEVICES"), len(state.gpus))
+    except HarnessError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[STATE] = state
+    if worker is None:
+        config.pluginmanager.register(Collector(state, pytest.UsageError), "harness-collector")
+
+
+def pin(index: int, count: int, state: State) -> None:
+    """Give an xdist worker its own GPU, indexing into the caller's CUDA_VISIBLE_DEVICES."""
+    if state.gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = probe.worker_devices(index, count, visible, len(state.gpus))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the group's process."""
+    state = config.stash.get(STATE, None)
+    if state is not None and "session" in state.__dict__:
+        state.session.close()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a planned case."""
+    if "harness_case" not in metafunc.fixturenames:
+        return
+    try:
+        plan = metafunc.config.stash[STATE].plan
+    except HarnessError as error:
+        raise pytest.UsageError(str(error)) from error
+    parameters = [
+        pytest.param(
+            case,
+            id=case.id,
+            marks=(
+                pytest.mark.gpu if case.device == "cuda" else pytest.mark.cpu,
+                getattr(pytest.mark, case.family if case.family in MARKS else "perplexity"),
+                pytest.mark.xdist_group(case.group),
+            ),
+        )
+        for case in plan
+    ]
+    metafunc.parametrize("harness_case", parameters)
+
+
+@pytest.fixture
+def harness_check(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
+    """Measure and judge one case; fails with a small report where the session must fail."""
+    state = request.config.stash[STATE]
+
+    def check(case: Case) -> Row:
+        __tracebackhide__ = True
+        row, trouble = state.session.check(case, reason_missing=state.absent(case))
+        request.node.user_properties.append(("harness_row", row.to_json()))
+        if row.environment:
+            world = state.session.runner.environments.get(row.environment, {})
+            request.node.user_properties.append(("harness_environment", world))
+        if trouble:
+            pytest.fail(f"{case.id}: a bug met while measuring\n{trouble}", pytrace=False)
+        if row.verdict is Verdict.MISSING and state.options.allow_missing:
+            pytest.skip(f"missing: {row.reason}")
+        hold_facts(request, state, row)
+        conclude(state, row)
+        return row
+
+    return check
+
+
+def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
+    """Exact facts against `<method>.yaml` through pytest-regressions; nothing is written without its flags."""
+    __tracebackhide__ = True
+    facts = {} if row.value is None else state.session.facts(row)
+    if not facts:
+        return
+    path = baselines.exact_path(state.options.baselines, row.case)
+    recorded = baselines.read_exact(path)
+    if not state.options.regenerate and not baselines.holds(recorded, facts):
+        return  # unrecorded: the judge says so, with the command that records it
+    if recorded is None and state.options.regenerate == "force":
+        path.parent.mkdir(parents=True, exist_ok=True)
+    world = state.session.runner.environments[row.environment]
+    document = baselines.exact_document(recorded, facts, baselines.provenance(world))
+    request.getfixturevalue("data_regression").check(document, fullpath=path)
+
+
+def conclude(state: State, row: Row) -> None:
+    """Fail the test where the session must fail for this row, unless it is being recorded anew."""
+    __tracebackhide__ = True
+    options = state.options
+    if options.regenerate == "all" and row.verdict_reference is not Verdict.OUT_OF_BOUND and row.value is not None:
+        return
+    if options.regenerate == "force" and row.value is not None and baselines.to_record([row], "force"):
+        pytest.fail(f"{row.case.id}: recorded anew because of --force-regen; run again without it", pytrace=False)
+    if judge.fails(row, require_baselines=options.require_baselines, allow_missing=options.allow_missing):
+        pytest.fail(state_message(state, row), pytrace=False)
+
+
+def state_message(state: State, row: Row) -> str:
+    """The failure as a small report that ends with the command to run."""
+    if row.value is None:
+        return f"{row.case.id}: missing: {row.reason}"
+    world = state.session.environment(row)
+    return judge.message(row, state.session.baselines.find(row.case, world), world)

@@ -1,0 +1,206 @@
+"""Verdicts on published figures, each with our number and the reason in words.
+
+Every figure gets one of six words. What can be computed is computed from the architecture on the meta device; what
+cannot is never guessed at: the reason then names the facts that are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+
+from harness.published import bounds, memory
+from harness.published.anatomy import anatomy, truth
+from harness.published.claims import UNITS, Claim
+from harness.published.conventions import describe
+
+
+class Finding(StrEnum):
+    """What became of a published figure."""
+
+    REPRODUCED = "reproduced"  # to the printed precision
+    REFUTED = "refuted"  # by a measurement or by arithmetic
+    NOT_DERIVABLE = "not derivable"  # the space searched stands in the reason
+    NEEDS_WEIGHTS = "needs weights"  # the command settles it
+    NEEDS_GPU = "needs a GPU"  # the command settles it
+    UNDERSPECIFIED = "underspecified"  # nobody can settle it; the reason names what is missing
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A claim and what became of it.
+
+    Attributes:
+        ours: our number in the claim's unit, None where there is none.
+        storage: bytes that the corresponding method of ours holds, None where there is none.
+        command: what reproduces or settles it.
+    """
+
+    claim: Claim
+    finding: Finding
+    note: str
+    ours: Decimal | None = None
+    storage: int | None = None
+    command: str = ""
+
+
+def judge(claims: Sequence[Claim]) -> tuple[Judgement, ...]:
+    """A verdict on every claim, in order. Imports torch, reads no weights and no network."""
+    return tuple(_judge(claim, claims) for claim in claims)
+
+
+def _judge(claim: Claim, claims: Sequence[Claim]) -> Judgement:
+    kind = claim.metric.partition(".")[0].partition("_")[0]
+    if kind == "memory" or kind == "dtype":
+        return memory_judgement(claim)
+    if kind == "census":
+        return census_judgement(claim)
+    if kind == "perplexity":
+        return perplexity_judgement(claim, claims)
+    if kind in ("cpu", "gpu"):
+        return split_judgement(claim)
+    return time_judgement(claim, claims)
+
+
+def memory_judgement(claim: Claim) -> Judgement:
+    """Count under the claim's convention; without one, search."""
+    held = truth(claim.report.model, claim.specification).storage if claim.specification else None
+    command = f"python -m harness memory {claim.report.model} --method {claim.specification}" if held else ""
+    if claim.convention is None:
+        found, note = memory.searched(claim)
+        finding = Finding.REPRODUCED if found is not None else Finding.NOT_DERIVABLE
+        ours = _in_unit(found, claim) if found is not None else None
+        return Judgement(claim, finding, _joined(note, claim.remark), ours, held, command)
+    total, note = memory.counted(claim)
+    agrees = claim.printed(total) == claim.value
+    if not agrees:
+        note = f"under its convention ({describe(claim.convention)}) the architecture gives {claim.printed(total)}; {note}"
+    finding = Finding.REPRODUCED if agrees else Finding.REFUTED
+    return Judgement(claim, finding, _joined(note, claim.remark, _control(claim)), _in_unit(total, claim), held, command)
+
+
+def census_judgement(claim: Claim) -> Judgement:
+    """Count modules of a class, by today's model or as many a layer as older versions built."""
+    about, convention = anatomy(claim.report.model), claim.convention
+    kind = claim.metric.partition(".")[2]
+    today = about.modules.get(kind, 0)
+    ours = today
+    if convention and convention.per_layer:
+        ours = convention.per_layer * about.layers + convention.more
+    elif convention and convention.named:
+        ours = about.modules.get(convention.named, 0)
+    note = f"{today} in this version of transformers" if today != ours else ""
+    finding = Finding.REPRODUCED if Decimal(ours) == claim.value else Finding.REFUTED
+    note = note if finding is Finding.REPRODUCED else _joined(f"the architecture gives {ours}", note)
+    return Judgement(claim, finding, _joined(note, claim.remark), Decimal(ours))
+
+
+def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
+    """Refuted where the weights would have to be read faster than any memory can; else not settled by anyone."""
+    weights = memory.read_by_a_pass(claim)
+    seconds = claim.in_base_units / claim.passes
+    note = f"published ratio to its reference {_ratio(claim, claims)}" if _ratio(claim, claims) else ""
+    rate = Decimal(weights) / seconds
+    if rate > bounds.BYTES_PER_SECOND:
+        least = Decimal(weights) / bounds.BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
+        parts = f" / {claim.passes}" if claim.passes > 1 else ""
+        whole = Decimal(weights) / claim.in_base_units
+        reading = f"; read as one pass it would be {whole / 10**12:.1f} TB/s" if claim.passes > 1 else ""
+        said = (
+            f"a pass in {claim.published} {claim.unit}{parts} reads {weights / 10**6:,.0f} MB of weights at "
+            f"{rate / 10**12:,.0f} TB/s; no accelerator has {bounds.BYTES_PER_SECOND / 10**12:.0f} TB/s "
+            f"({bounds.BANDWIDTH_SOURCE}), so it takes at least {least:.3g} {claim.unit}{reading}"
+        )
+        return Judgement(claim, Finding.REFUTED, _joined(said, note, claim.remark), None)
+    missing = f"not said: {claim.report.missing['latency']}"
+    said = f"{rate / 10**9:,.1f} GB/s of weights at one pass, which breaks no bound" if claim.passes == 1 else ""
+    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said, note, claim.remark, _control(claim)))
+
+
+def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
+    """Refuted beyond what any right protocol yields; settled by weights where text and protocol are named."""
+    about = anatomy(claim.report.model)
+    if claim.dataset and claim.text_protocol:
+        command = f"pytest tests/cases -m published --models {claim.report.model}"
+        note = f"{claim.dataset} under {claim.text_protocol}; {claim.remark}"
+        return Judgement(claim, Finding.NEEDS_WEIGHTS, note, command=command)
+    ratio = _ratio(claim, claims)
+    note = f"published ratio to its reference {ratio}" if ratio else ""
+    if claim.value > about.vocabulary:
+        said = (
+            f"worse than a model that never looks at its input: {about.vocabulary:,} equally likely tokens give "
+            f"{about.vocabulary:,}; 8 bits with their scale keep every weight within half a step"
+        )
+        return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark), command=_pitfalls(claim))
+    anchors = [other.value for other in claims if other.report.model == claim.report.model and other.dataset]
+    if anchors and claim.value > bounds.IMPLAUSIBLE * max(anchors):
+        said = (
+            f"{claim.value / max(anchors):,.0f} times the largest public figure of the unquantized model on English "
+            f"({max(anchors)}), its own reference included: the protocol is at fault, not the method"
+        )
+        return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark), command=_pitfalls(claim))
+    missing = f"not said: {claim.report.missing['perplexity']}"
+    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, note, _control(claim), claim.remark))
+
+
+def split_judgement(claim: Claim) -> Judgement:
+    """What host and card held: bounded from below by the weights that must lie there."""
+    held = truth(claim.report.model, claim.specification)
+    host, card = Decimal(claim.beside.get("cpu_gb", claim.published)), Decimal(claim.beside.get("gpu_gb", claim.published))
+    missing = f"not said: {claim.report.missing['split']}"
+    if not held.codes:  # unquantized
+        enough = host * UNITS["GB"] >= held.parameters
+        if claim.metric == "gpu_gb" and enough:
+            agrees = claim.value == 0
+            said = f"{host} GB on the host hold the whole model of {held.parameters / 10**9:.2f} GB, which leaves 0 for the card"
+            finding = Finding.REPRODUCED if agrees else Finding.UNDERSPECIFIED
+            return Judgement(claim, finding, said if agrees else _joined(missing, said), Decimal(0), held.storage)
+        if host + card < Decimal(held.parameters) / UNITS["GB"]:
+            said = f"host and card together hold {host + card} GB, the weights alone take {held.parameters / 10**9:.2f}"
+            return Judgement(claim, Finding.REFUTED, said, _in_unit(held.parameters, claim), held.storage)
+        rest = f"the weights take {held.parameters / 10**9:.2f} GB of it, which fits"
+        return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, rest), _in_unit(held.parameters, claim), held.storage)
+    if claim.metric == "cpu_gb":
+        said = "a quantized model on the card leaves nothing on the host that the method fixes"
+        return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said), storage=held.storage)
+    ours = _in_unit(held.storage, claim)
+    sizes = f"{held.storage / 10**9:.2f} GB or {held.storage / 2**30:.2f} GiB"
+    if claim.value * 2**30 < held.codes:
+        said = (
+            f"the codes alone take {held.codes / 10**9:.2f} GB = {held.codes / 2**30:.2f} GiB and the model {sizes}: more "
+            "than the figure in either unit, unless layers stayed on the host, which the report does not say"
+        )
+        return Judgement(claim, Finding.REFUTED, said, ours, held.storage)
+    said = f"the model holds {sizes} in full; the figure is {claim.value * 2**30 / held.storage - 1:+.1%} of the latter"
+    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said), ours, held.storage)
+
+
+def _in_unit(base: int, claim: Claim) -> Decimal:
+    return Decimal(base) / UNITS[claim.unit]
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _control(claim: Claim) -> str:
+    return f"what yields this: control {claim.fault} of docs/pitfalls.md" if claim.fault else ""
+
+
+def _pitfalls(claim: Claim) -> str:
+    return "pytest tests/numerics/test_pitfalls.py" if claim.fault else ""
+
+
+def _ratio(claim: Claim, claims: Sequence[Claim]) -> str:
+    """The claim over the same report's figure for the reference, as a plain factor."""
+    base: Mapping[str, str] = claim.beside
+    before = base.get({"latency_ms": "latency_before_ms", "perplexity": "perplexity_before"}.get(claim.metric, ""), "")
+    if claim.reference == "before" and before:
+        return f"{claim.value / Decimal(before):.3f}"
+    for other in claims:
+        same = (other.report, other.part, other.metric) == (claim.report, claim.part, claim.metric)
+        if same and claim.reference and other.method == claim.reference:
+            return f"{claim.value / other.value:.3f}"
+    return ""

@@ -1,0 +1,233 @@
+"""Modules that hold integer codes and scales in place of a weight, and the walk that puts them into a model.
+
+Codes and scales are buffers of a `StoredWeight`, the child `store` of the module they serve, so that they save and
+load with a state_dict. Tied weights share one `StoredWeight`, every module of a model shares one `Tables`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from harness.contracts import QuantizedWeight
+from harness.errors import HarnessError
+
+Values = Mapping[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method turns a weight into stored tensors and back; `weightmethod.weight_method` says what each does."""
+
+    method: str
+    quantize: Callable[..., dict[str, Tensor]]
+    dequantize: Callable[..., Tensor]
+    tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    product: Callable[..., Tensor] | None = None
+    values: Values = field(default_factory=dict)
+
+
+class KeepsDtype(nn.Module):
+    """A module whose buffers move between devices but keep their dtype, whatever model.to(dtype) says."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+
+
+class Tables(KeepsDtype):
+    """Code tables of a method, once a model: fp32 buffers."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        super().__init__()
+        for name, levels in recipe.tables.items():
+            self.register_buffer(name, torch.tensor(levels, dtype=torch.float32, device=device))
+
+
+class StoredWeight(KeepsDtype):
+    """One quantized weight: what `Recipe.quantize` returned, as buffers.
+
+    Attributes:
+        kind: class of the module that the weight was taken from.
+        matrix: (out, in), the shape it was quantized in.
+        layout: its shape in that module: (out, in), (in, out) for Conv1D, (in,) for a norm.
+        dtype: of the weight before.
+    """
+
+    def __init__(self, module: nn.Module, recipe: Recipe, tables: Tables) -> None:
+        super().__init__()
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight.detach()
+        self.recipe, self.tables = recipe, tables
+        self.kind, self.layout, self.dtype = type(module).__name__, tuple(weight.shape), weight.dtype
+        self.transposed = isinstance(module, Conv1D)  # GPT-2 keeps (in, out); scales belong to output channels
+        matrix = weight.float().reshape(-1, weight.shape[-1])
+        matrix = matrix.T.contiguous() if self.transposed else matrix.contiguous()  # (out, in)
+        self.matrix = (matrix.shape[0], matrix.shape[1])
+        _refuse_non_finite(recipe, {"weight": matrix})
+        stored = recipe.quantize(matrix, **recipe.values)
+        _refuse_non_finite(recipe, stored)
+        for name, tensor in stored.items():
+            self.register_buffer(name, _owning(tensor))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, tables too, by name."""
+        both = {**self._buffers, **self.tables._buffers}
+        return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+    def dequantize(self) -> Tensor:
+        """(out, in) fp32."""
+        return self.recipe.dequantize(self.tensors(), self.matrix, **self.recipe.values)
+
+    def restore(self) -> Tensor:
+        """The weight it stands for, fp32, in the layout of the module it was taken from."""
+        matrix = self.dequantize()
+        return (matrix.T if self.transposed else matrix).reshape(self.layout)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the weight, not of what is stored."""
+        return self.matrix[0] * self.matrix[1]
+
+
+def _refuse_non_finite(recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+            count = int((~tensor.isfinite()).sum())
+            raise HarnessError(f"{recipe.method} cannot quantize it: {count} non-finite values in its {name}")
+
+
+def _owning(tensor: Tensor) -> Tensor:
+    """The tensor with a storage of exactly its own size, so that bytes counted are bytes held."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+class QuantizedLinear(nn.Module):
+    """Stands for nn.Linear and Conv1D: x (..., in) -> x @ W.T + bias (..., out), W dequantized at every call."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, store: StoredWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.store = store
+        self.register_parameter("bias", bias)
+        self.out_features, self.in_features = store.matrix
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in its original layout and dtype; made anew at each access."""
+        return self.store.restore().to(self.store.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The recipe's product where it has one, else a dequantized weight in the dtype of x."""
+        recipe, bias = self.store.recipe, self.bias
+        if recipe.product is not None:
+            return recipe.product(x, self.store.tensors(), self.store.matrix, bias, **recipe.values)
+        return F.linear(x, self.store.dequantize().to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """Shape and method, for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, method={self.store.recipe.method}"
+
+
+@functools.cache
+def _reading_its_store(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose `weight` is dequantized from `store`: forward stays that of the class (norms, embeddings)."""
+
+    def weight(self: Any) -> Tensor:
+        restored: Tensor = self.store.restore().to(self.store.dtype)
+        return restored
+
+    return type(f"Quantized{kind.__name__}", (kind,), {"weight": property(weight), "__module__": __name__})
+
+
+def _rebuilt(module: nn.Module, store: StoredWeight) -> nn.Module:
+    """The module with its weight replaced by a store: a QuantizedLinear, or the same object under a subclass."""
+    kind: Any = type(module)
+    if kind in (nn.Linear, Conv1D):
+        bias = module._parameters.get("bias")
+        return QuantizedLinear(store, bias).train(module.training)
+    del module._parameters["weight"]
+    module.__class__ = _reading_its_store(kind)
+    module.store = store
+    return module
+
+
+def weight_owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every weight (parameter or store) that is some module's `weight`: first module name -> all that share it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = store_of(module) or module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return {names[0]: tuple(names) for names in owners.values()}
+
+
+def apply(model: nn.Module, recipe: Recipe, names: Iterable[str]) -> None:
+    """Quantize the named weights of a model in place, on the device they lie on (meta too).
+
+    Args:
+        model: unquantized; each weight is freed as soon as its codes exist.
+        recipe: the method.
+        names: modules, one for each weight; those tied to it follow and share its store.
+
+    Raises:
+        HarnessError: a weight is not finite, or a scale overflows; the module is named.
+    """
+    owners = weight_owners(model)
+    tables: Tables | None = None
+    placement: Tensor | None = None
+    for first in names:
+        module = model.get_submodule(first)
+        assert isinstance(module.weight, Tensor)
+        placement = torch.empty(0, dtype=module.weight.dtype, device=module.weight.device)
+        tables = tables or Tables(recipe, placement.device)
+        try:
+            with torch.no_grad():
+                store = StoredWeight(module, recipe, tables)
+        except HarnessError as error:
+            raise HarnessError(f"{first}: {error}") from error
+        _put(model, owners[first], store)
+        del module  # the last hold on the unquantized weight
+    if placement is not None and not any(parameter.is_floating_point() for parameter in model.parameters()):
+        # transformers reads a model's dtype and device off its parameters, of which the scope `all` may leave none
+        model.register_parameter("placement", nn.Parameter(placement, requires_grad=False))
+
+
+def _put(model: nn.Module, names: Iterable[str], store: StoredWeight) -> None:
+    """Rebuild the modules of these names around a store; one object that stands at several places stays one."""
+    rebuilt: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        old = model.get_submodule(name)
+        if old not in rebuilt:
+            rebuilt[old] = _rebuilt(old, store)
+        model.set_submodule(name, rebuilt[old])
+
+
+def store_of(module: nn.Module) -> StoredWeight | None:
+    """The module's quantized weight, if it has one."""
+    store = module._modules.get("store")
+    return store if isinstance(store, StoredWeight) else None
+
+
+def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
+    """Each quantized weight once, under its first module's name; the first also carries the shared tables' bytes."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        store = store_of(module)
+        if store is None or id(store) in seen:
+            continue
+        fresh = {id(tensor): tensor.nbytes for tensor in store.tensors().values() if id(tensor) not in seen}
+        seen.update(fresh, (id(store),))
+        yield QuantizedWeight(name, store.kind, store.elements, sum(fresh.values()), store.restore)

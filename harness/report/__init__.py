@@ -1,0 +1,27 @@
+"""The report of a session, its plots, and the comparison of two sessions. Pure functions of rows; no torch.
+
+`render` and `plots` make text from rows; `read_report` and `write` are the only ones here that touch files.
+"""
+
+from harness.report.comparing import Comparison, compare
+from harness.report.comparison import render_comparison
+from harness.report.decisions import Entry
+from harness.report.markdown import render
+from harness.report.plots import plots
+from harness.report.publishing import compare_paths, rewrite, write
+from harness.report.reading import Session, nll_reader, read_report
+
+__all__ = [
+    "Comparison",
+    "Entry",
+    "Session",
+    "compare",
+    "compare_paths",
+    "nll_reader",
+    "plots",
+    "read_report",
+    "render",
+    "render_comparison",
+    "rewrite",
+    "write",
+]

@@ -1,0 +1,121 @@
+"""The report: a pure function of rows, plan and environments. It reads nothing and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from harness.records import Case, Row
+from harness.report import account, tables
+from harness.report.figures import Figure, figures
+from harness.report.matrix import NO_TEXT, Section, complete, sections
+from harness.report.writing import code, code_block, escape
+
+READING = """\
+- Perplexity and every ratio: lower is better. Memory and time: lower is better. MiB is 2^20 bytes.
+- *Ratio to reference* is the method's figure over the unquantized reference's, on the same tokens or in the same run.
+- The interval of a perplexity ratio is a 95% Student t over windows: what to expect on *text like this*. On *this
+  text* the ratio itself is exact, since every planned token was read.
+- The interval of a time ratio is a 95% Hodges-Lehmann interval over interleaved blocks. p50, p90, p99 are percentiles
+  of single runs, IQR is the distance between their quartiles. A/A is the reference timed against itself.
+- *Storage* is every byte the model needs to run, quantization state included; *footprint* is parameters and buffers
+  as transformers counts them; *bits/weight* counts scales.
+- *Verdict* is the most severe over a line's cases, against the reference and against the recorded baseline."""
+
+
+def render(
+    rows: Sequence[Row],
+    planned: Sequence[Case],
+    environments: Mapping[str, Mapping[str, Any]],
+    *,
+    notes: Sequence[str] = (),
+    title: str = "Quantization report",
+    command: str = "",
+    with_plots: bool = True,
+) -> str:
+    """The whole report as markdown.
+
+    Args:
+        rows: measurements in the order written; for one case the last stands.
+        planned: the cases that the session meant to measure; one without a row is shown as missing.
+        environments: by id, as `Environment.to_dict` gives them.
+        notes: lines that a reader must know before the figures.
+        title: the first heading.
+        command: what made the report, for the section on reproducing it; "" derives one from the plan.
+        with_plots: embed the images that `plots` of the same rows gives.
+    """
+    found = complete(rows, planned)
+    parts = [f"# {escape(title)}", account.headline(found, planned)]
+    if notes:
+        parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
+    if found:
+        parts += ["## How to read it", READING]
+    for section in sections(found):
+        parts += _section(section, figures(section) if with_plots else ())
+    parts += ["## Planned, ran, missing", account.account(found, planned)]
+    parts += ["## Baselines", account.baselines(found)]
+    parts += ["## Protocols, tokens, weights", account.protocols(found)]
+    if revisions := account.revisions(found):
+        parts.append("Weights, by commit or content:\n\n" + revisions)
+    parts += ["## Environment", account.environments(found, environments)]
+    if command or planned:
+        parts += ["## To reproduce", code_block(command or derived_command(planned))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(section: Section, images: Sequence[Figure]) -> list[str]:
+    parts = [f"## {code(section.model)} on {escape(section.device)}"]
+    parts += [f"> {escape(note)}" for note in section.notes()]
+    for text in section.texts or (NO_TEXT,):
+        if text != NO_TEXT:
+            parts.append(f"### {code(section.model)}: {code(text[0])}, {code(text[1])}")
+        parts += [tables.main(section, text), "\n".join(tables.footnotes(section, text))]
+        parts += [_image(figure) for figure in images if figure.text == text]
+        if further := tables.others(section, text):
+            parts += [f"Further metrics on {code(text[0])}, {code(text[1])}:" if text != NO_TEXT else "", further]
+    if section.texts and (further := tables.others(section, NO_TEXT)):
+        parts += [f"### {code(section.model)}: further metrics", further]
+    if memory := tables.memory(section):
+        parts += [f"### {code(section.model)}: memory", memory]
+    parts += _latency(section, images)
+    if quantized := tables.census(section):
+        parts += [f"### {code(section.model)}: what was quantized", quantized]
+    return parts
+
+
+def _latency(section: Section, images: Sequence[Figure]) -> list[str]:
+    timed = [(text, name) for text in (NO_TEXT, *section.texts) for name in section.metrics(text, "latency")]
+    if not timed:
+        return []
+    parts = [f"### {code(section.model)}: latency"]
+    parts += [_image(figure) for figure in images if figure.text is None]
+    for text, name in timed:
+        where = f" ({code(text[0])}, {code(text[1])})" if text != NO_TEXT else ""
+        parts += [f"{code(name)}{where}:", tables.latency(section, name, text)]
+    return parts
+
+
+def _image(figure: Figure) -> str:
+    return f"![{escape(figure.caption)}]({quote(figure.filename)})"
+
+
+def derived_command(planned: Sequence[Case]) -> str:
+    """A pytest command that plans these cases again (token limit and batch size are not in a plan)."""
+
+    def option(name: str, values: Sequence[str]) -> list[str]:
+        unique = [value for value in dict.fromkeys(values) if value]
+        return [f"--{name}", _shell(",".join(unique))] if unique else []
+
+    parts = ["pytest -p harness.plugin --pyargs harness.cases"]
+    for name in ("model", "method", "dataset", "protocol", "metric"):
+        parts += option(f"{name}s", [getattr(case, name) for case in planned])
+    parts += option("reference", [planned[0].reference])
+    devices = dict.fromkeys(case.device for case in planned)
+    return " ".join(parts + (option("device", list(devices)) if len(devices) == 1 else []))
+
+
+def _shell(text: str) -> str:
+    from shlex import quote as shell_quote
+
+    return shell_quote(text)

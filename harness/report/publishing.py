@@ -1,0 +1,79 @@
+"""Puts a report and its plots into a directory, and answers the `report` and `compare` commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import BadFile
+from harness.files import replace_text
+from harness.records import Case, Row
+from harness.report.comparing import Comparison, compare
+from harness.report.markdown import render
+from harness.report.plots import plots
+from harness.report.reading import nll_reader, read_report
+
+
+def write(
+    directory: Path,
+    rows: Sequence[Row],
+    planned: Sequence[Case],
+    environments: Mapping[str, Mapping[str, Any]],
+    *,
+    notes: Sequence[str] = (),
+    command: str = "",
+) -> Path:
+    """Write report.md and its plots, each file whole or not at all; returns the report's path.
+
+    `notes` and `command` are kept in session.json, so that `rewrite` gives the same report later.
+    """
+    if notes or command:
+        told = {"command": command, "notes": list(notes)}
+        _put(directory / "session.json", json.dumps(told, indent=1, sort_keys=True) + "\n")
+    return _publish(directory, rows, planned, environments, notes, command)
+
+
+def rewrite(directory: Path) -> Path:
+    """Make report.md and the plots anew from a report directory's measurements."""
+    if not directory.is_dir():
+        raise BadFile(f"{directory} is no report directory: name the folder that holds measurements.jsonl")
+    session = read_report(directory)
+    return _publish(directory, session.rows, session.planned, session.environments, session.notes, session.command)
+
+
+def _publish(
+    directory: Path,
+    rows: Sequence[Row],
+    planned: Sequence[Case],
+    environments: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str],
+    command: str,
+) -> Path:
+    for name, text in plots(rows, planned).items():
+        _put(directory / name, text)
+    path = directory / "report.md"
+    _put(path, render(rows, planned, environments, notes=notes, command=command))
+    return path
+
+
+def _put(path: Path, text: str) -> None:
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def compare_paths(path_a: Path, path_b: Path) -> Comparison:
+    """Compare two report directories, or two bare measurements.jsonl files (values only)."""
+    a, b = read_report(path_a), read_report(path_b)
+    return compare(
+        a.rows,
+        b.rows,
+        nll_reader(a.folder),
+        nll_reader(b.folder),
+        environments_a=a.environments,
+        environments_b=b.environments,
+        notes=[*(f"A: {note}" for note in a.notes), *(f"B: {note}" for note in b.notes)],
+    )

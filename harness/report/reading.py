@@ -1,0 +1,129 @@
+"""Reads a report directory, or a bare measurements.jsonl, back into what a report is made of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import BadFile, MissingAsset
+from harness.records import Case, Row, digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SHA = re.compile(r"[0-9a-f]{64}")  # a row is a file's word: no other path than this may come of it
+Nll = Callable[[str], "NDArray[np.float32] | None"]  # per-token NLL in nats by its sha; None where nobody has it
+
+
+@dataclass(frozen=True)
+class Session:
+    """A finished (or interrupted) session as its files tell it."""
+
+    rows: tuple[Row, ...]
+    planned: tuple[Case, ...]
+    environments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a reader must know of the files themselves
+    command: str = ""  # that made it, from session.json where there is one
+    folder: Path | None = None  # None for a bare measurements.jsonl: no per-token NLL at hand
+
+
+def read_report(path: Path) -> Session:
+    """Read a report directory, or a bare `.jsonl` file.
+
+    A torn last line (a crash while writing) becomes a note; any other unreadable line is a BadFile, and so are
+    plan.json, environments.json and session.json where they are there and unreadable. Without plan.json the rows
+    themselves are taken for the plan, with a note, since what never ran is then unknown.
+    """
+    lines = path / "measurements.jsonl" if path.is_dir() else path
+    if not lines.is_file():
+        raise MissingAsset(f"{path} holds no measurements: name a report directory or a measurements.jsonl file")
+    rows, notes = read_rows(lines)
+    if not path.is_dir():
+        return Session(rows, tuple(row.case for row in latest(rows)), notes=notes)
+    planned = read_plan(path / "plan.json")
+    if planned is None:
+        planned = tuple(row.case for row in latest(rows))
+        notes += ("plan.json is not there: cases that never ran are unknown, only rows are counted",)
+    environments = _json(path / "environments.json", dict) or {}
+    told = _json(path / "session.json", dict) or {}
+    notes += tuple(str(note) for note in told.get("notes", ()))
+    return Session(rows, planned, environments, notes, str(told.get("command", "")), path)
+
+
+def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """Every line of a measurements.jsonl, and notes on what was wrong with its end."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror or error}") from error
+    numbered = [(place, line) for place, line in enumerate(lines, 1) if line.strip()]
+    rows: list[Row] = []
+    for place, line in numbered:
+        try:
+            rows.append(Row.from_json(line.decode()))
+        except (ValueError, KeyError, TypeError) as error:
+            torn = place == len(lines) and isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+            if not torn:  # a line that ends in a newline was written whole
+                raise BadFile(f"{path}:{place} is no measurement ({error}): repair or remove that line") from error
+            return tuple(rows), (f"the last line of {path.name} is torn (a crash while writing): not counted",)
+    return tuple(rows), ()
+
+
+def read_plan(path: Path) -> tuple[Case, ...] | None:
+    """The planned cases, None where no plan was written."""
+    data = _json(path, list)
+    if data is None:
+        return None
+    try:
+        return tuple(Case(**item) for item in data)
+    except TypeError as error:
+        raise BadFile(f"{path} is no plan ({error}): measure again to write it anew") from error
+
+
+def _json(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read ({error}): measure again to write it anew") from error
+    if not isinstance(data, kind):
+        raise BadFile(f"{path} should hold a JSON {kind.__name__}: measure again to write it anew")
+    return data
+
+
+def latest(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """One row a case, the last written standing for those before it (a resumed session appends)."""
+    return tuple({row.case: row for row in rows}.values())
+
+
+def nll_reader(folder: Path | None) -> Nll:
+    """Per-token NLL from `folder`/nll, checked against the sha that names it; BadFile where the bytes differ."""
+
+    def read(sha: str) -> NDArray[np.float32] | None:
+        import numpy as np
+
+        path = folder / "nll" / f"{sha}.npz" if folder and SHA.fullmatch(sha) else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                values: NDArray[np.float32] = data["nll"].astype("<f4")
+        except (OSError, ValueError, KeyError, EOFError, _bad_zip()) as error:
+            raise BadFile(f"{path} cannot be read ({error}): delete it and measure again") from error
+        if digest(values.tobytes().hex()) != sha:
+            raise BadFile(f"{path} does not hold what its name says: delete it and measure again")
+        return values
+
+    return read
+
+
+def _bad_zip() -> type[Exception]:
+    from zipfile import BadZipFile
+
+    return BadZipFile

@@ -1,0 +1,248 @@
+"""The tables of one section: a main one per text, then perplexity's relatives, memory, latency and census in full."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from harness.records import Row, decode_number
+from harness.report import writing
+from harness.report.matrix import NO_TEXT, Section, Text, severest
+from harness.report.writing import NOTHING, code, escape, table
+
+MISSING = "missing"
+ALIGNED, NO_INTERVAL = "†", "‡"  # footnote marks
+MEMORY = ("parameters", "footprint", "storage", "storage_after", "load_peak", "run_peak")
+IN_MAIN = ("perplexity", "perplexity.delta")  # shown in the main table, not among the others
+
+Column = tuple[str, Callable[[str], str]]  # header, and the cell of a method
+
+
+def main(section: Section, text: Text) -> str:
+    """Method, perplexity, ratio to the reference, bits per weight, footprint, storage, prefill, decode, verdict."""
+
+    def figure(metric: str, write: Callable[[float | None], str], where: Text = NO_TEXT) -> Callable[[str], str]:
+        return lambda method: shown(section.row(method, metric, where), write)
+
+    columns: list[Column] = [
+        ("perplexity", figure("perplexity", writing.perplexity, text)),
+        ("ratio to reference [95%]", lambda method: quality(section, method, text)),
+        ("bits/weight", lambda method: writing.number(bits(section, method))),
+        ("footprint MiB", figure("memory.footprint", writing.mib)),
+        ("storage MiB", figure("memory.storage", writing.mib)),
+        ("prefill ms", figure("latency.prefill", writing.milliseconds)),
+        ("decode ms", figure("latency.decode", writing.milliseconds)),
+        ("verdict", lambda method: verdict(section.rows(method, (text, NO_TEXT)))),
+    ]
+    return by_method(section, columns)
+
+
+def by_method(section: Section, columns: Sequence[Column], methods: Sequence[str] = ()) -> str:
+    """One line a method; a column that nobody has anything in is left out, the last (a verdict) never."""
+    chosen = methods or section.methods
+    filled = [(header, [cell(method) for method in chosen]) for header, cell in columns]
+    kept = [item for item in filled if item is filled[-1] or any(text != NOTHING for text in item[1])]
+    rows = [[label(section, method), *(cells[index] for _, cells in kept)] for index, method in enumerate(chosen)]
+    return table(["method", *(header for header, _ in kept)], rows)
+
+
+def label(section: Section, method: str) -> str:
+    """The method's name, marked where it is the reference or its codes fit the model's stored grid."""
+    marks = (" (reference)" if method == section.reference else "") + (f" {ALIGNED}" if section.aligned(method) else "")
+    return code(method) + marks
+
+
+def shown(row: Row | None, write: Callable[[float | None], str]) -> str:
+    """A row's value; 'missing' where it was planned and has none."""
+    if row is None:
+        return NOTHING
+    return MISSING if row.value is None else write(row.value)
+
+
+def quality(section: Section, method: str, text: Text) -> str:
+    """Perplexity over the reference's, with the interval where there is one."""
+    if method == section.reference:
+        return "1" if section.value(method, "perplexity", text) is not None else NOTHING
+    row = section.row(method, "perplexity.delta", text)
+    if row is not None and row.value is None:
+        return MISSING
+    low, high = interval(row)
+    shown_ratio = writing.ratio(quality_ratio(section, method, text), writing.exp(low), writing.exp(high))
+    return shown_ratio + (f" {NO_INTERVAL}" if shown_ratio != NOTHING and "[" not in shown_ratio else "")
+
+
+def quality_ratio(section: Section, method: str, text: Text) -> float | None:
+    """Exp of the paired difference; without one, the quotient of the two perplexities."""
+    delta = section.value(method, "perplexity.delta", text)
+    if delta is not None:
+        return writing.exp(delta)
+    own, reference = (section.value(name, "perplexity", text) for name in (method, section.reference))
+    return own / reference if own is not None and reference else None
+
+
+def interval(row: Row | None) -> tuple[float | None, float | None]:
+    """A row's interval where both ends are finite numbers."""
+    if row is None or row.interval is None or not all(math.isfinite(end) for end in row.interval):
+        return None, None
+    return row.interval
+
+
+def bits(section: Section, method: str) -> float | None:
+    """Bits per weight of a method, scales counted."""
+    rows = section.rows(method, (*section.texts, NO_TEXT))
+    return next((row.bits_per_weight for row in rows if row.bits_per_weight is not None), None)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """The most severe verdict, with the metric families it comes from unless all rows share it."""
+    worst = severest(rows)
+    if worst is None:
+        return NOTHING
+    from_ = dict.fromkeys(row.case.family for row in rows if row.verdict is worst)
+    return str(worst) if all(row.verdict is worst for row in rows) else f"{worst} ({escape(', '.join(from_))})"
+
+
+def footnotes(section: Section, text: Text) -> list[str]:
+    """What the marks of the main table mean, and what is known of the model; bullets."""
+    lines = []
+    if any(section.aligned(method) for method in section.methods):
+        lines.append(
+            f"- {ALIGNED} Its codes can represent the grid on which this model's weights were stored before: what it "
+            "loses here says little about weights that were never quantized."
+        )
+    if any(quality(section, method, text).endswith(NO_INTERVAL) for method in section.methods):
+        lines.append(f"- {NO_INTERVAL} No interval: not paired, fewer than 8 windows, or a value that is not finite.")
+    return lines
+
+
+def memory(section: Section) -> str:
+    """The memory family in MiB, and storage as a share of the reference's; "" where none was planned."""
+    present = section.metrics(NO_TEXT, "memory")
+    if not present:
+        return ""
+    names = [f"memory.{name}" for name in MEMORY if f"memory.{name}" in present]
+    names += [name for name in present if name not in names]
+    columns: list[Column] = [
+        (name.partition(".")[2].replace("_", " ") + " MiB", _memory_cell(section, name)) for name in names
+    ]
+    columns.append(("storage / reference", lambda method: writing.number(_share(section, method), 3)))
+    columns.append(("verdict", lambda method: verdict(_family(section, method, "memory"))))
+    return by_method(section, columns)
+
+
+def _memory_cell(section: Section, metric: str) -> Callable[[str], str]:
+    return lambda method: shown(section.row(method, metric), writing.mib)
+
+
+def _share(section: Section, method: str) -> float | None:
+    own, reference = (section.value(name, "memory.storage") for name in (method, section.reference))
+    return own / reference if own is not None and reference else None
+
+
+def _family(section: Section, method: str, family: str) -> list[Row]:
+    return [row for row in section.rows(method, (NO_TEXT,)) if row.case.family == family]
+
+
+def latency(section: Section, metric: str, text: Text) -> str:
+    """One timed measure: p50, p90, p99 and IQR in ms, runs, ratio to the reference with interval, verdict."""
+
+    def seconds(name: str) -> Callable[[str], str]:
+        return lambda method: writing.milliseconds(_detail(section.row(method, metric, text), name))
+
+    columns: list[Column] = [
+        ("p50 ms", lambda method: shown(section.row(method, metric, text), writing.milliseconds)),
+        ("p90 ms", seconds("p90")),
+        ("p99 ms", seconds("p99")),
+        ("IQR ms", lambda method: writing.milliseconds(_spread(section.row(method, metric, text)))),
+        ("device ms", seconds("device_seconds")),
+        ("runs", lambda method: _runs(section.row(method, metric, text))),
+        ("ratio to reference [95%]", lambda method: pace(section.row(method, metric, text))),
+        ("verdict", lambda method: verdict([row] if (row := section.row(method, metric, text)) else [])),
+    ]
+    return by_method(section, columns)
+
+
+def _detail(row: Row | None, name: str) -> float | None:
+    value = decode_number(row.detail.get(name)) if row is not None else None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _spread(row: Row | None) -> float | None:
+    return row.spread if row is not None else None
+
+
+def _runs(row: Row | None) -> str:
+    return str(row.count) if row is not None and row.value is not None else NOTHING
+
+
+def pace(row: Row | None) -> str:
+    """Time over the reference's, with its interval; for the reference itself its A/A comparison."""
+    ends = ("log_ratio", "log_ratio_low", "log_ratio_high")
+    found = writing.ratio(*(writing.exp(_detail(row, name)) for name in ends))
+    if row is None or row.method != row.reference or row.value is None:
+        return found
+    return "1" if found == NOTHING else f"A/A {found}"
+
+
+def others(section: Section, text: Text) -> str:
+    """Every further metric of a text (or of none), one column a metric with its unit; "" where there is none."""
+    names = [
+        name
+        for name in section.metrics(text)
+        if name not in IN_MAIN and name.partition(".")[0] not in ("latency", "memory")
+    ]
+    if not names:
+        return ""
+    columns: list[Column] = [(_header(section, name, text), _other_cell(section, name, text)) for name in names]
+    columns.append(
+        ("verdict", lambda method: verdict([row for name in names if (row := section.row(method, name, text))]))
+    )
+    return by_method(section, columns)
+
+
+def _header(section: Section, metric: str, text: Text) -> str:
+    rows = (section.row(method, metric, text) for method in section.methods)
+    unit = next((row.unit for row in rows if row is not None and row.unit), "")
+    return escape(f"{metric} ({unit})" if unit else metric)
+
+
+def _other_cell(section: Section, metric: str, text: Text) -> Callable[[str], str]:
+    def cell(method: str) -> str:
+        row = section.row(method, metric, text)
+        low, high = interval(row)
+        bounds = "" if low is None else f" [{writing.number(low)}, {writing.number(high)}]"
+        return shown(row, writing.number) + bounds
+
+    return cell
+
+
+def census(section: Section) -> str:
+    """Modules and elements quantized and left, and bytes by dtype, of each method; "" where no census was taken."""
+    rows = {method: section.rows(method, (*section.texts, NO_TEXT)) for method in section.methods}
+    found = {
+        method: taken for method in rows if (taken := next((row.census for row in rows[method] if row.census), {}))
+    }
+    if not found:
+        return ""
+
+    def count(name: str) -> Callable[[str], str]:
+        return lambda method: _count(found[method].get(name))
+
+    columns: list[Column] = [
+        ("modules quantized", count("quantized_modules")),
+        ("weights quantized", count("quantized_elements")),
+        ("parameters left", count("left_elements")),
+        ("bits/weight", lambda method: writing.number(bits(section, method))),
+        ("MiB by dtype", lambda method: _by_dtype(found[method].get("bytes_by_dtype"))),
+    ]
+    return by_method(section, columns, list(found))
+
+
+def _count(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else NOTHING
+
+
+def _by_dtype(value: object) -> str:
+    if not isinstance(value, dict):
+        return NOTHING
+    return ", ".join(f"{escape(str(name))} {writing.mib(size)}" for name, size in value.items())

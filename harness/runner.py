@@ -1,0 +1,203 @@
+"""Runs groups in child processes and turns what comes back, or does not, into rows. No pytest, no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import HarnessError
+from harness.files import locked
+from harness.messages import Job, Reply
+from harness.planning import member_of
+from harness.records import Case, Row, Verdict
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerProcess
+
+    from harness.options import Options
+
+DEATHS = 2  # a group whose process died this often is given up: the machine cannot carry it
+
+
+class Died(Exception):
+    """The group's process ended without an answer."""
+
+
+@dataclass
+class Process:
+    """One group's process and the pipe to it."""
+
+    process: ForkServerProcess
+    connection: Any
+    predicted: Mapping[str, int] = field(default_factory=dict)
+
+    def ask(self, verb: str, argument: Any, say: Callable[[str], None] = lambda line: None) -> Reply:
+        """Send a request and wait for its answer; `Died` when the process ends instead."""
+        try:
+            self.connection.send((verb, argument))
+            while True:
+                reply: Reply = self.connection.recv()
+                if reply.kind == "predicted":
+                    self.predicted = dict(reply.data or {})
+                elif reply.kind == "said":
+                    say(reply.text)
+                else:
+                    return reply
+        except (EOFError, OSError) as error:
+            raise Died(self.obituary()) from error
+
+    def obituary(self) -> str:
+        """How the process ended and what it needed by prediction."""
+        self.process.join(10)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            cause = {"SIGKILL": "killed (SIGKILL: out of memory?)", "SIGSEGV": "segmentation fault (SIGSEGV)"}
+            how = cause.get(name, f"died of {name}")
+        else:
+            how = f"ended with exit status {code}"
+        return f"the group's process was {how}" if how.startswith("killed") else f"the group's process: {how}"
+
+    def close(self) -> None:
+        """End the process, gently first."""
+        with contextlib.suppress(OSError):
+            self.connection.send(("close", None))
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+
+class Runner:
+    """Measures cases one after another, keeping one group's process alive while its cases last."""
+
+    def __init__(self, options: Options, *, threads: int, lock: Path) -> None:
+        self.options, self.threads, self.lock = options, threads, lock
+        self.environments: dict[str, dict[str, Any]] = {}
+        self._group = ""
+        self._process: Process | None = None
+        self._deaths: dict[str, str] = {}
+        self._died: dict[str, int] = {}
+        self._logs = Path(tempfile.mkdtemp(prefix="harness-logs-"))
+
+    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> None:
+        """Make checkpoints and token plans; a HarnessError here is the user's to act on, before anything ran."""
+        process = self._start(cases[0])
+        try:
+            reply = process.ask("prepare", list(cases), say)
+        except Died as error:
+            raise HarnessError(f"preparing {cases[0].model} failed: {error}") from error
+        finally:
+            process.close()
+        if reply.kind == "error":
+            raise HarnessError(reply.text)
+        if reply.kind == "bug":
+            raise RuntimeError(reply.text)
+
+    def measure(self, case: Case, resumable: Mapping[str, Row]) -> tuple[Row, str]:
+        """One row without verdict, and a traceback where a bug was met; timed cases run with nothing beside them."""
+        exclusive = member_of(case).timed
+        with locked(self.lock, shared=not exclusive):
+            return self._measure(case, resumable)
+
+    def _measure(self, case: Case, resumable: Mapping[str, Row]) -> tuple[Row, str]:
+        if self._died.get(case.group, 0) >= DEATHS:
+            return missing(case, f"not tried: {self._deaths[case.group]}"), ""
+        process = self._process_for(case)
+        try:
+            before = resumable.get(case.id)
+            if before is not None:
+                key = process.ask("key", case)
+                if key.kind == "key" and key.text == before.key:
+                    return before, ""
+            reply = process.ask("measure", case)
+        except Died as error:
+            needed = process.predicted.get("memory.storage")
+            reason = f"{error}" + (f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed else "")
+            self._died[case.group] = self._died.get(case.group, 0) + 1
+            self._deaths[case.group] = reason
+            self.close()
+            return missing(case, reason), ""
+        if reply.kind == "row" and reply.row is not None:
+            self.environments[reply.row.environment] = dict(reply.data or {})
+            return reply.row, ""
+        if reply.kind == "error":
+            needed = process.predicted.get("memory.storage")
+            more = f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed and "memory" in reply.text else ""
+            return missing(case, reply.text + more), ""
+        return missing(case, reply.text.strip().splitlines()[-1]), reply.text
+
+    def _process_for(self, case: Case) -> Process:
+        if self._process is None or self._group != case.group:
+            self.close()
+            self._process, self._group = self._start(case), case.group
+        return self._process
+
+    def _start(self, case: Case) -> Process:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["harness.child"])
+        with environment_variables(server_environment(self.threads)):
+            forkserver.ensure_running()
+        job = Job(
+            self.options, case.model, case.method, case.device, case.reference, self.threads, self._logs / "child.log"
+        )
+        here, there = context.Pipe()
+        process = context.Process(target=run_group, args=(job, there), daemon=True)
+        process.start()
+        there.close()
+        return Process(process, here)
+
+    def close(self) -> None:
+        """End the group's process."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+
+def run_group(job: Job, connection: Connection) -> None:
+    """The child's entry: torch is imported on this side only (the fork server has done it already)."""
+    from harness.child import serve
+
+    serve(job, connection)
+
+
+def server_environment(threads: int) -> dict[str, str]:
+    """Variables that must stand before torch starts its thread pool; recorded with each measurement."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # spinning threads cost up to 4x on a busy machine
+        "TOKENIZERS_PARALLELISM": "false",  # its thread pool does not survive a fork
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
+    }
+
+
+@contextlib.contextmanager
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the fork server that starts within, and put the caller's own back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def missing(case: Case, reason: str) -> Row:
+    """A planned case without a number, and why."""
+    return Row.of(case, verdict=Verdict.MISSING, reason=reason)

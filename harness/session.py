@@ -1,0 +1,129 @@
+"""One session's work on cases, as a plain object: resume, measure, judge, record. No pytest, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness import baselines, bounds, corpora, judge, models, report
+from harness.environment import Environment
+from harness.errors import HarnessError
+from harness.files import cache_dir
+from harness.planning import member_of
+from harness.records import Case, Row, Verdict
+from harness.runner import Runner
+from harness.specifications import parse
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from harness.options import Options
+
+
+class Session:
+    """Everything a process needs to answer `check(case)`."""
+
+    def __init__(self, options: Options, threads: int) -> None:
+        self.options = options
+        self.bounds = bounds.load(options.baselines)
+        self.baselines = baselines.Baselines(options.baselines)
+        # machine-wide: a latency measured in one session must not run beside another session's cases
+        self.runner = Runner(options, threads=threads, lock=cache_dir() / "timing.lock")
+
+    @cached_property
+    def resumable(self) -> dict[str, Row]:
+        """Finished rows of the report directory by case id, with --resume."""
+        return read_rows(self.options.report_dir / "measurements.jsonl") if self.options.resume else {}
+
+    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> None:
+        """Check assets here, without torch, then make checkpoints and token plans in a process of their own."""
+        declared = self.options.declared
+        for model in dict.fromkeys(case.model for case in cases):
+            models.check(
+                parse(model),
+                declared,
+                allow_pickle=self.options.allow_pickle,
+                trust_remote_code=self.options.trust_remote_code,
+            )
+        for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
+            corpora.check(parse(dataset), declared)
+        self.runner.prepare(cases, say)
+
+    def check(self, case: Case, *, reason_missing: str = "") -> tuple[Row, str]:
+        """Measure and judge a case; returns its row and, where a bug was met, the traceback."""
+        if reason_missing:
+            return Row.of(case, verdict=Verdict.MISSING, reason=reason_missing), ""
+        row, trouble = self.runner.measure(case, self.resumable)
+        return (row if row.value is None else self.judged(row)), trouble
+
+    def judged(self, row: Row) -> Row:
+        """The row with its verdicts, against the reference and against the record."""
+        world = self.environment(row)
+        recorded = self.baselines.find(row.case, world)
+        slices = None
+        if counts := row.detail.get("window_counts"):
+            ends = np.cumsum(counts).tolist()
+            slices = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        return judge.judge(
+            row,
+            member_of(row.case),
+            bounds=self.bounds,
+            recorded=recorded,
+            environment=world,
+            nll=self.nll,
+            slices=slices,
+        )
+
+    def environment(self, row: Row) -> Environment:
+        """The environment a row was measured in."""
+        return Environment.from_dict(self.runner.environments[row.environment])
+
+    def nll(self, sha: str) -> NDArray[np.float32] | None:
+        """Per-token NLL by its sha, from this report or from the baselines of any model."""
+        for path in (self.options.report_dir / "nll" / f"{sha}.npz", *self.options.baselines.glob(f"*/nll/{sha}.npz")):
+            if path.is_file():
+                with np.load(path, allow_pickle=False) as data:
+                    return np.asarray(data["nll"], dtype=np.float32)
+        return None
+
+    def facts(self, row: Row) -> dict[str, Any]:
+        """The exact facts a row brings, to be held with pytest-regressions."""
+        return baselines.exact_facts(row, member_of(row.case))
+
+    def close(self) -> None:
+        """End the group's process."""
+        self.runner.close()
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Measured rows by case id, the last one winning."""
+    rows = report.reading.read_rows(path)[0] if path.is_file() else ()
+    return {row.case.id: row for row in rows if row.value is not None}
+
+
+def open_report(folder: Path, *, keep: bool) -> None:
+    """Make the report directory ready, emptied of an earlier session's measurements unless they are kept."""
+    try:
+        (folder / "nll").mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        if not keep:
+            for old in ("measurements.jsonl", "environments.json", "plan.json", "report.md"):
+                (folder / old).unlink(missing_ok=True)
+            for old_file in (folder / "nll").iterdir():
+                old_file.unlink()
+    except OSError as error:
+        raise HarnessError(f"--report-dir {folder} cannot be written: {error.strerror or error}") from error
+
+
+def known_environments(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """environments.json of a report directory, empty when there is none."""
+    path = folder / "environments.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

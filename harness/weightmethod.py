@@ -1,0 +1,98 @@
+"""Factories of methods: a quantizer is two functions, a reference is a dtype. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from harness import scopes
+from harness.contracts import Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
+
+if TYPE_CHECKING:  # annotations only: methods are listed without torch
+    from torch import Tensor, nn
+
+    from harness import quantized
+
+
+def weight_method(
+    *,
+    name: str,
+    summary: str,
+    bits: float,
+    quantize: Callable[..., dict[str, Tensor]],
+    dequantize: Callable[..., Tensor],
+    parameters: Mapping[str, Parameter] | None = None,
+    tables: Mapping[str, tuple[float, ...]] | None = None,
+    product: Callable[..., Tensor] | None = None,
+    grid: str = "",
+    core: bool = True,
+) -> Method:
+    """A weight-only method from the two functions that define it.
+
+    Args:
+        name: as users write it, 'nf4'.
+        summary: one line.
+        bits: of a code, scales not counted.
+        quantize: (weight (out, in) fp32, **values) -> what is stored, by name. Conv1D weights come transposed, 1-D
+            weights as one row. Integers and fp32 scales; must work on meta tensors, which predicts the bytes.
+        dequantize: (stored, shape (out, in), **values) -> (out, in) fp32, a tensor of its own; `stored` holds the
+            tables too. Runs at every forward.
+        parameters: the method's arguments, handed to both functions as **values.
+        tables: code tables, fp32, stored once a model.
+        product: (x (..., in), stored, shape, bias or None, **values) -> (..., out) in x's dtype, where that is
+            faster than F.linear on the dequantized weight; None for the latter.
+        grid: 'affine4:32' where the codes can represent such a grid exactly.
+        core: planned by default.
+
+    Returns:
+        A Method that takes a scope, loads, sketches and counts.
+    """
+
+    def recipe(arguments: Arguments) -> quantized.Recipe:
+        from harness import quantized
+
+        return quantized.Recipe(name, quantize, dequantize, tables or {}, product, arguments.values)
+
+    def targets(model: nn.Module, arguments: Arguments) -> list[str]:
+        return scopes.select(model, arguments.scope or Scope())
+
+    def sketch(model: nn.Module, arguments: Arguments) -> None:
+        from harness import quantized
+
+        quantized.apply(model, recipe(arguments), targets(model, arguments))
+
+    def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
+        from harness import checkpoints
+
+        model = checkpoints.open_model(checkpoint, arguments.dtype, device)
+        sketch(model, arguments)
+        return model
+
+    def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
+        from harness import quantized
+
+        return quantized.weights(model)
+
+    return Method(
+        name, summary, bits, load, sketch, weights, targets, parameters or {}, scoped=True, grid=grid, core=core
+    )
+
+
+def reference_method(*, name: str, summary: str, bits: float) -> Method:
+    """A reference: the unquantized model in the dtype that the name is."""
+
+    def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
+        from harness import checkpoints
+
+        return checkpoints.open_model(checkpoint, arguments.dtype, device)
+
+    def sketch(model: nn.Module, arguments: Arguments) -> None:
+        """Leaves the model as it is."""
+
+    def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
+        return iter(())
+
+    def targets(model: nn.Module, arguments: Arguments) -> list[str]:
+        return []
+
+    return Method(name, summary, bits, load, sketch, weights, targets, dtype=name)

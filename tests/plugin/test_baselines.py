@@ -1,0 +1,49 @@
+"""The life of a baseline: unrecorded, recorded, same, changed, recorded anew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.plugin.conftest import Project
+
+WANTED = ("--methods", "nf4", "--metrics", "perplexity,memory.storage,memory.parameters")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_life_of_a_baseline(project: Project, workers: str) -> None:
+    run = (*WANTED, "-n", workers)
+    assert project.run(*run, "--require-baselines").ret == 1  # nothing recorded yet
+    assert not (project.path / "baselines").exists()
+
+    assert project.run(*run, "--regen-all").ret == 0
+    exact = project.path / "baselines" / "tiny-gpt2" / "nf4.yaml"
+    assert exact.is_file()
+    overlays = list(exact.parent.glob("nf4@*.yaml"))
+    assert len(overlays) == 1
+    assert list((exact.parent / "nll").glob("*.npz"))
+
+    assert project.run(*run, "--require-baselines").ret == 0
+    assert {row["verdict_baseline"] for row in project.rows()} == {"same"}
+
+    text = exact.read_text()
+    stored = next(
+        str(int(row["value"])) for row in project.rows() if row["method"] == "nf4" and "storage" in row["metric"]
+    )
+    exact.write_text(text.replace(stored, str(int(stored) - 1)))
+    broken = project.run(*run)
+    assert broken.ret == 1
+    assert exact.read_text() != text  # a failure writes nothing
+    forced = project.run(*run, "--force-regen")
+    assert forced.ret == 1
+    assert stored in exact.read_text()
+    assert project.run(*run, "--require-baselines").ret == 0
+
+
+def test_names_never_collide(project: Project) -> None:
+    project.write("pyproject.toml", '[tool.harness.models]\na-b = "tiny-gpt2"\na_b = "tiny-gpt2"\n')
+    run = ("--models", "a-b,a_b", "--methods", "fp32", "--metrics", "memory.storage")
+    assert project.run(*run, "--regen-all").ret == 0
+    assert {path.name for path in (project.path / "baselines").iterdir()} == {"a-b", "a_b"}

@@ -1,0 +1,174 @@
+"""A session from options to report: what runs, what is written, what fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.plugin.conftest import Project
+
+Pick = Callable[[list[dict[str, Any]], str], dict[str, dict[str, Any]]]
+
+
+def test_a_first_run_is_unrecorded_readable_and_passes(project: Project, by_metric: Pick) -> None:
+    result = project.run("--methods", "absmax-int8,nf4", "--metrics", "perplexity,memory", "-v")
+    assert result.ret == 0
+    rows = project.rows()
+    assert {row["method"] for row in rows} == {"fp32", "absmax-int8", "nf4"}  # the reference is always planned
+    assert {row["verdict"] for row in rows} <= {"unrecorded", "within bound"}
+    nf4 = by_metric(rows, "nf4")
+    assert nf4["perplexity.delta"]["value"] > 0
+    assert nf4["memory.storage"]["value"] < by_metric(rows, "fp32")["memory.storage"]["value"] / 2
+    assert nf4["memory.storage"]["detail"]["predicted"] == nf4["memory.storage"]["value"]
+    assert nf4["perplexity"]["token_hash"] == by_metric(rows, "fp32")["perplexity"]["token_hash"]
+    assert (project.path / "harness-report" / "nll" / f"{nf4['perplexity']['nll']}.npz").is_file()
+    assert set(json.loads((project.path / "harness-report" / "environments.json").read_text())) == {
+        row["environment"] for row in rows
+    }
+    report = project.report()
+    assert "nf4" in report
+    assert "| fp32" in report
+    result.stdout.fnmatch_lines(["*PASSED * ppl (unrecorded)*", f"{len(rows)} planned, {len(rows)} ran, 0 missing"])
+    assert not (project.path / "baselines").exists()  # nothing is written without a regeneration flag
+
+
+def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what depends on time or on the process's own resident set."""
+    timed = ("seconds",)
+    return [
+        {key: value for key, value in row.items() if key not in timed}
+        for row in rows
+        if not row["metric"].startswith("latency") and not row["metric"].endswith("_peak")
+    ]
+
+
+def test_two_workers_give_the_same_report(project: Project) -> None:
+    wanted = ("--methods", "absmax-int8,nf4", "--metrics", "perplexity,memory,latency.decode")
+    assert project.run(*wanted, "-n", "0", "--report-dir", "one").ret == 0
+    assert project.run(*wanted, "-n", "2", "--report-dir", "two").ret == 0
+    assert steady(project.rows("one")) == steady(project.rows("two"))
+    assert len(project.rows("one")) == len(project.rows("two"))
+    threads = {row["detail"].get("threads") for row in project.rows("two") if row["metric"] == "latency.decode"}
+    assert threads == {row["detail"].get("threads") for row in project.rows("one") if row["metric"] == "latency.decode"}
+
+
+def test_it_works_without_xdist(project: Project) -> None:
+    assert project.run("-p", "no:xdist", "--methods", "fp32", "--metrics", "memory.storage").ret == 0
+
+
+def test_one_group_going_down_leaves_the_rest_standing(project: Project, by_metric: Pick) -> None:
+    result = project.run("--methods", "segfault,killed,oom,bug,lazy,nf4", "--metrics", "memory.storage")
+    assert result.ret == 1
+    rows = project.rows()
+    reasons = {row["method"]: row["reason"] for row in rows if row["value"] is None}
+    assert set(reasons) == {"segfault", "killed", "oom", "bug", "lazy"}
+    assert re.search(r"segmentation fault.*needs [\d,]+ MiB by prediction", reasons["segfault"])
+    assert re.search(r"SIGKILL: out of memory\?.*by prediction", reasons["killed"])
+    assert re.search(r"out of memory: asked for 99 TiB; it needs .* by prediction", reasons["oom"])
+    assert "KeyError" in reasons["bug"]
+    assert "c_attn" in reasons["lazy"]
+    assert by_metric(rows, "nf4")["memory.storage"]["value"] > 0
+    result.stdout.fnmatch_lines(["*KeyError: 'a bug'*", "7 planned, 2 ran, 5 missing"])
+    assert "segmentation fault" in project.report()
+
+
+def test_a_non_finite_loss_is_out_of_bound(project: Project, by_metric: Pick) -> None:
+    assert project.run("--methods", "poison", "--metrics", "perplexity").ret == 1
+    row = by_metric(project.rows(), "poison")["perplexity"]
+    assert row["verdict"] == "out of bound"
+    assert "non-finite" in row["reason"]
+
+
+def test_a_non_finite_reference_makes_its_dependents_unusable(project: Project, by_metric: Pick) -> None:
+    assert project.run("--methods", "nf4", "--reference", "poison", "--metrics", "perplexity").ret == 1
+    row = by_metric(project.rows(), "nf4")["perplexity.delta"]
+    assert row["verdict"] == "unusable"
+    assert "reference" in row["reason"]
+
+
+def test_gpu_cases_without_a_card_are_missing(project: Project) -> None:
+    result = project.run("-m", "gpu", "--models", "gpt2,olmo-1b", "--methods", "nf4", "--datasets", "wikitext-2")
+    assert result.ret == 1
+    rows = project.rows()
+    assert {row["model"] for row in rows} == {"gpt2", "olmo-1b"}
+    assert {row["reason"] for row in rows} == {"no CUDA device"}
+    assert {row["verdict"] for row in rows} == {"missing"}
+    result.stdout.fnmatch_lines([f"0 of {len(rows)} gpu cases ran"])
+    allowed = project.run("-m", "gpu", "--methods", "nf4", "--allow-missing")
+    assert allowed.ret == 0
+    allowed.stdout.fnmatch_lines(["0 of * gpu cases ran"])
+
+
+def test_marks_select(project: Project) -> None:
+    result = project.run("-m", "perplexity and not gpu", "--methods", "nf4")
+    assert result.ret == 0
+    assert {row["metric"] for row in project.rows()} == {"perplexity", "perplexity.delta"}
+    assert {row["device"] for row in project.rows()} == {"cpu"}
+
+
+def test_deselected_is_not_missing_and_not_reached_is(project: Project) -> None:
+    result = project.run("-x", "--methods", "oom,nf4", "--metrics", "memory.storage,memory.footprint", "-k", "storage")
+    assert result.ret == 1
+    rows = {row["method"]: row for row in project.rows()}
+    assert set(rows) == {"fp32", "oom", "nf4"}
+    assert {row["metric"] for row in rows.values()} == {"memory.storage"}
+    assert rows["nf4"]["reason"] == "not reached: the session stopped before it"
+    result.stdout.fnmatch_lines(["3 planned, 1 ran, 2 missing"])
+
+
+def test_ctrl_c_keeps_what_was_measured(project: Project) -> None:
+    command = [sys.executable, "-m", "pytest", "-v", "--models", "tiny-gpt2", "--datasets", "synthetic"]
+    command += ["--methods", "nf4,fp4,linear-int4,absmax-int8", "--metrics", "all", "--repetitions", "50"]
+    process = subprocess.Popen(command, cwd=project.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = project.path / "harness-report" / "measurements.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.is_file() and path.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    values = [row["value"] is not None for row in project.rows()]
+    assert values[:2] == [True, True]
+    assert not all(values)
+    assert "not reached" in project.report()
+
+
+def test_resume_repeats_nothing_that_is_unchanged(project: Project) -> None:
+    wanted = ("--methods", "nf4", "--metrics", "perplexity,memory.storage")
+    assert project.run(*wanted).ret == 0
+    before = {(row["method"], row["metric"]): row for row in project.rows()}
+    assert project.run(*wanted, "--resume").ret == 0
+    assert {(row["method"], row["metric"]): row for row in project.rows()} == before  # 'seconds' and all
+    assert project.run(*wanted, "--resume", "--max-tokens", "512").ret == 0
+    after = {(row["method"], row["metric"]): row for row in project.rows()}
+    assert after["nf4", "perplexity"]["token_hash"] != before["nf4", "perplexity"]["token_hash"]
+    assert after["nf4", "memory.storage"] == before["nf4", "memory.storage"]
+
+
+def test_the_report_directory_is_not_polluted(project: Project) -> None:
+    assert project.run("--methods", "nf4", "--metrics", "perplexity").ret == 0
+    names = {path.name for path in (project.path / "harness-report").iterdir()}
+    assert {"report.md", "measurements.jsonl", "environments.json", "plan.json", "nll"} <= names
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_collecting_the_whole_matrix_imports_no_torch(project: Project, workers: str) -> None:
+    project.write(
+        "conftest.py",
+        "import sys\ndef pytest_unconfigure():\n    print('TORCH', 'torch' in sys.modules)\n",
+    )
+    result = project.run("--collect-only", "-q", "-s", "--metrics", "all", "-n", workers)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["TORCH False"])
+    result.stdout.fnmatch_lines(["*tiny-gpt2/bnb-nf4-dq/*"])
+    assert not (project.path / "harness-report").exists()

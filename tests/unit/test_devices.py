@@ -1,0 +1,298 @@
+"""The CPU for real, CUDA through fakes: a device that runs queued work on a clock of its own."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from harness.devices import Cpu, Cuda, NoDeviceTime, open_device
+from harness.errors import HarnessError, UnknownName
+from harness.timing import Work
+
+MIB = 1 << 20
+
+
+@dataclass
+class FakeCuda:
+    """Stands for torch.cuda: events read a device clock in milliseconds, and mean nothing before synchronize."""
+
+    log: list[str] = field(default_factory=list)
+    clock_ms: float = 0.0
+    held: int = 0
+    highest: int = 0
+    pool: int = 0
+    synchronized: bool = False
+
+    def launch(self, milliseconds: float, name: str = "work") -> None:
+        self.log.append(name)
+        self.clock_ms += milliseconds
+        self.synchronized = False
+
+    def Event(self, *, enable_timing: bool) -> FakeEvent:
+        assert enable_timing
+        return FakeEvent(self)
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+        self.synchronized = True
+
+    def allocate(self, count: int) -> None:
+        self.held += count
+        self.highest = max(self.highest, self.held)
+        self.pool = max(self.pool, self.held)
+
+    def memory_allocated(self) -> int:
+        return self.held
+
+    def max_memory_allocated(self) -> int:
+        return self.highest
+
+    def max_memory_reserved(self) -> int:
+        return self.pool
+
+    def reset_peak_memory_stats(self) -> None:
+        self.log.append("reset")
+        self.highest = self.held
+
+    def empty_cache(self) -> None:
+        self.log.append("empty")
+        self.pool = self.held
+
+
+@dataclass
+class FakeEvent:
+    cuda: FakeCuda
+    at_ms: float = -1.0
+
+    def record(self) -> None:
+        self.cuda.log.append("event")
+        self.at_ms = self.cuda.clock_ms
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.cuda.synchronized, "read before the device was done"
+        return end.at_ms - self.at_ms
+
+
+class FakeProfiler:
+    """Stands for torch.profiler; hands out one list of events per profile."""
+
+    ProfilerActivity = SimpleNamespace(CUDA="cuda activity")
+
+    def __init__(self, *profiles: list[SimpleNamespace]) -> None:
+        self.profiles = list(profiles)
+        self.begun = 0
+
+    def profile(self, *, activities: list[str]) -> Any:
+        assert activities == ["cuda activity"]
+        self.begun += 1
+        return self
+
+    def __enter__(self) -> FakeProfiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def key_averages(self) -> list[SimpleNamespace]:
+        return self.profiles[min(self.begun, len(self.profiles)) - 1]
+
+
+def event(key: str, microseconds: float, *, on: str = "CUDA", count: int = 1, **more: Any) -> SimpleNamespace:
+    device = SimpleNamespace(name=on)
+    return SimpleNamespace(key=key, count=count, device_type=device, self_device_time_total=microseconds, **more)
+
+
+def test_cuda_records_events_around_each_work_and_synchronises_once_at_the_end() -> None:
+    cuda = FakeCuda()
+    works = [
+        Work(lambda: cuda.launch(3.0, "a"), lambda: cuda.launch(50.0, "prepare")),
+        Work(lambda: cuda.launch(4.0, "b")),
+        Work(lambda: cuda.launch(5.0, "c")),
+    ]
+    assert Cuda(cuda, FakeProfiler()).time(*works) == pytest.approx([0.003, 0.004, 0.005])  # seconds, prepare left out
+    assert cuda.log == [
+        *("prepare", "event", "a", "event"),
+        *("event", "b", "event"),
+        *("event", "c", "event"),
+        "synchronize",
+    ]
+
+
+def test_cuda_times_a_plain_callable() -> None:
+    cuda = FakeCuda()
+    assert Cuda(cuda, FakeProfiler()).time(lambda: cuda.launch(250.0)) == [0.25]
+
+
+def test_cuda_peak_is_of_the_phase_and_counts_what_was_held() -> None:
+    cuda = FakeCuda()
+    device = Cuda(cuda, FakeProfiler())
+    cuda.allocate(900)
+    cuda.allocate(-800)
+    assert device.peak() == {"allocated": 900, "reserved": 900}
+    device.reset_peak()
+    assert cuda.log[-3:] == ["empty", "synchronize", "reset"]  # the pool first, and no work may still be running
+    assert device.peak() == {"allocated": 100, "reserved": 100}
+    cuda.allocate(50)
+    assert device.peak() == {"allocated": 150, "reserved": 150}
+    assert device.peak_note == ""
+
+
+def test_cuda_waits_before_reading_a_peak() -> None:
+    cuda = FakeCuda()
+    Cuda(cuda, FakeProfiler()).peak()
+    assert cuda.log == ["synchronize"]
+
+
+def test_cuda_release_empties_the_pool() -> None:
+    cuda = FakeCuda()
+    Cuda(cuda, FakeProfiler()).release()
+    assert cuda.log == ["empty"]
+
+
+def test_device_seconds_count_device_events_alone_and_throw_the_first_profile_away() -> None:
+    cuda = FakeCuda()
+    warm = [
+        event("gemm", 1500.0, count=3),
+        event("Memcpy DtoH", 500.0),
+        event("aten::mm", 1500.0, on="CPU"),  # the same time once more, on the operator that launched it
+        event("my range", 9000.0, is_user_annotation=True),
+    ]
+    profiler = FakeProfiler([event("gemm", 1e9)], warm)
+    assert Cuda(cuda, profiler).device_seconds(lambda: cuda.launch(1.0)) == pytest.approx(0.002)
+    assert cuda.log == ["work", "synchronize"] * 2  # the device is done before the profile closes
+
+
+def test_device_seconds_read_the_old_name_where_the_new_one_is_absent() -> None:
+    old = SimpleNamespace(
+        key="gemm", count=1, device_type=SimpleNamespace(name="CUDA"), self_cuda_time_total=2_000_000.0
+    )
+    assert Cuda(FakeCuda(), FakeProfiler([old])).device_seconds(lambda: None) == 2.0
+
+
+@pytest.mark.parametrize(
+    "events", [[], [event("aten::mm", 5.0, on="CPU")], [event("Memcpy HtoD", 5.0)], [event("gemm", 0.0)]]
+)
+def test_a_profile_without_kernels_is_an_error_and_not_zero_seconds(events: list[SimpleNamespace]) -> None:
+    with pytest.raises(NoDeviceTime, match="the profiler saw no CUDA kernel: let this user read performance counters"):
+        Cuda(FakeCuda(), FakeProfiler(events)).device_seconds(lambda: None)
+
+
+def test_proof_needs_kernels_and_bytes() -> None:
+    cuda = FakeCuda()
+    device = Cuda(cuda, FakeProfiler([event("gemm", 3_000_000.0, count=7), event("Memset", 1_000_000.0)]))
+    with pytest.raises(HarnessError, match="no bytes on the CUDA device: the model was not moved there"):
+        device.proof(lambda: None)
+    cuda.allocate(64)
+    assert device.proof(lambda: None) == {"kernel_seconds": 4.0, "kernels": 7, "allocated": 64}
+    with pytest.raises(NoDeviceTime, match="no CUDA kernel"):
+        Cuda(cuda, FakeProfiler([])).proof(lambda: None)
+
+
+def test_the_fakes_stand_for_what_torch_has() -> None:
+    """Every name used on the fakes exists in the installed torch."""
+    for name in vars(FakeCuda):
+        if not name.startswith("_") and name not in {"launch", "allocate", *FakeCuda.__dataclass_fields__}:
+            assert hasattr(torch.cuda, name), name
+    assert {"record", "elapsed_time"} <= set(dir(torch.cuda.Event))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(4) + 1
+    for entry in profile.key_averages():
+        assert entry.device_type.name == "CPU"
+        assert isinstance(entry.key, str)
+        assert entry.count >= 1
+        assert entry.self_device_time_total == 0
+        assert entry.is_user_annotation is False
+
+
+def test_cpu_time_counts_the_run_and_not_the_preparation() -> None:
+    fast, slow = Cpu().time(Work(lambda: time.sleep(0.01), lambda: time.sleep(0.2)), Work(lambda: time.sleep(0.05)))
+    assert 0.01 <= fast < 0.2
+    assert slow >= 0.05
+
+
+@pytest.mark.parametrize("device", [Cpu(), Cuda(FakeCuda(), FakeProfiler())])
+def test_garbage_collection_rests_while_timing_and_comes_back(device: Cpu | Cuda) -> None:
+    seen: list[bool] = []
+
+    def fail() -> None:
+        raise RuntimeError("boom")
+
+    device.time(lambda: seen.append(gc.isenabled()))
+    with pytest.raises(RuntimeError, match="boom"):
+        device.time(fail)
+    assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_cpu_has_no_device_apart() -> None:
+    device = Cpu()
+    device.synchronize()
+    assert device.name == "cpu"
+    assert device.torch_device == torch.device("cpu")
+    assert device.device_seconds(lambda: None) is None  # type: ignore[func-returns-value]
+    proof = device.proof(lambda: time.sleep(0.01))
+    assert proof["wall_seconds"] >= 0.01
+    assert proof["resident"] > MIB
+
+
+def test_cpu_peak_follows_a_phase() -> None:
+    device = Cpu()
+    device.reset_peak()
+    if device.peak_note:
+        pytest.skip(f"this kernel's high-water mark is {device.peak_note}")
+    before = device.peak()["resident"]
+    block = torch.ones(64 * MIB // 4)
+    during = device.peak()["resident"]
+    assert during - before >= 60 * MIB
+    del block
+    assert device.peak()["resident"] >= during - MIB  # a peak outlives its cause
+    device.reset_peak()
+    assert device.peak()["resident"] <= during - 40 * MIB
+
+
+def fake_proc(folder: Path, *, resident_kb: int, high_kb: int) -> Path:
+    (folder / "status").write_text(f"Name:\tx\nVmHWM:\t  {high_kb} kB\nVmRSS:\t  {resident_kb} kB\n")
+    return folder
+
+
+def test_cpu_peak_reads_bytes(tmp_path: Path) -> None:
+    device = Cpu(fake_proc(tmp_path, resident_kb=1000, high_kb=1000))
+    device.reset_peak()
+    assert (tmp_path / "clear_refs").read_text() == "5"
+    assert device.peak() == {"resident": 1_024_000}
+    assert device.peak_note == ""
+
+
+def test_cpu_says_when_the_mark_did_not_go_back(tmp_path: Path) -> None:
+    device = Cpu(fake_proc(tmp_path, resident_kb=1000, high_kb=9000))
+    device.reset_peak()
+    assert device.peak_note == "not resettable (no effect): peak of the whole process"
+
+
+def test_cpu_falls_back_without_proc(tmp_path: Path) -> None:
+    device = Cpu(tmp_path / "absent")
+    device.reset_peak()
+    assert device.peak_note == "not resettable (No such file or directory): peak of the whole process"
+    assert device.peak()["resident"] > 100 * MIB  # torch is loaded
+
+
+def test_open_device() -> None:
+    assert open_device("cpu").name == "cpu"
+    with pytest.raises(UnknownName, match=r"unknown device 'gpu'.*known: cpu, cuda"):
+        open_device("gpu")
+
+
+def test_open_cuda_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(HarnessError, match="no CUDA device: run with --device cpu"):
+        open_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device = open_device("cuda")
+    assert (device.name, device.torch_device) == ("cuda", torch.device("cuda"))

@@ -1,0 +1,82 @@
+import multiprocessing
+import os
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from harness.files import append_line, cache_dir, locked, replace_bytes, replace_text, sha256_file
+
+
+def test_replace_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    replace_text(path, "one")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        replace_bytes(path, b"two")
+    assert path.read_text() == "one"
+    assert [item.name for item in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_append_adds_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_line(path, "a")
+    append_line(path, "b")
+    assert path.read_text() == "a\nb\n"
+
+
+def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_the_cache_follows_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+
+
+def hold(path: Path, shared: bool, holding: Event, release: Event) -> None:
+    with locked(path, shared=shared):
+        holding.set()
+        release.wait(10)
+
+
+def start(path: Path, shared: bool) -> tuple[multiprocessing.Process, Event, Event]:
+    context = multiprocessing.get_context("fork")
+    holding, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(path, shared, holding, release))
+    process.start()
+    return process, holding, release  # type: ignore[return-value]
+
+
+def test_exclusive_waits_for_shared_and_is_not_starved(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first, first_in, first_out = start(path, True)
+    second, second_in, second_out = start(path, True)
+    assert first_in.wait(5)
+    assert second_in.wait(5)  # two shared holders at once
+    writer, writer_in, writer_out = start(path, False)
+    time.sleep(0.2)
+    late, late_in, late_out = start(path, True)  # comes after the writer: must queue behind it
+    assert not writer_in.wait(0.3)
+    assert not late_in.is_set()
+    first_out.set()
+    second_out.set()
+    assert writer_in.wait(5)
+    assert not late_in.is_set()
+    writer_out.set()
+    assert late_in.wait(5)
+    late_out.set()
+    for process in (first, second, writer, late):
+        process.join(5)
+
+
+def test_a_dead_holder_leaves_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    process, holding, _ = start(path, False)
+    assert holding.wait(5)
+    process.kill()
+    process.join()
+    with locked(path):
+        pass

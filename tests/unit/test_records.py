@@ -1,0 +1,67 @@
+import json
+import math
+
+import pytest
+
+from harness.records import SCHEMA, Case, Row, Verdict, digest
+
+CASE = Case("path:/tmp/a b", "nf4:block=64", "text:/x/y.txt", "chunk:512", "perplexity", "cpu")
+
+
+def test_ids_are_unambiguous_and_plain() -> None:
+    assert CASE.id == "path:%2Ftmp%2Fa%20b/nf4:block=64/text:%2Fx%2Fy.txt/chunk:512/perplexity/cpu"
+    assert CASE.group == "path:%2Ftmp%2Fa%20b/nf4:block=64/cpu"
+    assert CASE.family == "perplexity"
+    assert Case("m", "f", "", "", "memory.storage", "cpu").id == "m/f/memory.storage/cpu"
+
+
+@pytest.mark.parametrize("value", [1.5, math.inf, -math.inf, None])
+def test_a_row_survives_json(value: float | None) -> None:
+    row = Row.of(
+        CASE,
+        value=value,
+        interval=(-math.inf, 0.25),
+        samples=(0.1, math.inf),
+        detail={"worst": 1.0, "names": ["a"]},
+        verdict=Verdict.WORSE,
+        verdict_baseline=Verdict.SAME,
+    )
+    text = row.to_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
+    assert Row.from_json(text) == row
+    assert Row.from_json(text).case == CASE
+
+
+def test_nan_survives_too() -> None:
+    value = Row.from_json(Row.of(CASE, value=math.nan).to_json()).value
+    assert value is not None
+    assert math.isnan(value)
+
+
+def test_a_newer_schema_is_refused() -> None:
+    newer = Row.of(CASE).to_json().replace(f'"schema": {SCHEMA}', f'"schema": {SCHEMA + 1}')
+    with pytest.raises(ValueError, match="newer than this harness reads"):
+        Row.from_json(newer)
+    with pytest.raises(ValueError, match="no schema"):
+        Row.from_json("[]")
+
+
+def test_severity_is_the_order_of_the_words() -> None:
+    words = [str(verdict) for verdict in sorted(Verdict, key=lambda verdict: verdict.severity)]
+    assert words == [
+        "missing",
+        "out of bound",
+        "worse",
+        "unusable",
+        "not comparable",
+        "unrecorded",
+        "better",
+        "within noise",
+        "same",
+        "within bound",
+    ]
+
+
+def test_digest_does_not_depend_on_key_order() -> None:
+    assert digest({"a": 1, "b": math.nan}) == digest({"b": math.nan, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from harness.errors import BadFile, BadSpecification
+from harness.settings import SETTINGS, build, device, positive, read_declared
+
+
+def project(folder: Path, text: str) -> Path:
+    (folder / "pyproject.toml").write_text(text)
+    return folder
+
+
+def test_no_table_is_not_active(tmp_path: Path) -> None:
+    assert read_declared(tmp_path)[0] is False
+    assert read_declared(project(tmp_path, "[tool.other]\n"))[0] is False
+    assert read_declared(project(tmp_path, "[tool.harness]\n"))[0] is True
+
+
+def test_declared_names_and_defaults(tmp_path: Path) -> None:
+    text = """
+[tool.harness.models]
+mine = "path:checkpoints/mine"
+[tool.harness.datasets]
+notes = "text:notes.txt"
+[tool.harness.options]
+max-tokens = 100
+resume = true
+report-dir = "out"
+"""
+    _, declared = read_declared(project(tmp_path, text))
+    options = build({}, declared, Path("/elsewhere"))
+    assert declared.models == {"mine": "path:checkpoints/mine"}
+    assert options.max_tokens == 100
+    assert options.resume
+    assert options.report_dir == tmp_path / "out"
+    assert options.baselines == tmp_path / "baselines"
+    given = build({"max_tokens": 7, "report_dir": Path("here")}, declared, Path("/elsewhere"))
+    assert given.max_tokens == 7
+    assert given.report_dir == Path("/elsewhere/here")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[tool.harness", "is no TOML"),
+        ("[tool.harness]\nmodel = 'x'\n", "has no 'model'"),
+        ("[tool.harness]\nmodels = 'x'\n", "must be a table"),
+        ("[tool.harness.options]\nmax-token = 3\n", "did you mean 'max-tokens'"),
+        ("[tool.harness.options]\nmax-tokens = 'x'\n", "no whole number"),
+        ("[tool.harness.models]\nmine = ':'\n", "is no specification"),
+    ],
+)
+def test_a_bad_table_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BadFile, match=message) as caught:
+        build({}, read_declared(project(tmp_path, text))[1], tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_readers_refuse_nonsense() -> None:
+    assert positive("12") == 12
+    for text in ("0", "-1", "x", "1.5"):
+        with pytest.raises(BadSpecification, match="whole number"):
+            positive(text)
+    with pytest.raises(BadSpecification, match="auto, cpu, cuda"):
+        device("gpu")
+
+
+def test_every_setting_is_a_field_with_a_default_in_words() -> None:
+    from dataclasses import fields
+
+    from harness.options import Options
+
+    names = {item.name for item in fields(Options)}
+    for setting in SETTINGS:
+        assert setting.name in names
+        assert setting.read is None or setting.default

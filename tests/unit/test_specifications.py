@@ -1,0 +1,71 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.errors import BadSpecification
+from harness.specifications import Specification, parse, parse_list
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("gpt2", "gpt2"),
+        (" nf4:block=128 ", "nf4:block=128"),
+        ("bnb-nf4:dtype=bf16:compute=fp32", "bnb-nf4:compute=fp32:dtype=bf16"),
+        ("absmax-int8:attention:layers=0-11", "absmax-int8:attention:layers=0-11"),
+        ("stride:512:256", "stride:512:256"),
+        ("path:/some/dir:with:colons", "path:/some/dir:with:colons"),
+        ("hub:org/name@main", "hub:org/name@main"),
+    ],
+)
+def test_parse_gives_the_canonical_text(text: str, canonical: str) -> None:
+    assert str(parse(text)) == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no specification"),
+        ("nf4[block]", "is no specification"),
+        ("nf4:", "empty argument"),
+        ("nf4:block=", "empty argument"),
+        ("nf4::attention", "empty argument"),
+        ("nf4:block=64:block=32", "gives 'block' twice"),
+        ("path:", "names no source"),
+    ],
+)
+def test_bad_specifications_say_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(BadSpecification, match=message):
+        parse(text)
+
+
+def test_lists_refuse_duplicates() -> None:
+    assert [str(item) for item in parse_list("fp32,nf4:block=32")] == ["fp32", "nf4:block=32"]
+    with pytest.raises(BadSpecification, match="twice"):
+        parse_list("nf4,nf4")
+
+
+NAMES = st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True)
+WORDS = st.from_regex(r"[a-z0-9*@+/._-]{1,8}", fullmatch=True)
+SPECIFICATIONS = st.builds(
+    Specification,
+    NAMES.filter(lambda name: name not in {"path", "hub", "package", "text", "ptb"}),
+    st.lists(WORDS, max_size=3).map(tuple),
+    st.dictionaries(NAMES, WORDS, max_size=3).map(lambda pairs: tuple(sorted(pairs.items()))),
+)
+
+
+@given(SPECIFICATIONS)
+def test_the_canonical_text_parses_back(specification: Specification) -> None:
+    assert parse(str(specification)) == specification
+
+
+@given(SPECIFICATIONS, SPECIFICATIONS)
+def test_file_names_never_collide(one: Specification, other: Specification) -> None:
+    assert (one.filename == other.filename) == (one == other)
+    assert "/" not in one.filename
+    assert "@" not in one.filename
+
+
+def test_names_that_differ_in_punctuation_are_two_files() -> None:
+    assert parse("gpt2-nf4").filename != parse("gpt2_nf4").filename
