@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import io
 import os
 import signal
 import sys
@@ -22,11 +21,11 @@ import numpy as np
 import torch
 import transformers  # noqa: F401  imported here so that the fork server pays for it once
 
-from harness import arguments, bnb, catalog, census, checkpoints, corpora, engine, environment, memory, protocols
+from harness import arguments, bnb, catalog, census, checkpoints, corpora, engine, environment, memory, nllfiles, protocols
 from harness.contracts import Member, Method, TokenPlan
 from harness.devices import open_device
 from harness.errors import HarnessError
-from harness.files import locked, replace_bytes, replace_text
+from harness.files import locked, replace_text
 from harness.messages import Job, Reply
 from harness.planning import member_of, method_of
 from harness.records import Case, Row, digest
@@ -103,7 +102,8 @@ class Group:
             model = self.method.load(self.checkpoint, self.arguments, self.job.device)
             peak = self.device.peak()
             self.before = {**memory.measure(model), "memory.load_peak": max(peak.values()), **peak}
-            self.census = census.census(model, self.method, self.arguments)
+            original = dict(checkpoints.sketch_model(self.config, self.arguments.dtype).named_modules())
+            self.census = census.census(model, self.method, self.arguments, original)
             self._model = model
             if self.job.device != "cpu":  # evidence that the device did the work, kept with every row
                 ids = torch.ones((1, 8), dtype=torch.long, device=self.job.device)
@@ -149,9 +149,12 @@ class Group:
         with locked(folder / f".{key[:32]}.lock"):
             if not index.exists():
                 own = self.case.method == self.case.reference
-                sha = save_nll(folder, self.score(self.model if own else self.reference, batch))
+                sha = nllfiles.save(folder, self.score(self.model if own else self.reference, batch))
                 replace_text(index, sha)
-            return load_nll(folder, index.read_text())
+            nll = nllfiles.load(folder, index.read_text())
+            if nll is None:
+                raise HarnessError(f"{index} names a file that is gone: measure into a fresh --report-dir")
+            return nll
 
     def score(self, model: nn.Module, batch_size: int) -> NDArray[np.float32]:
         """Run the engine over the plan's windows."""
@@ -202,29 +205,11 @@ class Group:
         if not member.timed:
             counts = [window.scored for window in plan.windows if window.scored]
             folder = self.job.options.report_dir / "nll"
-            facts["nll"] = save_nll(folder, self.nll())
+            facts["nll"] = nllfiles.save(folder, self.nll())
             facts["detail"] = {"window_counts": counts, "tokens": plan.tokens, "protocol": plan.protocol}
+            if member.paired:
+                facts["detail"]["reference_nll"] = nllfiles.save(folder, self.reference_nll())
         return facts
-
-
-def save_nll(folder: Path, nll: NDArray[np.float32]) -> str:
-    """Write nll/<sha>.npz, named by the sha256 of its float32 values; returns the sha."""
-    sha = digest(nll.astype("<f4").tobytes().hex())
-    path = folder / f"{sha}.npz"
-    if not path.exists():
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, nll=nll.astype("<f4"))
-        replace_bytes(path, buffer.getvalue())
-    return sha
-
-
-def load_nll(folder: Path, sha: str) -> NDArray[np.float32]:
-    """Read it back, refusing bytes that do not hash to their name."""
-    with np.load(folder / f"{sha}.npz", allow_pickle=False) as data:
-        nll: NDArray[np.float32] = data["nll"]
-    if digest(nll.astype("<f4").tobytes().hex()) != sha:
-        raise HarnessError(f"{folder / sha}.npz is corrupted: delete it and measure again")
-    return nll
 
 
 @functools.cache

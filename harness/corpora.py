@@ -136,8 +136,8 @@ def lee_content() -> Content:
 def ptb_content(argument: str, root: Path) -> Content:
     """The Penn Treebank test split from a local file, held to its checksum; blanks around a line are not text."""
     path = local(argument, root)
-    if not argument or not path.is_file():
-        raise MissingAsset(f"there is no file '{argument}': {PTB_ADVICE}" if argument else PTB_ADVICE)
+    if not path.is_file():
+        raise MissingAsset(f"there is no file '{argument}': {PTB_ADVICE}")
     data = read_bytes(path)
     found, lines = hashlib.sha256(data).hexdigest(), data.count(b"\n")
     if found != PTB_SHA256:
@@ -239,8 +239,7 @@ def resolve(specification: Specification, declared: Declared) -> tuple[Dataset, 
         raise BadSpecification(f"'{asked}': the dataset '{asked.name}' takes no such argument")
     argument = asked.words[0] if asked.words else ""
     if dataset.argument and not argument:
-        advice = f": {PTB_ADVICE}" if asked.name == "ptb" else ""
-        raise BadSpecification(f"'{asked}' names no text: write {asked.name}:{dataset.argument}{advice}")
+        raise BadSpecification(f"'{asked}' names no text: write {asked.name}:{dataset.argument}")
     if dataset.syntax:
         dataset.syntax(argument)
     return dataset, argument, root

@@ -33,6 +33,7 @@ INSTRUCTIONS = {"avx2": "avx2", "avx512f": "avx512", "avx512_bf16": "avx512_bf16
 SALT = "llm-quantization-harness machine id 1"  # so that the id says "the same machine" and nothing else
 CPUINFO, MACHINE_ID = Path("/proc/cpuinfo"), Path("/etc/machine-id")
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
+FIELDS_NAMED = 3  # of a class's difference in one line; a failure's report lists all
 GIT_SECONDS = 10  # a checkout on a slow network disk must not hold up a measurement
 
 
@@ -191,6 +192,15 @@ def difference(before: Environment, now: Environment) -> list[str]:
     """What changed, one line a field: 'bitsandbytes: 0.48.2 -> 0.50.2', in the order of the fields."""
     pairs = ((item.name, getattr(before, item.name), getattr(now, item.name)) for item in fields(Environment))
     return [f"{name}: {_shown(old)} -> {_shown(new)}" for name, old, new in pairs if old != new]
+
+
+def class_difference(before: Environment, now: Environment) -> str:
+    """Why a figure of one environment class does not reach another, in one line; '' within one class."""
+    if before.device_class != now.device_class:
+        return f"device class: {before.device_class} -> {now.device_class}"
+    lines = [line for line in difference(before, now) if line.partition(":")[0] in CLASS_FIELDS]
+    more = len(lines) - FIELDS_NAMED
+    return ", ".join(lines[:FIELDS_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, judge, planning, probe
+from harness import baselines, exact, judge, planning, probe
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -217,14 +217,14 @@ def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
     facts = {} if row.value is None else state.session.facts(row)
     if not facts:
         return
-    path = baselines.exact_path(state.options.baselines, row.case)
-    recorded = baselines.read_exact(path)
-    if not state.options.regenerate and not baselines.holds(recorded, facts):
+    path = exact.exact_path(state.options.baselines, row.case)
+    recorded = exact.read_exact(path)
+    if not state.options.regenerate and not exact.holds(recorded, facts):
         return  # unrecorded: the judge says so, with the command that records it
     if recorded is None and state.options.regenerate == "force":
         path.parent.mkdir(parents=True, exist_ok=True)
     world = state.session.runner.environments[row.environment]
-    document = baselines.exact_document(recorded, facts, baselines.provenance(world))
+    document = exact.exact_document(recorded, facts, exact.provenance(world))
     request.getfixturevalue("data_regression").check(document, fullpath=path)
 
 

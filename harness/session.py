@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import baselines, bounds, corpora, judge, models, report
+from harness import baselines, bounds, corpora, exact, judge, models, nllfiles, report
 from harness.environment import Environment
 from harness.errors import HarnessError
 from harness.files import cache_dir
@@ -86,15 +86,15 @@ class Session:
 
     def nll(self, sha: str) -> NDArray[np.float32] | None:
         """Per-token NLL by its sha, from this report or from the baselines of any model."""
-        for path in (self.options.report_dir / "nll" / f"{sha}.npz", *self.options.baselines.glob(f"*/nll/{sha}.npz")):
-            if path.is_file():
-                with np.load(path, allow_pickle=False) as data:
-                    return np.asarray(data["nll"], dtype=np.float32)
+        for folder in (self.options.report_dir / "nll", *sorted(self.options.baselines.glob("*/nll"))):
+            found = nllfiles.load(folder, sha)
+            if found is not None:
+                return found
         return None
 
     def facts(self, row: Row) -> dict[str, Any]:
         """The exact facts a row brings, to be held with pytest-regressions."""
-        return baselines.exact_facts(row, member_of(row.case))
+        return exact.exact_facts(row, member_of(row.case))
 
     def close(self) -> None:
         """End the group's process."""
@@ -115,9 +115,9 @@ def open_report(folder: Path, *, keep: bool) -> None:
         probe.touch()
         probe.unlink()
         if not keep:
-            for old in ("measurements.jsonl", "environments.json", "plan.json", "report.md"):
+            for old in ("measurements.jsonl", "environments.json", "plan.json", "session.json", "report.md"):
                 (folder / old).unlink(missing_ok=True)
-            for old_file in (folder / "nll").iterdir():
+            for old_file in (*(folder / "nll").iterdir(), *folder.glob("*.svg")):
                 old_file.unlink()
     except OSError as error:
         raise HarnessError(f"--report-dir {folder} cannot be written: {error.strerror or error}") from error

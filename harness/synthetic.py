@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 LANGUAGE_SEED = 20_240  # of the transition weights: the language itself
 TRAINING_SEED = 1
 HELD_OUT_SEED = 2  # of the text that is measured
-WORDS = tuple(consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou")[:62]  # 62 and two specials: 64
+WORDS = tuple(consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou")[:62]  # and 2 specials: 64
 EXPONENTS = 6  # weights are 2^0 .. 2^5: far enough from uniform that a damaged model shows
 BURN_IN_WORDS = 64  # dropped: the chain forgets its start pair far sooner
 LINE_WORDS = 24  # words a line, so that a text has sentences

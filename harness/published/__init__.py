@@ -4,8 +4,8 @@
 here imports torch before a claim is judged.
 """
 
-from harness.published.claims import Claim, Report, read
+from harness.published.claims import Claim, Report, default_folder, read
 from harness.published.judging import Finding, Judgement, judge
 from harness.published.writing import as_json, section, table
 
-__all__ = ["Claim", "Finding", "Judgement", "Report", "as_json", "judge", "read", "section", "table"]
+__all__ = ["Claim", "Finding", "Judgement", "Report", "as_json", "default_folder", "judge", "read", "section", "table"]

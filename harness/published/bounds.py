@@ -8,5 +8,5 @@ from decimal import Decimal
 BYTES_PER_SECOND = Decimal(25 * 10**12)
 BANDWIDTH_SOURCE = "an H200 has 4.8, a B200 8, cards announced with HBM4 22"
 
-# Public figures of one model on English differ by protocol and text by less than 5 (GPT-2: 25 to 80); 100 is no dispute.
+# Public figures of one model on English differ by protocol and text by a factor under 5 (GPT-2: 25 to 80).
 IMPLAUSIBLE = 100

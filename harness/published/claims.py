@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from harness.errors import BadFile, MissingAsset
 
@@ -26,7 +26,9 @@ HEADS = ("shared", "copied at 8 bits")
 MASKS = ("none", "bool a position pair and an fp32 scalar a layer")
 ROTARY = ("none", "fp32 per layer")
 ONLY = ("", "int8", "fp32")
-T = TypeVar("T")
+READINGS = ("", "port")
+FOLDER = Path("baselines/published")
+CLONE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Claim:
         fault: the control of docs/pitfalls.md that yields this symptom.
         passes: how many forward passes the report divides a time by.
         dataset, text_protocol: what settles a perplexity once the weights are there.
+        reading: 'port' where the source joins rows and begins windows in a way of its own (`settling`).
+        slack: how far a measured figure may lie off, in the unit; "" is the printed precision.
+        verdict: the reviewed word, which the pytest case holds the computed one to.
     """
 
     report: Report
@@ -101,6 +106,9 @@ class Claim:
     passes: int = 1
     dataset: str = ""
     text_protocol: str = ""
+    reading: str = ""
+    slack: str = ""
+    verdict: str = ""
     beside: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -127,6 +135,11 @@ class Claim:
     def printed(self, base: int | Decimal) -> Decimal:
         """A number in bytes, seconds or 1, as this claim would print it: in its unit, with its decimals."""
         return (Decimal(base) / UNITS[self.unit]).quantize(Decimal(1).scaleb(-self.digits))
+
+
+def default_folder(here: Path) -> Path:
+    """`baselines/published` under a folder, else that of the clone which this package is imported from."""
+    return next((path for path in (here / FOLDER, CLONE / FOLDER) if path.is_dir()), here / FOLDER)
 
 
 def read(folder: Path) -> tuple[Claim, ...]:
@@ -181,6 +194,8 @@ def _line(report: Report, line: Mapping[str, Any]) -> list[Claim]:
             raise ValueError(f"{where}: published is text, so that its digits stay: write published = '...'")
         if figure["unit"] not in UNITS:
             raise ValueError(f"{where}: unit is one of {', '.join(UNITS)}, not '{figure['unit']}'")
+        if figure.get("reading", "") not in READINGS:
+            raise ValueError(f"{where}: reading is one of {', '.join(map(repr, READINGS))}, not '{figure['reading']}'")
         Decimal(figure["published"])
         given = {"specification": line.get("specification", ""), "reference": line.get("reference", ""), **figure}
         given["convention"] = _convention(figure["convention"]) if "convention" in figure else None

@@ -1,7 +1,7 @@
 """Bytes of a model under a report's convention: which tensors at which width, and what else was counted.
 
-    bytes = sum over tensors of elements * width  +  4 * output channels of scaled tensors
-            + a copied head + mask buffers + rotary buffers
+bytes = sum over tensors of elements * width  +  4 * output channels of scaled tensors
+        + a copied head + mask buffers + rotary buffers
 """
 
 from __future__ import annotations
@@ -110,7 +110,15 @@ def read_by_a_pass(anatomy: Anatomy, convention: Convention) -> int:
         return counted.quantized + counted.remainder + counted.scales
     wanted = tuple(group for group in convention.quantized if any(covers(group, row.name) for row in rows))
     tables = count(replace(anatomy, tensors=rows), replace(convention, quantized=wanted, head="shared"))
-    return counted.quantized + counted.remainder + counted.scales + counted.head_copy - tables.total + tables.masks + tables.rotary
+    return (
+        counted.quantized
+        + counted.remainder
+        + counted.scales
+        + counted.head_copy
+        - tables.total
+        + tables.masks
+        + tables.rotary
+    )
 
 
 def describe(convention: Convention) -> str:
@@ -122,7 +130,9 @@ def describe(convention: Convention) -> str:
         layers = f" in layers {group.layers[0]}-{group.layers[1]}" if group.layers else ""
         parts.append(f"{' and '.join(group.tensors)}{layers} at {group.bits:g} bits")
     parts.append(f"{'the rest' if parts else 'everything'} in {convention.remainder}")
-    parts.append({"none": "no scales" if convention.quantized else ""}.get(convention.scales, f"{convention.scales} scales"))
+    parts.append(
+        {"none": "no scales" if convention.quantized else ""}.get(convention.scales, f"{convention.scales} scales")
+    )
     parts.append("the tied head copied at 8 bits" if convention.head != "shared" else "")
     parts.append("causal masks counted" if convention.masks != "none" else "")
     parts.append("a rotary buffer a layer counted" if convention.rotary != "none" else "")

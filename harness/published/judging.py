@@ -12,9 +12,12 @@ from decimal import Decimal
 from enum import StrEnum
 
 from harness.published import bounds, memory
-from harness.published.anatomy import anatomy, truth
+from harness.published.anatomy import Truth, anatomy, truth
 from harness.published.claims import UNITS, Claim
 from harness.published.conventions import describe
+from harness.published.ratios import Ratio
+
+GB, GIB = 10**9, 2**30
 
 
 class Finding(StrEnum):
@@ -46,12 +49,17 @@ class Judgement:
     command: str = ""
 
 
-def judge(claims: Sequence[Claim]) -> tuple[Judgement, ...]:
-    """A verdict on every claim, in order. Imports torch, reads no weights and no network."""
-    return tuple(_judge(claim, claims) for claim in claims)
+def judge(claims: Sequence[Claim], measured: Mapping[str, Ratio] | None = None) -> tuple[Judgement, ...]:
+    """A verdict on every claim, in order. Imports torch, reads no weights and no network.
+
+    Args:
+        claims: all of them: some are judged beside others.
+        measured: latency ratios by our method's name, put beside published ones.
+    """
+    return tuple(_judge(claim, claims, measured or {}) for claim in claims)
 
 
-def _judge(claim: Claim, claims: Sequence[Claim]) -> Judgement:
+def _judge(claim: Claim, claims: Sequence[Claim], measured: Mapping[str, Ratio]) -> Judgement:
     kind = claim.metric.partition(".")[0].partition("_")[0]
     if kind == "memory" or kind == "dtype":
         return memory_judgement(claim)
@@ -61,7 +69,7 @@ def _judge(claim: Claim, claims: Sequence[Claim]) -> Judgement:
         return perplexity_judgement(claim, claims)
     if kind in ("cpu", "gpu"):
         return split_judgement(claim)
-    return time_judgement(claim, claims)
+    return time_judgement(claim, claims, measured)
 
 
 def memory_judgement(claim: Claim) -> Judgement:
@@ -76,9 +84,13 @@ def memory_judgement(claim: Claim) -> Judgement:
     total, note = memory.counted(claim)
     agrees = claim.printed(total) == claim.value
     if not agrees:
-        note = f"under its convention ({describe(claim.convention)}) the architecture gives {claim.printed(total)}; {note}"
+        note = (
+            f"under its convention ({describe(claim.convention)}) the architecture gives {claim.printed(total)}; {note}"
+        )
     finding = Finding.REPRODUCED if agrees else Finding.REFUTED
-    return Judgement(claim, finding, _joined(note, claim.remark, _control(claim)), _in_unit(total, claim), held, command)
+    return Judgement(
+        claim, finding, _joined(note, claim.remark, _control(claim)), _in_unit(total, claim), held, command
+    )
 
 
 def census_judgement(claim: Claim) -> Judgement:
@@ -97,11 +109,11 @@ def census_judgement(claim: Claim) -> Judgement:
     return Judgement(claim, finding, _joined(note, claim.remark), Decimal(ours))
 
 
-def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
+def time_judgement(claim: Claim, claims: Sequence[Claim], measured: Mapping[str, Ratio]) -> Judgement:
     """Refuted where the weights would have to be read faster than any memory can; else not settled by anyone."""
     weights = memory.read_by_a_pass(claim)
     seconds = claim.in_base_units / claim.passes
-    note = f"published ratio to its reference {_ratio(claim, claims)}" if _ratio(claim, claims) else ""
+    note = _beside(claim, _ratio(claim, claims), measured)
     rate = Decimal(weights) / seconds
     if rate > bounds.BYTES_PER_SECOND:
         least = Decimal(weights) / bounds.BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
@@ -115,8 +127,7 @@ def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, note, claim.remark), None)
     missing = f"not said: {claim.report.missing['latency']}"
-    said = f"{rate / 10**9:,.1f} GB/s of weights at one pass, which breaks no bound" if claim.passes == 1 else ""
-    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said, note, claim.remark, _control(claim)))
+    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, note, claim.remark, _control(claim)))
 
 
 def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
@@ -148,33 +159,49 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
 def split_judgement(claim: Claim) -> Judgement:
     """What host and card held: bounded from below by the weights that must lie there."""
     held = truth(claim.report.model, claim.specification)
-    host, card = Decimal(claim.beside.get("cpu_gb", claim.published)), Decimal(claim.beside.get("gpu_gb", claim.published))
     missing = f"not said: {claim.report.missing['split']}"
-    if not held.codes:  # unquantized
-        enough = host * UNITS["GB"] >= held.parameters
-        if claim.metric == "gpu_gb" and enough:
-            agrees = claim.value == 0
-            said = f"{host} GB on the host hold the whole model of {held.parameters / 10**9:.2f} GB, which leaves 0 for the card"
-            finding = Finding.REPRODUCED if agrees else Finding.UNDERSPECIFIED
-            return Judgement(claim, finding, said if agrees else _joined(missing, said), Decimal(0), held.storage)
-        if host + card < Decimal(held.parameters) / UNITS["GB"]:
-            said = f"host and card together hold {host + card} GB, the weights alone take {held.parameters / 10**9:.2f}"
-            return Judgement(claim, Finding.REFUTED, said, _in_unit(held.parameters, claim), held.storage)
-        rest = f"the weights take {held.parameters / 10**9:.2f} GB of it, which fits"
-        return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, rest), _in_unit(held.parameters, claim), held.storage)
+    if not held.codes:
+        return _unquantized_split(claim, held, missing)
     if claim.metric == "cpu_gb":
         said = "a quantized model on the card leaves nothing on the host that the method fixes"
         return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said), storage=held.storage)
     ours = _in_unit(held.storage, claim)
-    sizes = f"{held.storage / 10**9:.2f} GB or {held.storage / 2**30:.2f} GiB"
-    if claim.value * 2**30 < held.codes:
+    sizes = f"{held.storage / GB:.2f} GB or {held.storage / GIB:.2f} GiB"
+    if claim.value * GIB < held.codes:
         said = (
-            f"the codes alone take {held.codes / 10**9:.2f} GB = {held.codes / 2**30:.2f} GiB and the model {sizes}: more "
-            "than the figure in either unit, unless layers stayed on the host, which the report does not say"
+            f"the codes alone take {held.codes / GB:.2f} GB = {held.codes / GIB:.2f} GiB and the model {sizes}: more than "
+            "the figure in either unit, unless layers stayed on the host, which the report does not say"
         )
         return Judgement(claim, Finding.REFUTED, said, ours, held.storage)
-    said = f"the model holds {sizes} in full; the figure is {claim.value * 2**30 / held.storage - 1:+.1%} of the latter"
+    said = f"the model holds {sizes} in full; the figure is {claim.value * GIB / held.storage - 1:+.1%} of the latter"
     return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said), ours, held.storage)
+
+
+def _unquantized_split(claim: Claim, held: Truth, missing: str) -> Judgement:
+    """Host and card together hold the weights; a host that holds them all leaves none for the card."""
+    host, card = (Decimal({**claim.beside, claim.metric: claim.published}[name]) for name in ("cpu_gb", "gpu_gb"))
+    whole = Decimal(held.parameters) / GB
+    if host + card < whole:
+        said = f"host and card together hold {host + card} GB, the weights alone take {whole:.2f}"
+        return Judgement(claim, Finding.REFUTED, said, whole, held.storage)
+    if claim.metric == "gpu_gb" and host >= whole:
+        said = f"{host} GB on the host hold the whole model of {whole:.2f} GB, which leaves 0 for the card"
+        finding = Finding.UNDERSPECIFIED if claim.value else Finding.REPRODUCED
+        return Judgement(claim, finding, _joined(missing, said) if claim.value else said, Decimal(0), held.storage)
+    said = f"the weights take {whole:.2f} GB of it, which fits"
+    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said), whole, held.storage)
+
+
+def _beside(claim: Claim, ratio: str, measured: Mapping[str, Ratio]) -> str:
+    """The published ratio, beside it ours where one was measured, and why the two may differ."""
+    if not ratio:
+        return ""
+    note = f"published ratio to its reference {ratio}"
+    name = claim.specification.partition(":")[0]
+    if name not in measured:
+        return note
+    why = "a library's kernels differ by device" if name.startswith("bnb-") else "ours dequantizes at every call"
+    return f"{note}, here {measured[name]}: another model on another device, and {why}"
 
 
 def _in_unit(base: int, claim: Claim) -> Decimal:
@@ -199,8 +226,11 @@ def _ratio(claim: Claim, claims: Sequence[Claim]) -> str:
     before = base.get({"latency_ms": "latency_before_ms", "perplexity": "perplexity_before"}.get(claim.metric, ""), "")
     if claim.reference == "before" and before:
         return f"{claim.value / Decimal(before):.3f}"
-    for other in claims:
-        same = (other.report, other.part, other.metric) == (claim.report, claim.part, claim.metric)
-        if same and claim.reference and other.method == claim.reference:
-            return f"{claim.value / other.value:.3f}"
-    return ""
+    metric = claim.metric.replace("latency_table_s", "latency_s")
+    references = [
+        other
+        for other in claims
+        if (other.report.name, other.method, other.metric) == (claim.report.name, claim.reference, metric)
+    ]
+    references.sort(key=lambda other: other.part != claim.part)  # its own part's, else the other part's
+    return f"{claim.value / references[0].value:.3f}" if references else ""

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from harness.published.anatomy import Anatomy, anatomy, truth
 from harness.published.claims import ROTARY, UNITS, Claim, Convention
-from harness.published.conventions import SCALE_BYTES, Count, count, covers, read_by_a_pass as _read
+from harness.published.conventions import Count, count
+from harness.published.conventions import read_by_a_pass as _read
 from harness.published.search import explain, search
 
 MIB = 2**20

@@ -85,7 +85,9 @@ def search(model: str, published: Decimal, unit_bytes: int, digits: int) -> Sear
     window = distance <= unit_bytes * 10.0**-digits  # a printed step each side, then held to the printed digits
     step = Decimal(1).scaleb(-digits)
     hits = [
-        index for index in np.flatnonzero(window) if (Decimal(int(space[index])) / unit_bytes).quantize(step) == published
+        index
+        for index in np.flatnonzero(window)
+        if (Decimal(int(space[index])) / unit_bytes).quantize(step) == published
     ]
     nearest: dict[int, int] = {}
     for index in np.argsort(distance, kind="stable")[: 64 * CLOSEST]:  # several assignments share a total

@@ -7,17 +7,18 @@ token hash never is. A is the earlier side, B the later: `worse` says that B is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness import catalog
+from harness.bounds import DEFAULTS, Bounds
+from harness.bounds import read as read_bounds
 from harness.contracts import Member
 from harness.errors import HarnessError
 from harness.records import Case, Row, Verdict
 from harness.report.account import flatten
 from harness.report.decisions import (
-    FLOOR_NATS,
     Entry,
     absent,
     broken,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-HARM = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)
+HARM = (Verdict.MISSING, Verdict.WORSE)
 UNDECIDED = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE)
 
 
@@ -70,7 +71,7 @@ def compare(
     environments_a: Mapping[str, Mapping[str, Any]] | None = None,
     environments_b: Mapping[str, Mapping[str, Any]] | None = None,
     members: Mapping[str, Member] | None = None,
-    floor: Callable[[Row], float] = lambda row: FLOOR_NATS,
+    bounds: Bounds | None = None,
     notes: Sequence[str] = (),
 ) -> Comparison:
     """Compare two sessions.
@@ -83,7 +84,7 @@ def compare(
         environments_a: by id, for the printed difference.
         environments_b: the same for B.
         members: metrics by full name; those of the catalogue by default.
-        floor: nats below which a change of perplexity on this row's device is noise.
+        bounds: below what a change is noise; the package's own by default.
         notes: carried into the comparison.
 
     Raises:
@@ -96,7 +97,7 @@ def compare(
             f"nothing to compare: A has {len(a)} cases, B has {len(b)}, and none is in both "
             "(model, method, dataset, protocol, metric, device, reference)"
         )
-    judge = _Judge(_Side(a, nll_a), _Side(b, nll_b), members or known_members(), floor)
+    judge = _Judge(_Side(a, nll_a), _Side(b, nll_b), members or known_members(), bounds or package_bounds())
     return Comparison(
         tuple(judge.entry(a[case], b[case]) for case in shared),
         tuple(case for case in a if case not in b),
@@ -104,8 +105,25 @@ def compare(
         environment_difference(
             [a[case] for case in shared], environments_a or {}, [b[case] for case in shared], environments_b or {}
         ),
-        tuple(notes),
+        (*notes, *identity_notes([(a[case], b[case]) for case in shared])),
     )
+
+
+def package_bounds() -> Bounds:
+    """The harness's own bounds, without a repository's."""
+    return Bounds(read_bounds(DEFAULTS))
+
+
+def identity_notes(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    """Weights and written-out methods that are not the same on both sides: comparable, but a reader must know."""
+    kinds = (("weights", "model", "revision"), ("arguments", "method", "method_id"))
+    found = {
+        f"{kind} of {getattr(a, owner)} differ: {getattr(a, name)} -> {getattr(b, name)}": None
+        for kind, owner, name in kinds
+        for a, b in pairs
+        if getattr(a, name) and getattr(b, name) and getattr(a, name) != getattr(b, name)
+    }
+    return list(found)
 
 
 def known_members() -> dict[str, Member]:
@@ -156,7 +174,7 @@ class _Judge:
     a: _Side
     b: _Side
     members: Mapping[str, Member]
-    floor: Callable[[Row], float]
+    bounds: Bounds
 
     def entry(self, a: Row, b: Row) -> Entry:
         """The first rule that applies decides."""
@@ -169,8 +187,8 @@ class _Judge:
         if a.metric in ("perplexity", "perplexity.delta"):
             return self._perplexity(blank, a.value, b.value)
         if a.case.family == "latency" or (member is not None and member.timed):
-            return timed(blank)
-        return valued(blank, member, a.value, b.value)
+            return timed(blank, self.bounds.allowance(blank.case))
+        return valued(blank, member, self.bounds.allowance(blank.case), a.value, b.value)
 
     def _perplexity(self, blank: Entry, a: float, b: float) -> Entry:
         if blank.a.nll and blank.a.nll == blank.b.nll and same(a, b):
@@ -189,7 +207,7 @@ class _Judge:
         ends = list(itertools.accumulate(counts))
         spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         change = paired_delta(after, before, spans)
-        floor = self.floor(blank.b)
+        floor = self.bounds.floor(blank.case)
         found = replace(blank, change=change.value, low=change.low, high=change.high, paired=True)
         windows = f"over {change.count} windows; floor {floor:g} nats"
         if not change.usable and abs(change.value) > floor:
@@ -200,6 +218,6 @@ class _Judge:
     def _unpaired(self, blank: Entry, a: float, b: float) -> Entry:
         shift = moved(a, b, blank.case.metric)
         change = shift["change"]
-        if change is not None and abs(change) <= self.floor(blank.b):
+        if change is not None and abs(change) <= self.bounds.floor(blank.case):
             return replace(blank, verdict=Verdict.WITHIN_NOISE, reason="values only, nothing was paired", **shift)
         return replace(blank, verdict=Verdict.UNUSABLE, reason="values only, nothing was paired: no interval", **shift)

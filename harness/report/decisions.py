@@ -9,12 +9,6 @@ from typing import Any
 from harness.contracts import Member
 from harness.records import Case, Row, Verdict, decode_number
 
-# protocols.md lets one model's mean NLL move by 1e-5 nat between batch sizes and a token by 1e-4; nothing below the
-# latter is a change of quality
-FLOOR_NATS = 1e-4
-PEAK_NOISE = 0.05  # a peak is observed once: allocators and shared pages move resident sets by a few percent
-TOO_WIDE = math.log(1.10)  # a time ratio that may be 10% off says neither 'changed' nor 'did not'
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -88,10 +82,11 @@ def broken(blank: Entry, a: float, b: float) -> Entry | None:
     return replace(blank, verdict=verdict, reason=f"not finite in {'B' if fine[0] else 'A'}")
 
 
-def timed(blank: Entry) -> Entry:
+def timed(blank: Entry, allowance: float) -> Entry:
     """A time, judged by its log ratio to the reference of its own session; the reference's own time is not judged.
 
-    The two sessions are independent, so the half-widths of their intervals add in squares.
+    The two sessions are independent, so the half-widths of their intervals add in squares. What lies within the
+    larger of the A/A floors and `allowance` (a ratio) is noise; an interval across that limit is too wide to decide.
     """
     a, b = blank.a, blank.b
     if blank.case.method == blank.case.reference:
@@ -103,12 +98,13 @@ def timed(blank: Entry) -> Entry:
     change = two[0] - one[0]
     low = change - math.hypot(two[0] - two[1], one[2] - one[0])
     high = change + math.hypot(two[2] - two[0], one[0] - one[1])
-    floor = max(_number(row.detail.get("aa_floor")) or 0.0 for row in (a, b))
+    floor = max(math.log(allowance), *(_number(row.detail.get("aa_floor")) or 0.0 for row in (a, b)))
     found = replace(blank, change=change, low=low, high=high)
+    limit = f"noise up to {100 * math.expm1(floor):.3g}%"
     verdict = decide(low, high, floor)
-    if verdict is Verdict.WITHIN_NOISE and (low < -max(floor, TOO_WIDE) or high > max(floor, TOO_WIDE)):
-        return replace(found, verdict=Verdict.UNUSABLE, reason="the interval of the ratio is too wide to decide")
-    return replace(found, verdict=verdict, reason=f"ratio to the reference; A/A floor {100 * math.expm1(floor):.2g}%")
+    if verdict is Verdict.WITHIN_NOISE and (low < -floor or high > floor):
+        return replace(found, verdict=Verdict.UNUSABLE, reason=f"the ratio's interval is too wide to decide; {limit}")
+    return replace(found, verdict=verdict, reason=f"ratio to the reference; {limit}")
 
 
 def _log_ratio(row: Row) -> tuple[float, float, float] | None:
@@ -122,8 +118,8 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def valued(blank: Entry, member: Member | None, a: float, b: float) -> Entry:
-    """A number without a pairing: bytes to the byte (peaks within their noise), others by their intervals."""
+def valued(blank: Entry, member: Member | None, allowance: float, a: float, b: float) -> Entry:
+    """A number without a pairing: bytes to the byte (peaks within a ratio of `allowance`), others by intervals."""
     shift = moved(a, b, blank.case.metric)
     if same(a, b):
         return replace(blank, verdict=Verdict.SAME, reason="equal values", **shift)
@@ -133,9 +129,9 @@ def valued(blank: Entry, member: Member | None, a: float, b: float) -> Entry:
         return replace(blank, verdict=Verdict.UNUSABLE, reason="values differ and no direction is better", **shift)
     worse = (b > a) == (member.better == "lower")
     verdict = Verdict.WORSE if worse else Verdict.BETTER
-    if blank.case.family == "memory" and blank.case.metric.endswith("_peak"):
-        small = abs(b - a) <= PEAK_NOISE * a
-        reason = f"a peak is observed once; noise up to {100 * PEAK_NOISE:g}%"
+    if blank.case.family == "memory" and allowance > 1 and not member.exact:
+        small = max(a, b) <= allowance * min(a, b)
+        reason = f"observed once; noise up to {100 * (allowance - 1):.3g}%"
         return replace(blank, verdict=Verdict.WITHIN_NOISE if small else verdict, reason=reason, **shift)
     if member.exact or blank.case.family == "memory":
         return replace(blank, verdict=verdict, reason=f"{b - a:+,.0f} {blank.b.unit}, exact", **shift)

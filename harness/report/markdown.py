@@ -16,7 +16,7 @@ READING = """\
 - Perplexity and every ratio: lower is better. Memory and time: lower is better. MiB is 2^20 bytes.
 - *Ratio to reference* is the method's figure over the unquantized reference's, on the same tokens or in the same run.
 - The interval of a perplexity ratio is a 95% Student t over windows: what to expect on *text like this*. On *this
-  text* the ratio itself is exact, since every planned token was read.
+  text* the ratio itself is exact wherever a perplexity stands beside it: every planned token was read.
 - The interval of a time ratio is a 95% Hodges-Lehmann interval over interleaved blocks. p50, p90, p99 are percentiles
   of single runs, IQR is the distance between their quartiles. A/A is the reference timed against itself.
 - *Storage* is every byte the model needs to run, quantization state included; *footprint* is parameters and buffers

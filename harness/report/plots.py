@@ -70,7 +70,16 @@ def _style() -> Iterator[None]:
 
 def draw(figure: Figure) -> Canvas:
     """The figure as a matplotlib one, laid out."""
-    return {"quality": _quality, "latency": _latency, "combined": _combined}[figure.kind](figure)
+    canvas = {"quality": _quality, "latency": _latency, "combined": _combined}[figure.kind](figure)
+    _freeze(canvas)
+    return canvas
+
+
+def _freeze(canvas: Canvas) -> None:
+    """Lay out once and keep it: pixels are known from here on, and saving need not do it again."""
+    if canvas.get_layout_engine() is not None:
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")
 
 
 def plain(text: str) -> str:
@@ -159,8 +168,7 @@ def _label(
     lines: Sequence[tuple[tuple[float, float], tuple[float, float]]],
 ) -> None:
     """Write the names beside their points and clear of the lines, with a leader where a name had to move away."""
-    canvas.draw_without_rendering()  # lays out, so that pixels are known
-    canvas.set_layout_engine("none")
+    _freeze(canvas)
     texts = [axes.text(0, 0, name, fontsize=8.5, color=DARK, va="bottom") for name in names]
     extents = [text.get_window_extent() for text in texts]
     pixels = [tuple(axes.transData.transform(point)) for point in points]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import bounds
 from harness.errors import BadFile
 from harness.files import replace_text
 from harness.records import Case, Row
@@ -65,8 +66,11 @@ def _put(path: Path, text: str) -> None:
         raise BadFile(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def compare_paths(path_a: Path, path_b: Path) -> Comparison:
-    """Compare two report directories, or two bare measurements.jsonl files (values only)."""
+def compare_paths(path_a: Path, path_b: Path, baselines: Path = Path("baselines")) -> Comparison:
+    """Compare two report directories, or two bare measurements.jsonl files (values only).
+
+    What is noise stands in the harness's bounds.toml, and over it in that of the `baselines` folder, if there is one.
+    """
     a, b = read_report(path_a), read_report(path_b)
     return compare(
         a.rows,
@@ -75,5 +79,6 @@ def compare_paths(path_a: Path, path_b: Path) -> Comparison:
         nll_reader(b.folder),
         environments_a=a.environments,
         environments_b=b.environments,
+        bounds=bounds.load(baselines),
         notes=[*(f"A: {note}" for note in a.notes), *(f"B: {note}" for note in b.notes)],
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import BadFile, MissingAsset
-from harness.records import Case, Row, digest
+from harness.records import Case, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,24 +106,8 @@ def nll_reader(folder: Path | None) -> Nll:
     """Per-token NLL from `folder`/nll, checked against the sha that names it; BadFile where the bytes differ."""
 
     def read(sha: str) -> NDArray[np.float32] | None:
-        import numpy as np
+        from harness import nllfiles  # local: `report` renders without numpy
 
-        path = folder / "nll" / f"{sha}.npz" if folder and SHA.fullmatch(sha) else None
-        if path is None or not path.is_file():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                values: NDArray[np.float32] = data["nll"].astype("<f4")
-        except (OSError, ValueError, KeyError, EOFError, _bad_zip()) as error:
-            raise BadFile(f"{path} cannot be read ({error}): delete it and measure again") from error
-        if digest(values.tobytes().hex()) != sha:
-            raise BadFile(f"{path} does not hold what its name says: delete it and measure again")
-        return values
+        return nllfiles.load(folder / "nll", sha) if folder and SHA.fullmatch(sha) else None
 
     return read
-
-
-def _bad_zip() -> type[Exception]:
-    from zipfile import BadZipFile
-
-    return BadZipFile

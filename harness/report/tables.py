@@ -37,12 +37,15 @@ def main(section: Section, text: Text) -> str:
     return by_method(section, columns)
 
 
-def by_method(section: Section, columns: Sequence[Column], methods: Sequence[str] = ()) -> str:
-    """One line a method; a column that nobody has anything in is left out, the last (a verdict) never."""
-    chosen = methods or section.methods
-    filled = [(header, [cell(method) for method in chosen]) for header, cell in columns]
+def by_method(section: Section, columns: Sequence[Column]) -> str:
+    """One line a method that has anything to show; so with columns, but the last (a verdict) always stays."""
+    filled = [(header, [cell(method) for method in section.methods]) for header, cell in columns]
     kept = [item for item in filled if item is filled[-1] or any(text != NOTHING for text in item[1])]
-    rows = [[label(section, method), *(cells[index] for _, cells in kept)] for index, method in enumerate(chosen)]
+    rows = [
+        [label(section, method), *(cells[index] for _, cells in kept)]
+        for index, method in enumerate(section.methods)
+        if any(cells[index] != NOTHING for _, cells in kept)
+    ]
     return table(["method", *(header for header, _ in kept)], rows)
 
 
@@ -81,8 +84,10 @@ def quality_ratio(section: Section, method: str, text: Text) -> float | None:
 
 
 def interval(row: Row | None) -> tuple[float | None, float | None]:
-    """A row's interval where both ends are finite numbers."""
-    if row is None or row.interval is None or not all(math.isfinite(end) for end in row.interval):
+    """A row's interval where both ends are finite numbers and the metric does not call it unusable."""
+    if row is None or row.interval is None or row.detail.get("usable") is False:
+        return None, None
+    if not all(math.isfinite(end) for end in row.interval):
         return None, None
     return row.interval
 
@@ -93,13 +98,14 @@ def bits(section: Section, method: str) -> float | None:
     return next((row.bits_per_weight for row in rows if row.bits_per_weight is not None), None)
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """The most severe verdict, with the metric families it comes from unless all rows share it."""
+def verdict(rows: Sequence[Row], *, by_metric: bool = False) -> str:
+    """The most severe verdict, with the metric families (or metrics) it comes from unless all rows share it."""
     worst = severest(rows)
     if worst is None:
         return NOTHING
-    from_ = dict.fromkeys(row.case.family for row in rows if row.verdict is worst)
-    return str(worst) if all(row.verdict is worst for row in rows) else f"{worst} ({escape(', '.join(from_))})"
+    found = [row for row in rows if row.verdict is worst]
+    names = dict.fromkeys(row.metric.partition(".")[2] or row.metric if by_metric else row.case.family for row in found)
+    return str(worst) if len(found) == len(rows) else f"{worst} ({escape(', '.join(names))})"
 
 
 def footnotes(section: Section, text: Text) -> list[str]:
@@ -126,7 +132,7 @@ def memory(section: Section) -> str:
         (name.partition(".")[2].replace("_", " ") + " MiB", _memory_cell(section, name)) for name in names
     ]
     columns.append(("storage / reference", lambda method: writing.number(_share(section, method), 3)))
-    columns.append(("verdict", lambda method: verdict(_family(section, method, "memory"))))
+    columns.append(("verdict", lambda method: verdict(_family(section, method, "memory"), by_metric=True)))
     return by_method(section, columns)
 
 
@@ -177,7 +183,8 @@ def _runs(row: Row | None) -> str:
 
 def pace(row: Row | None) -> str:
     """Time over the reference's, with its interval; for the reference itself its A/A comparison."""
-    ends = ("log_ratio", "log_ratio_low", "log_ratio_high")
+    usable = row is None or row.detail.get("log_ratio_usable") is not False
+    ends = ("log_ratio", "log_ratio_low", "log_ratio_high") if usable else ("log_ratio",)
     found = writing.ratio(*(writing.exp(_detail(row, name)) for name in ends))
     if row is None or row.method != row.reference or row.value is None:
         return found
@@ -226,16 +233,16 @@ def census(section: Section) -> str:
         return ""
 
     def count(name: str) -> Callable[[str], str]:
-        return lambda method: _count(found[method].get(name))
+        return lambda method: _count(found.get(method, {}).get(name))
 
     columns: list[Column] = [
         ("modules quantized", count("quantized_modules")),
         ("weights quantized", count("quantized_elements")),
         ("parameters left", count("left_elements")),
-        ("bits/weight", lambda method: writing.number(bits(section, method))),
-        ("MiB by dtype", lambda method: _by_dtype(found[method].get("bytes_by_dtype"))),
+        ("bits/weight", lambda method: writing.number(bits(section, method) if method in found else None)),
+        ("MiB by dtype", lambda method: _by_dtype(found.get(method, {}).get("bytes_by_dtype"))),
     ]
-    return by_method(section, columns, list(found))
+    return by_method(section, columns)
 
 
 def _count(value: object) -> str:

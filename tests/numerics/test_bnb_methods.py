@@ -55,9 +55,7 @@ def plain(checkpoint: Checkpoint) -> dict[str, nn.Module]:
 def test_the_targets_are_quantized_and_nothing_else(checkpoint: Checkpoint, name: str) -> None:
     method, model = load(checkpoint, name)
     modules = plain(checkpoint)
-    expected = [
-        key for key, module in modules.items() if isinstance(module, (nn.Linear, Conv1D)) and key != "lm_head"
-    ]
+    expected = [key for key, module in modules.items() if isinstance(module, (nn.Linear, Conv1D)) and key != "lm_head"]
     weights = list(method.quantized(model))
     assert [weight.name for weight in weights] == expected == method.targets(modules[""], Arguments("fp32"))
     assert [weight.kind for weight in weights] == [type(modules[key]).__name__ for key in expected]

@@ -76,7 +76,7 @@ def zero_pointed(row: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def affine(row: NDArray[np.float64]) -> NDArray[np.float64]:
     step = (row.max() - row.min()) / 15
-    return row.min() + rounded(row - row.min(), step, 0, 15)
+    return np.asarray(row.min() + rounded(row - row.min(), step, 0, 15))
 
 
 def to_levels(levels: tuple[float, ...]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
+import harness
 from harness import memory, quantized
 from harness.contracts import Arguments, Checkpoint, Method, Scope
 from harness.errors import HarnessError
@@ -260,6 +262,16 @@ def test_half_precision_weights_are_quantized_in_fp32() -> None:
     assert module(torch.ones(1, 64, dtype=torch.float16)).dtype == torch.float16
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("method", [zeropoint_int8.METHOD, nf4.METHOD], ids=lambda method: method.name)
+def test_a_bf16_model_computes_in_bf16(build: Any, method: Method) -> None:
+    model, plain = dequantized_copy(build().to(torch.bfloat16), method, "all")
+    logits = model(IDS).logits
+    assert logits.dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, plain(IDS).logits, rtol=2**-6, atol=2**-6)
+
+
 def test_stored_views_are_cut_to_their_own_bytes() -> None:
     def quantize(weight: Tensor) -> dict[str, Tensor]:
         return {"codes": torch.zeros(1000, dtype=torch.int8)[:6].view(2, 3), "scale": torch.ones(9)[::9]}
@@ -293,15 +305,13 @@ def test_a_product_serves_the_forward_where_a_method_has_one() -> None:
 
 
 def test_load_opens_and_quantizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from harness import checkpoints
-
     asked: list[tuple[Any, ...]] = []
 
     def open_model(*given: Any) -> Any:
         asked.append(given)
         return llama()
 
-    monkeypatch.setattr(checkpoints, "open_model", open_model)
+    monkeypatch.setattr(harness, "checkpoints", SimpleNamespace(open_model=open_model), raising=False)
     checkpoint = Checkpoint("path:x", tmp_path, "0")
     model = nf4.METHOD.load(checkpoint, arguments(dtype="bf16", block=64), "cpu")
     assert sum(1 for module in model.modules() if isinstance(module, StoredWeight)) == 14

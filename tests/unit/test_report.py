@@ -46,7 +46,12 @@ def cells(report: str, method: str, table: int = 0) -> dict[str, str]:
 def test_a_made_up_session_reads_as_recorded(file_regression: FileRegressionFixture) -> None:
     session = read_report(MADE)
     text = render(
-        session.rows, session.planned, session.environments, notes=session.notes, title="Made up", command=session.command
+        session.rows,
+        session.planned,
+        session.environments,
+        notes=session.notes,
+        title="Made up",
+        command=session.command,
     )
     file_regression.check(text, extension=".md", encoding="utf-8", fullpath=DATA / "report.md")
 
@@ -88,6 +93,15 @@ def test_without_a_delta_the_quotient_of_perplexities_is_shown_without_interval(
     report = render(rows, [item.case for item in rows], {})
     assert cells(report, "nf4")["ratio to reference [95%]"] == "1.2500 ‡"
     assert "‡ No interval" in report
+
+
+def test_an_unusable_interval_is_not_shown() -> None:
+    few = {"interval": (0.0, 0.2), "detail": {"usable": False}}
+    slow = {"log_ratio": 0.0, "log_ratio_low": -1.0, "log_ratio_high": 1.0, "log_ratio_usable": False}
+    rows = [row("nf4", "perplexity.delta", 0.1, **few), row("nf4", "latency.decode", 0.1, detail=slow)]
+    report = render(rows, [item.case for item in rows], {})
+    assert cells(report, "nf4")["ratio to reference [95%]"] == "1.1052 ‡"
+    assert cells(report, "nf4", 1)["ratio to reference [95%]"] == "1.0000"
 
 
 def test_a_later_row_supersedes_an_earlier_one() -> None:
@@ -219,7 +233,9 @@ def test_hostile_names_and_reasons_come_out_harmless() -> None:
             revision=HOSTILE,
         )
     ]
-    report = render(rows, [rows[0].case], {HOSTILE: {HOSTILE: HOSTILE}}, notes=[HOSTILE], title=HOSTILE, command=HOSTILE)
+    report = render(
+        rows, [rows[0].case], {HOSTILE: {HOSTILE: HOSTILE}}, notes=[HOSTILE], title=HOSTILE, command=HOSTILE
+    )
     prose, _, command = report.partition("## To reproduce")
     assert "\x1b" not in report
     assert "\u202e" not in report

@@ -1,0 +1,64 @@
+"""One test a figure of a published report: its verdict, computed again, is the reviewed one.
+
+A figure that needs weights is measured where `--models` names its model: `pytest -m published --models gpt2`.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from harness import published
+from harness.errors import HarnessError
+from harness.plugin import STATE
+from harness.published import Claim, Finding, Judgement
+from harness.published.settling import settle
+
+
+@functools.cache
+def judgements(folder: Path) -> dict[str, Judgement]:
+    """Every verdict by the claim's id, computed once a process."""
+    return {judgement.claim.id: judgement for judgement in published.judge(published.read(folder))}
+
+
+def folder_of(config: pytest.Config) -> Path:
+    """Where the session's claims lie: beside its baselines, else in the clone."""
+    beside: Path = config.stash[STATE].options.baselines / "published"
+    return beside if beside.is_dir() else published.default_folder(config.rootpath)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a claim; without any claims the test is skipped."""
+    if "published_claim" not in metafunc.fixturenames:
+        return
+    folder = folder_of(metafunc.config)
+    try:
+        claims = published.read(folder) if folder.is_dir() else ()
+    except HarnessError as error:
+        raise pytest.UsageError(str(error)) from error
+    metafunc.parametrize("published_claim", [pytest.param(claim, id=claim.id) for claim in claims])
+
+
+@pytest.mark.published
+@pytest.mark.xdist_group("published")
+def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> None:
+    """The computed verdict is the reviewed one; a figure whose weights are at hand is reproduced by them."""
+    judgement = judgements(folder_of(request.config))[published_claim.id]
+    reviewed = published_claim.verdict
+    options = request.config.stash[STATE].options
+    asked = any(str(model) == published_claim.report.model for model in options.models)
+    if judgement.finding is Finding.NEEDS_WEIGHTS and asked:
+        try:
+            judgement = settle(judgement, options)
+        except HarnessError as error:
+            told = f"{published_claim.id}: missing: {error}"
+            pytest.skip(told) if options.allow_missing else pytest.fail(told, pytrace=False)
+        reviewed = Finding.REPRODUCED
+    request.node.user_properties.append(("published_verdict", str(judgement.finding)))
+    if judgement.finding != reviewed:
+        where = f"{published_claim.published} {published_claim.unit}"
+        pytest.fail(
+            f"{published_claim.id}: {where} is {judgement.finding}, not {reviewed}: {judgement.note}", pytrace=False
+        )

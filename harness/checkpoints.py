@@ -1,0 +1,250 @@
+"""Plain model folders from whatever holds the weights, and models from plain folders.
+
+GGUF files are converted and tiny models trained once, into the cache: built in a folder of their own under a lock,
+renamed when whole. The random parts of a model are never filled in silently: a missing weight is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from harness import hubmodels, models, weightfiles
+from harness.contracts import Checkpoint
+from harness.errors import BadFile, HarnessError
+from harness.files import cache_dir, locked, sha256_file
+from harness.options import Declared
+from harness.specifications import Specification
+
+if TYPE_CHECKING:  # annotations only
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Written out because the default follows what is installed. The fused kernel never holds the (L, L) scores, and every
+# architecture named in the README has it; eager attention differs from it by rounding only.
+ATTENTION = "sdpa"
+RECORD = "harness.json"  # beside a built folder's weights: what it is, how large its files are
+EXPANSION = 8  # fp32 bytes for a byte of GGUF at 4 bits: room asked of the disk before a conversion
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+Say = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+def materialise(
+    specification: Specification,
+    declared: Declared,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    say: Say = _silent,
+) -> Checkpoint:
+    """A plain folder with a model's weights: found, downloaded, converted or trained, whatever its source needs.
+
+    `say` gets a line before and after what takes long. Raises as `models.locate`, and HarnessError where the cache
+    cannot be written.
+    """
+    found = models.locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    allowed: Any = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    name = str(specification)
+    if found.snapshot is not None:
+        if found.snapshot.directory is None:
+            say(f"fetching {found.snapshot.repository} at {found.snapshot.commit[:12]}")
+        directory = hubmodels.download(found.snapshot)
+        return Checkpoint(name, directory, found.snapshot.commit, **allowed)
+    if found.kind == "folder":
+        revision = weightfiles.revision(found.path, f"model '{name}'", allow_pickle=allow_pickle)
+        return Checkpoint(name, found.path, revision, **allowed)
+    directory, record = _tiny(found.tiny, say) if found.tiny else _converted(found, say)
+    return Checkpoint(name, directory, record["revision"], record.get("note", ""), record.get("grid", ""), **allowed)
+
+
+def _converted(found: models.Located, say: Say) -> tuple[Path, dict[str, Any]]:
+    from harness import gguf_weights
+
+    source = found.sha256 or sha256_file(found.path)
+
+    def build(folder: Path) -> dict[str, str]:
+        needed, free = EXPANSION * found.path.stat().st_size, shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, {free >> 20} MiB free")
+        say(f"converting {found.path.name} to fp32 (once, some 10 seconds)")
+        with quiet():
+            facts = gguf_weights.convert(found.path, folder)
+        say(f"converted {found.path.name}")
+        return {**facts, "source_sha256": source}
+
+    return built(f"gguf-{source[:16]}-v{gguf_weights.VERSION}", build)
+
+
+def _tiny(architecture: str, say: Say) -> tuple[Path, dict[str, Any]]:
+    from harness import tiny
+
+    def build(folder: Path) -> dict[str, str]:
+        with quiet():
+            tiny.build(architecture, folder, say)
+        return {"note": "trained by the harness on its synthetic language; never quantized"}
+
+    return built(tiny.cache_name(architecture), build)
+
+
+def built(name: str, build: Callable[[Path], dict[str, str]]) -> tuple[Path, dict[str, Any]]:
+    """The cache's folder `name` and its record, made by `build(empty folder) -> facts` where it is not there whole.
+
+    One process builds, others wait. What a killed process left unfinished, or a folder whose files have other sizes
+    than recorded, is cleared away under the lock.
+    """
+    home = cache_dir() / "checkpoints"
+    folder = home / name
+    try:
+        record = _record(folder)
+        if record is None:
+            with locked(home / f"{name}.lock"):
+                record = _record(folder) or _build(folder, build)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise HarnessError(
+            f"{name} cannot be written to the cache {home} ({error.strerror}): "
+            "make room, or set HARNESS_CACHE to a folder with more"
+        ) from error
+    return folder, record
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, str]]) -> dict[str, Any]:
+    prefix = f".{folder.name}."
+    for left in (*folder.parent.glob(f"{prefix}*"), folder):  # we hold the lock: whoever made them is gone
+        if left.is_dir():
+            shutil.rmtree(left)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    try:
+        facts = build(temporary)
+        revision = weightfiles.revision(temporary, f"the built {folder.name}")
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # a cache may be shared; safetensors writes for its owner alone
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        record = {**facts, "revision": revision, "sizes": sizes}
+        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return record
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The record of a built folder, or None where it is not there, or not whole."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return record if whole else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' log lines below errors and its progress bars out of the output."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_config(checkpoint: Checkpoint | Path) -> PretrainedConfig:
+    """The configuration of a checkpoint, or of a plain folder (no remote code then)."""
+    directory = checkpoint if isinstance(checkpoint, Path) else checkpoint.directory
+    trusted = isinstance(checkpoint, Checkpoint) and checkpoint.trust_remote_code
+    with quiet():
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
+
+
+def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_config: Any = None) -> nn.Module:
+    """Load a model: eval mode, no gradients, on `device` ('cpu' or 'cuda').
+
+    Weights are cast tensor by tensor, so the peak is the model and one tensor. Raises BadFile where the folder's
+    weights and the architecture do not match in name or shape: nothing is filled with random numbers.
+
+    Args:
+        checkpoint: the plain folder; pickled weights and remote code only where it allows them.
+        dtype: 'fp32', 'bf16' or 'fp16', of everything that is not quantized.
+        device: where the weights go.
+        quantization_config: handed to transformers as it is.
+    """
+    options: dict[str, Any] = {}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if quantization_config is not None or device != "cpu":
+        options["device_map"] = {"": device}  # straight to the device, one tensor at a time
+    name = f"model '{checkpoint.specification}'"
+    weights = weightfiles.weights_files(checkpoint.directory, name, allow_pickle=checkpoint.allow_pickle)
+    with quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=ATTENTION,
+            use_safetensors=weights[0].suffix == ".safetensors",
+            local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            ignore_mismatched_sizes=True,  # told below, by name, rather than by a raised table
+            output_loading_info=True,
+            **options,
+        )
+    _require_match(name, checkpoint.directory, report)
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _require_match(name: str, directory: Path, report: dict[str, Any]) -> None:
+    shapes = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys") or ()]
+    for what, keys in (
+        ("lack", report.get("missing_keys") or ()),
+        ("have other shapes for", shapes),
+        ("hold what the architecture does not:", report.get("unexpected_keys") or ()),
+    ):
+        if keys:
+            listed = ", ".join(sorted(keys)[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            raise BadFile(f"{name}: the weights in {directory} {what} {listed}: config.json and weights do not match")
+
+
+def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:
+    """The model that `open_model` gives, on the meta device: same parameters, buffers, dtypes and ties, no weights."""
+    trusted = type(config).__module__.startswith("transformers_modules")  # whoever read the config allowed its code
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),  # building a model writes into it
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=ATTENTION,
+            trust_remote_code=trusted,
+        )
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer."""
+    with quiet():
+        return AutoTokenizer.from_pretrained(
+            checkpoint.directory, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+        )

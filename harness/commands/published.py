@@ -1,0 +1,43 @@
+"""`published`: every figure of the reports in baselines/published, and what became of it. No weights, no network."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from harness import published
+from harness.published.ratios import ratios, read_rows
+
+HEADING = """\
+# Published figures, computed again
+
+Made by `python -m harness published --markdown > docs/published.md`, from the claims in `baselines/published` and the
+architectures alone. *Reproduced* is to the last printed digit. *Storage* is every byte that the corresponding method
+of ours holds, quantization state included; the last column adds up the difference to the published figure.
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("published", help="a verdict on every figure of published reports")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--markdown", action="store_true", help="as the page docs/published.md")
+    parser.add_argument("--claims", type=Path, metavar="DIR", help="default: baselines/published, here or in the clone")
+    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="put latency ratios measured there beside")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the verdicts; always 0, since a refuted claim is no harm of ours."""
+    claims = published.read(arguments.claims or published.default_folder(Path.cwd()))
+    measured = ratios(read_rows(arguments.report_dir)) if arguments.report_dir else {}
+    judgements = published.judge(claims, measured)
+    if arguments.json:
+        print(published.as_json(judgements))
+    elif arguments.markdown:
+        print(HEADING + "\n" + published.section(judgements), end="")
+    else:
+        print(published.table(judgements))
+    return 0

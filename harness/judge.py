@@ -1,0 +1,97 @@
+"""The verdicts of one row: against the reference of the same run, and against the recorded baseline. No torch.
+
+*Against the reference* a bound of `harness.bounds` is held to the figure itself, which is exact for the text that was
+read; a timing's bound to the interval of its log ratio. *Against the record*, per-token losses are paired with the
+recorded ones over windows; a change counts when its 95% interval lies beyond the floor. Whatever may not be compared
+(other tokens, another protocol, weights, device or environment) is `not comparable`, with the field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from harness.bounds import Bounds
+from harness.contracts import Member
+from harness.drift import against_record
+from harness.environment import Environment
+from harness.recorded import Recorded
+from harness.records import Row, Verdict
+from harness.trial import Finding, Losses, Trial, against_reference
+from harness.wording import message
+
+__all__ = ["fails", "judge", "message"]
+FAILING = frozenset({Verdict.OUT_OF_BOUND, Verdict.WORSE})
+REQUIRED = frozenset({Verdict.UNRECORDED, Verdict.NOT_COMPARABLE})  # with --require-baselines
+
+
+def judge(
+    row: Row,
+    member: Member,
+    *,
+    bounds: Bounds,
+    recorded: Recorded | None,
+    environment: Environment,
+    nll: Losses,
+    slices: list[slice] | None,
+) -> Row:
+    """The row with its verdicts, the more severe one's reason first, and the file that served.
+
+    Args:
+        row: as measured; `value` None stays `missing`.
+        member: what the metric promises.
+        bounds: tolerable losses and floors.
+        recorded: what `Baselines.find` gave.
+        environment: in which the row was measured.
+        nll: per-token losses by sha, None where no file holds them.
+        slices: one a window, of the flat array of losses; None for figures of no text.
+
+    Returns:
+        The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval) and `bound`.
+    """
+    if row.value is None:
+        return replace(row, verdict=Verdict.MISSING)
+    trial = Trial(row, member, bounds, recorded, environment, nll, slices)
+    reference, record = against_reference(trial), against_record(trial)
+    findings = sorted((found for found in (reference, record) if found.verdict), key=severity)
+    return replace(
+        row,
+        verdict=findings[0].verdict or Verdict.SAME,
+        verdict_reference=reference.verdict,
+        verdict_baseline=record.verdict,
+        reason="; ".join(found.reason for found in findings if found.reason),
+        baseline=recorded.file if recorded else "",
+        detail=_detail(trial, reference, record),
+    )
+
+
+def severity(finding: Finding) -> int:
+    """0 for the most severe."""
+    return (finding.verdict or Verdict.WITHIN_BOUND).severity
+
+
+def _detail(trial: Trial, reference: Finding, record: Finding) -> dict[str, Any]:
+    """The row's detail with what was decided by; what an earlier judgement left there is replaced."""
+    row, rule = trial.row, trial.bounds.against_reference(trial.row.case)
+    detail = {key: value for key, value in row.detail.items() if key not in {"change", "bound", "floor"}}
+    detail["floor"] = row.detail.get("aa_floor") if trial.member.timed else trial.bounds.floor(row.case)
+    if record.change is not None:
+        change = asdict(record.change)
+        detail["change"] = {**{name: change[name] for name in ("value", "low", "high")}, "floor": record.floor}
+    if rule is not None and reference.verdict is not None:
+        detail["bound"] = f"{rule} ({rule.reason})"
+    return detail
+
+
+def fails(row: Row, *, require_baselines: bool, allow_missing: bool) -> bool:
+    """Whether this row fails the session.
+
+    Out of bound, worse and (unless allowed) missing do, and whatever a non-finite reference leaves undecided; with
+    `require_baselines` unrecorded and not comparable too, latency excepted: elsewhere it has the reference only.
+    """
+    verdicts = {row.verdict, row.verdict_reference, row.verdict_baseline}
+    if row.value is None or row.verdict is Verdict.MISSING:
+        return not allow_missing
+    if verdicts & FAILING or (row.verdict is Verdict.UNUSABLE and row.detail.get("reference_non_finite")):
+        return True
+    return require_baselines and row.case.family != "latency" and bool(verdicts & REQUIRED)

@@ -1,0 +1,138 @@
+"""A model folder seen from outside: is it whole, is it safe to read, what identifies its weights. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from harness.errors import BadFile, MissingAsset
+from harness.files import sha256_file
+
+SAFE = ("model.safetensors", "model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors"))
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", re.compile(r"pytorch_model-\d+-of-\d+\.bin"))
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any one serves
+
+
+def chosen_weights(names: Iterable[str], model: str, *, allow_pickle: bool) -> tuple[str, ...]:
+    """Which of a folder's files hold the weights: one file, or an index followed by its shards.
+
+    Safetensors come first. Raises MissingAsset where there are none, or only pickled ones that nobody allowed.
+    """
+    there = set(names)
+    for form in (SAFE, PICKLED):
+        single, index, shard = form
+        found: tuple[str, ...] = (single,) if single in there else ()
+        if not found and index in there:
+            found = (index, *sorted(name for name in there if shard.fullmatch(name)))
+        if found and form is PICKLED and not allow_pickle:
+            raise MissingAsset(
+                f"{model} has only pickled weights, which can run code when read: "
+                "save it as safetensors, or allow them with --allow-pickle"
+            )
+        if found:
+            return found
+    raise MissingAsset(f"{model} has no weights: a model.safetensors, or an index with its shards, is needed")
+
+
+def check_names(names: Iterable[str], model: str, *, allow_pickle: bool) -> tuple[str, ...]:
+    """Hold a list of file names to what a model folder needs; returns the weights' files."""
+    there = set(names)
+    if "config.json" not in there:
+        raise MissingAsset(f"{model} has no config.json: name the folder that holds config.json and *.safetensors")
+    weights = chosen_weights(there, model, allow_pickle=allow_pickle)
+    if not there.intersection(TOKENIZERS):
+        raise MissingAsset(f"{model} has no tokenizer: copy its tokenizer.json beside config.json")
+    return weights
+
+
+def native(model_type: str) -> bool:
+    """Whether the installed transformers has this architecture itself; looked up on disk, an import costs seconds."""
+    spec = importlib.util.find_spec("transformers")
+    homes = spec.submodule_search_locations if spec else None
+    folder = model_type.replace("-", "_")
+    return any((Path(home) / "models" / folder / "__init__.py").is_file() for home in homes or ())
+
+
+def check_config(path: Path, model: str, *, trust_remote_code: bool) -> None:
+    """Refuse an unreadable config.json, and one whose architecture only exists as code of the model's own."""
+    config = _read_json(path, model)
+    if "auto_map" in config and not trust_remote_code and not native(str(config.get("model_type", ""))):
+        raise MissingAsset(
+            f"{model} needs code of its own ('{config.get('model_type')}' is not in the installed transformers): "
+            "read that code, then allow it with --trust-remote-code"
+        )
+
+
+def weights_files(directory: Path, model: str, *, allow_pickle: bool) -> tuple[Path, ...]:
+    """The files that hold the weights, sorted, without the index; MissingAsset names a shard that is not there."""
+    first, *_ = chosen_weights((path.name for path in directory.iterdir()), model, allow_pickle=allow_pickle)
+    if not first.endswith(".json"):
+        return (directory / first,)
+    shards = _read_json(directory / first, model).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise BadFile(f"{model}: {directory / first} holds no weight_map")
+    files = tuple(directory / name for name in sorted(set(shards.values())))
+    for file in files:
+        if not file.is_file():
+            raise MissingAsset(f"{model} lacks {file.name}, which {first} names: copy or download it again")
+    return files
+
+
+def check_folder(directory: Path, model: str, *, allow_pickle: bool, trust_remote_code: bool) -> None:
+    """Hold a folder to what a run needs: config, tokenizer, whole weights files. One line says what is wrong."""
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except FileNotFoundError:
+        raise MissingAsset(f"{model}: there is no folder {directory}") from None
+    except OSError as error:
+        raise MissingAsset(f"{model}: {directory} cannot be read as a folder ({error.strerror})") from error
+    check_names(names, model, allow_pickle=allow_pickle)
+    check_config(directory / "config.json", model, trust_remote_code=trust_remote_code)
+    for file in weights_files(directory, model, allow_pickle=allow_pickle):
+        if file.suffix == ".safetensors":
+            _check_whole(file, model)
+
+
+def revision(directory: Path, model: str, *, allow_pickle: bool = False) -> str:
+    """sha256 (hex) over the weights: of the file itself, or of `sha256sum`'s listing of several, sorted by name."""
+    files = weights_files(directory, model, allow_pickle=allow_pickle)
+    if len(files) == 1:
+        return sha256_file(files[0])
+    listing = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _read_json(path: Path, model: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingAsset(f"{model}: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise BadFile(f"{model}: {path} is no JSON ({str(error).splitlines()[0]})") from error
+    if not isinstance(data, dict):
+        raise BadFile(f"{model}: {path} holds no JSON object")
+    return data
+
+
+def _check_whole(file: Path, model: str) -> None:
+    """Compare a safetensors file's size with what its header promises: a download cut short is found here."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")  # of the JSON header that follows
+            header = json.loads(stream.read(length)) if 2 <= length <= size - 8 else None
+    except OSError as error:
+        raise MissingAsset(f"{model}: {file} cannot be read ({error.strerror})") from error
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise BadFile(f"{model}: {file} is no safetensors file: copy or download it again")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    promised = 8 + length + max(ends, default=0)
+    if size != promised:
+        raise BadFile(f"{model}: {file} has {size} bytes where its header promises {promised}: copy it again")

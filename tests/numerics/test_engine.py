@@ -1,0 +1,227 @@
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from harness import engine, windows
+from harness.contracts import Window
+
+VOCABULARY = 61
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+LLAMA = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+CONFIGURATIONS: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
+    ),
+    "llama": lambda: transformers.LlamaConfig(**LLAMA),
+    "granite": lambda: transformers.GraniteConfig(**LLAMA, logits_scaling=3.0),  # logits divided after the head
+    "gemma2": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=2.0),  # logits capped
+}
+HEAD_ALONE = {"gpt2", "llama"}  # the logits are the head's, nothing more
+
+
+@functools.cache
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(CONFIGURATIONS[name]()).eval().requires_grad_(False)
+
+
+def text(count: int, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, count)
+
+
+def token_by_token(model: Any, made: list[Window], dtype: torch.dtype = torch.float64) -> NDArray[np.float64]:
+    """The definition: for each scored token one forward pass over its window before it, in double precision."""
+    exact = copy.deepcopy(model).to(dtype)
+    found = []
+    for window in made:
+        for place in range(len(window.ids) - window.scored, len(window.ids)):
+            with torch.no_grad():
+                logits = exact(torch.from_numpy(window.ids[None, :place])).logits[0, -1].double()
+            found.append(-torch.log_softmax(logits, -1)[window.ids[place]].item())
+    return np.array(found)
+
+
+def plans(ids: NDArray[np.int64]) -> dict[str, list[Window]]:
+    return {
+        "chunk": windows.chunk(ids, 16, 3),
+        "stride": windows.stride(ids, 16, 5),
+        "half": windows.half(ids, 16, 3),
+        "rolling": windows.rolling(ids, 16, 3),
+        "sentence": windows.sentence([ids[:7], ids[7:7], ids[8:9], ids[9:30]], 32, None),
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_engine_is_the_definition_token_by_token(name: str) -> None:
+    model = model_of(name)
+    for protocol, made in plans(text(36)).items():
+        expected = token_by_token(model, made)
+        assert expected.std() > 0.1  # the model does distinguish tokens
+        np.testing.assert_allclose(engine.score(model, made, device="cpu"), expected, atol=1e-4, err_msg=protocol)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_head_that_is_not_all_of_the_logits_is_found(name: str) -> None:
+    with torch.inference_mode():
+        assert engine.splits(model_of(name), text(16), "cpu") is (name in HEAD_ALONE)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_batches_change_nothing_and_keep_the_order(name: str, batch_size: int) -> None:
+    model = model_of(name)
+    for made in plans(text(60, seed=1)).values():
+        alone = engine.score(model, made, device="cpu")
+        together = engine.score(model, made, device="cpu", batch_size=batch_size)
+        assert np.abs(alone - together).max() < 1e-4
+        assert abs(float(alone.mean() - together.mean())) < 1e-5
+
+
+def test_padding_is_never_scored_nor_attended_to() -> None:
+    model = model_of("llama")
+    made = [windows.all_but_first(text(length, seed=length)) for length in (5, 12, 3, 9)]
+    results = [engine.score(model, made, device="cpu", batch_size=4, padding_id=padding) for padding in (0, 7, 60)]
+    assert len(results[0]) == 4 + 11 + 2 + 8
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_a_mask_is_given_only_where_lengths_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("gpt2")
+    seen: list[tuple[tuple[int, ...], bool]] = []
+    run = model.transformer.forward
+
+    def spy(*arguments: Any, **more: Any) -> Any:
+        if more["input_ids"].shape[0] > 1:
+            seen.append((tuple(more["input_ids"].shape), "attention_mask" in more))
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(model.transformer, "forward", spy)
+    made = [windows.all_but_first(text(length)) for length in (6, 9, 9, 9, 9, 5)]
+    engine.score(model, made, device="cpu", batch_size=2)
+    assert seen == [((2, 8), False), ((2, 8), False), ((2, 5), True)]
+
+
+def test_no_more_logits_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    made = plans(text(60))["rolling"]
+    whole = engine.score(model, made, device="cpu", batch_size=4)
+    monkeypatch.setattr(engine, "LOGITS_BYTES", 3 * VOCABULARY * 4 + 1)
+    rows: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, given, out: rows.append(out.shape[0]))
+    try:
+        sliced = engine.score(model, made, device="cpu", batch_size=4)
+    finally:
+        hook.remove()
+    assert max(rows) == 3
+    assert sum(rows) == 60
+    np.testing.assert_allclose(sliced, whole, atol=1e-5)
+
+
+def test_windows_that_score_nothing_are_not_run() -> None:
+    def refuse(*arguments: Any, **more: Any) -> Any:
+        raise AssertionError("ran")
+
+    model = nn.Module()
+    model.forward = refuse
+    assert engine.score(model, [], device="cpu").shape == (0,)
+    assert engine.score(model, [Window(text(1), 0), Window(text(0), 0)], device="cpu").dtype == np.float32
+
+
+def test_a_broken_weight_shows_in_every_token_it_reaches() -> None:
+    model = copy.deepcopy(model_of("llama"))
+    model.lm_head.weight[5] = float("nan")
+    assert np.isnan(engine.score(model, plans(text(30))["chunk"], device="cpu")).all()
+
+
+def half_apart(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The largest distance of two half-precision tensors in representable numbers between them."""
+
+    def ordered(values: torch.Tensor) -> torch.Tensor:
+        bits = values.view(torch.int16).to(torch.int32)
+        return torch.where(bits < 0, -32768 - bits, bits)
+
+    return int((ordered(a) - ordered(b)).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+def test_fp32_products_are_the_half_gemm_within_one_ulp(
+    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = Conv1D(200, 300) if kind == "conv1d" else nn.Linear(300, 200, bias=kind == "linear")
+    layer = layer.to(dtype).requires_grad_(False)
+    x = torch.randn(2, 32, 300).to(dtype)
+    torchs = layer(x)
+    monkeypatch.setattr(engine, "native", lambda dtype: False)
+    with engine.fp32_products(nn.Sequential(layer)):
+        assert "forward" in vars(layer)
+        ours = layer(x)
+    assert ours.dtype == dtype
+    assert half_apart(ours, torchs) <= 1
+    weight = layer.weight.double() if kind == "conv1d" else layer.weight.double().T  # (in, out)
+    exact = x.double() @ weight + (0 if layer.bias is None else layer.bias.double())
+    # one rounding: half an ulp of the result, and the fp32 sum's own error beside it
+    assert ((ours.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+
+
+def test_fp32_products_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Special(nn.Linear):
+        pass
+
+    hooked = nn.Linear(4, 4).bfloat16()
+    own = hooked.forward
+    vars(hooked)["forward"] = own  # as accelerate's hooks do
+    model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4), Special(4, 4).bfloat16(), hooked)
+    monkeypatch.setattr(engine, "native", lambda dtype: dtype == torch.float32)
+
+    def patched() -> list[bool]:
+        return ["forward" in vars(module) for module in model]
+
+    def raise_within() -> None:
+        with engine.fp32_products(model):
+            assert patched() == [True, False, False, True]
+            assert hooked.forward is own
+            raise KeyError("within")
+
+    with pytest.raises(KeyError, match="within"):
+        raise_within()
+    assert patched() == [False, False, False, True]
+
+
+def test_score_multiplies_in_fp32_where_the_processor_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(model_of("gpt2")).bfloat16()
+    made = plans(text(40))["chunk"]
+    monkeypatch.setattr(engine, "native", lambda dtype: True)
+    plain = engine.score(model, made, device="cpu")
+    used: list[Any] = []
+    product = engine.conv1d_in_fp32
+
+    def spy(module: Any, x: torch.Tensor) -> torch.Tensor:
+        used.append(module)
+        return product(module, x)
+
+    monkeypatch.setattr(engine, "conv1d_in_fp32", spy)
+    monkeypatch.setattr(engine, "native", lambda dtype: dtype == torch.float32)
+    emulated = engine.score(model, made, device="cpu")
+    assert len(set(used)) == 8  # four projections in each of two layers
+    assert np.abs(plain - emulated).mean() < 0.05  # nats: rounding of a bf16 layer moves later ones
+    exact = token_by_token(model, made)  # the rounded weights without any further rounding
+    assert np.abs(emulated - exact).mean() <= 1.5 * np.abs(plain - exact).mean()
+
+
+def test_native_products_by_processor_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx512f", "avx512_bf16"}))
+    assert [engine.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [True, True, False]
+    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx2", "amx_fp16"}))
+    assert [engine.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [True, False, True]
