@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from harness import hubmodels, models, weightfiles
 from harness.contracts import Checkpoint
-from harness.errors import BadFile, HarnessError
+from harness.errors import HarnessError
 from harness.files import cache_dir, locked, sha256_file
 from harness.options import Declared
 from harness.specifications import Specification
@@ -210,21 +210,9 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
             output_loading_info=True,
             **options,
         )
-    _require_match(name, checkpoint.directory, report)
+    weightfiles.require_match(report, f"{name}: the weights in {checkpoint.directory}")
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _require_match(name: str, directory: Path, report: dict[str, Any]) -> None:
-    shapes = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys") or ()]
-    for what, keys in (
-        ("lack", report.get("missing_keys") or ()),
-        ("have other shapes for", shapes),
-        ("hold what the architecture does not:", report.get("unexpected_keys") or ()),
-    ):
-        if keys:
-            listed = ", ".join(sorted(keys)[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-            raise BadFile(f"{name}: the weights in {directory} {what} {listed}: config.json and weights do not match")
 
 
 def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from harness import weightfiles
 from harness.errors import BadFile
 from harness.gguf_file import GgufFile
 
@@ -186,10 +187,17 @@ def write_tokenizer(file: GgufFile, destination: Path) -> None:
 def _through_transformers(path: Path, destination: Path) -> None:
     """Any architecture that transformers reads; a model loaded from GGUF refuses to be saved, so a fresh one is."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
+        )
     except (ValueError, KeyError, NotImplementedError) as error:
         detail = str(error).splitlines()[0]
         raise BadFile(f"{path} holds a model that transformers does not read from GGUF ({detail})") from error
+    weightfiles.require_match(report, f"the weights in {path}, as transformers reads them,")
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,22 @@ def revision(directory: Path, model: str, *, allow_pickle: bool = False) -> str:
         return sha256_file(files[0])
     listing = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def require_match(report: Mapping[str, Any], weights: str) -> None:
+    """Hold transformers' loading report to weights and architecture that match in every name and shape.
+
+    Raises BadFile naming the keys: a weight that is missing would otherwise be filled with random numbers.
+    """
+    shapes = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys") or ()]
+    for what, keys in (
+        ("lack", report.get("missing_keys") or ()),
+        ("have other shapes for", shapes),
+        ("hold what the architecture does not:", report.get("unexpected_keys") or ()),
+    ):
+        if keys:
+            listed = ", ".join(sorted(keys)[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            raise BadFile(f"{weights} {what} {listed}: config and weights do not match")
 
 
 def _read_json(path: Path, model: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ LEVELS = (
     "errors records specifications contracts options files",
     "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors engine "
     "devices timing models checkpoints gguf_weights tiny synthetic corpora layouts hubtext architectures protocols "
-    "windows stats environment probe settings messages",
-    "planning child runner session report judge baselines bounds published fits",
+    "windows stats environment probe settings messages recorded exact wording",
+    "planning child runner session report judge trial drift baselines bounds published fits",
     "plugin collector commands",
     "cases __main__",
 )  # a package stands for all of its modules
@@ -34,7 +34,7 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "mat
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
     "errors records specifications contracts options files catalog methods metrics arguments protocols corpora "
     "models stats environment probe architectures planning runner session report judge baselines bounds "
-    "published plugin".split()
+    "published plugin recorded exact wording trial drift".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "cases"}

@@ -17,7 +17,7 @@ from typing import Any
 from harness.errors import BadFile, MissingAsset
 
 SCHEMA = 1
-UNITS = {  # one unit in bytes, seconds or 1
+UNITS: Mapping[str, int | Decimal] = {  # one unit in bytes, seconds or 1
     "MiB": 2**20, "MB": 10**6, "GB": 10**9, "s": 1, "ms": Decimal("0.001"), "ppl": 1, "modules": 1, "elements": 1,
 }  # fmt: skip
 REMAINDERS = {"fp32": 4, "fp16": 2}  # bytes an element of what is not quantized

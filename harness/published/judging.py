@@ -169,8 +169,8 @@ def split_judgement(claim: Claim) -> Judgement:
     sizes = f"{held.storage / GB:.2f} GB or {held.storage / GIB:.2f} GiB"
     if claim.value * GIB < held.codes:
         said = (
-            f"the codes alone take {held.codes / GB:.2f} GB = {held.codes / GIB:.2f} GiB and the model {sizes}: more than "
-            "the figure in either unit, unless layers stayed on the host, which the report does not say"
+            f"the codes alone take {held.codes / GB:.2f} GB = {held.codes / GIB:.2f} GiB and the model {sizes}: more "
+            "than the figure in either unit, unless layers stayed on the host, which the report does not say"
         )
         return Judgement(claim, Finding.REFUTED, said, ours, held.storage)
     said = f"the model holds {sizes} in full; the figure is {claim.value * GIB / held.storage - 1:+.1%} of the latter"

@@ -86,7 +86,14 @@ def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
         parts.append("Missing, by reason:\n\n" + "\n".join(by_reason(missing)))
     if failed := [row for row in mine if row.verdict in FAILING and row.value is not None]:
         parts.append("Failed:\n\n" + "\n".join(failures(failed)))
-    if undecided := [row for row in mine if row.verdict in OPEN and row.value is not None]:
+    undecided = [row for row in mine if row.verdict in OPEN and row.value is not None]
+    if unrecorded := [row for row in undecided if row.verdict is Verdict.UNRECORDED]:
+        parts.append(
+            f"Unrecorded: {plural(len(unrecorded), 'case')} ({_some(row.model for row in unrecorded)}; "
+            f"{_some(row.metric for row in unrecorded)}). To record them, run the command at the end of this report "
+            "with `--regen-all`."
+        )
+    if undecided := [row for row in undecided if row.verdict is not Verdict.UNRECORDED]:
         parts.append("Not decided, by reason:\n\n" + "\n".join(by_reason(undecided)))
     if extra := len(rows) - len(mine):
         parts.append(f"{plural(extra, 'row')} of an earlier plan stand in the tables and are not counted here.")

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from harness import checkpoints, gguf_file, gguf_weights, weightfiles
 from harness.contracts import DTYPES, Checkpoint
 from harness.errors import BadFile, HarnessError, MissingAsset
+from harness.files import sha256_file
 from harness.options import Declared
 from harness.specifications import parse
 
@@ -89,7 +90,7 @@ def test_an_opened_model_has_the_saved_weights(tmp_path: Path, name: str) -> Non
 def test_weights_that_do_not_match_are_named(tmp_path: Path) -> None:
     key = "model.layers.1.mlp.up_proj.weight"
     edits: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
-        rf"lack {key}: config.json and weights do not match": lambda state: state.pop(key),
+        rf"lack {key}: config and weights do not match": lambda state: state.pop(key),
         r"hold what the architecture does not: stray.weight:": lambda state: state.update(
             {"stray.weight": torch.ones(2)}
         ),
@@ -143,7 +144,7 @@ def test_the_revision_of_a_folder_is_its_weights_hash(tmp_path: Path) -> None:
     here, specification = Declared(tmp_path), parse(f"path:{directory}")
     checkpoint = checkpoints.materialise(specification, here)
     assert checkpoint.directory == directory
-    assert checkpoint.revision == checkpoints.sha256_file(directory / "model.safetensors")
+    assert checkpoint.revision == sha256_file(directory / "model.safetensors")
     assert (checkpoint.note, checkpoint.grid, checkpoint.specification) == ("", "", str(specification))
     change(checkpoint, lambda state: state["model.norm.weight"].mul_(2))
     assert checkpoints.materialise(specification, here).revision != checkpoint.revision
@@ -179,7 +180,7 @@ def test_a_folder_is_built_once(cache: Path) -> None:
     folder, record = checkpoints.built("thing", fill)
     assert folder == cache / "thing"
     assert record["note"] == "filled"
-    assert record["revision"] == checkpoints.sha256_file(folder / "model.safetensors")
+    assert record["revision"] == sha256_file(folder / "model.safetensors")
 
     def never(_: Path) -> dict[str, str]:
         raise AssertionError
@@ -241,16 +242,20 @@ def test_a_cache_that_cannot_be_written_names_the_fix(tmp_path: Path, monkeypatc
 # GGUF
 
 
-def write_gguf(path: Path, architecture: str, *, kind: str = "Q4_1") -> dict[str, np.ndarray]:
-    """A small random GGUF file of a Llama (with grouped heads) or a GPT-2; returns the tensors as written."""
+def write_gguf(path: Path, architecture: str, *, kind: str = "Q4_1", whole: bool = True) -> dict[str, Any]:
+    """A small random GGUF file of a Llama (with grouped heads) or a GPT-2; returns the tensors as stored."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_vocab_size(96)
-    writer.add_context_length(64)
+    # transformers does not carry a GPT-2's context over from GGUF: only its default, 1024, can be read
+    context = 1024 if architecture == "gpt2" and whole else 64
+    writer.add_context_length(context)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(128)
     writer.add_block_count(2)
     writer.add_head_count(4)
-    generator, tensors = np.random.default_rng(0), {}
+    generator = np.random.default_rng(0)
+    tensors: dict[str, tuple[int, ...]]
+    inner: dict[str, tuple[int, ...]]
     if architecture == "llama":
         writer.add_head_count_kv(2)
         writer.add_layer_norm_rms_eps(1e-5)
@@ -263,7 +268,7 @@ def write_gguf(path: Path, architecture: str, *, kind: str = "Q4_1") -> dict[str
         tensors |= {f"blk.{layer}.{name}.weight": shape for layer in (0, 1) for name, shape in inner.items()}
     else:
         writer.add_layer_norm_eps(1e-5)
-        tensors = {"token_embd.weight": (96, 64), "position_embd.weight": (64, 64)}
+        tensors = {"token_embd.weight": (96, 64), "position_embd.weight": (context, 64)}
         inner = {"attn_qkv": (192, 64), "attn_output": (64, 64), "ffn_up": (256, 64), "ffn_down": (64, 256)}
         for layer in (0, 1):
             for name, shape in inner.items():
@@ -271,8 +276,8 @@ def write_gguf(path: Path, architecture: str, *, kind: str = "Q4_1") -> dict[str
             for name in ("attn_norm", "ffn_norm"):
                 tensors |= {f"blk.{layer}.{name}.weight": (64,), f"blk.{layer}.{name}.bias": (64,)}
         tensors |= {"output_norm.weight": (64,), "output_norm.bias": (64,), "output.weight": (96, 64)}
-    alphabet = sorted(gguf_alphabet().values())[:92]
-    words = ["<|end|>", *alphabet, "ab", "abc", "\u0120a"]  # byte-level spelling of a space: U+0120
+    printable = [chr(code) for code in range(33, 124)]  # 91 bytes spelled as they are; a space is spelled U+0120
+    words = ["<|end|>", *printable, "\u0120", "ab", "abc", "\u0120a"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(words)
@@ -293,13 +298,6 @@ def write_gguf(path: Path, architecture: str, *, kind: str = "Q4_1") -> dict[str
     writer.write_tensors_to_file()
     writer.close()
     return written
-
-
-def gguf_alphabet() -> dict[int, str]:
-    """GPT-2's spelling of bytes: printable ones as they are, the rest from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(rest)}
 
 
 def test_the_reader_gives_what_the_package_s_reader_gives(tmp_path: Path) -> None:
@@ -360,6 +358,14 @@ def test_other_architectures_go_through_transformers(tmp_path: Path, cache: Path
     values = torch.from_numpy(written["blk.1.ffn_up.weight"])  # (out, in); Conv1D keeps (in, out)
     torch.testing.assert_close(state["transformer.h.1.mlp.c_fc.weight"], values.T)
     assert not hasattr(checkpoints.read_config(checkpoint), "quantization_config")
+
+
+def test_what_transformers_reads_wrongly_is_one_line(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_gguf(path, "gpt2", whole=False)
+    with pytest.raises(BadFile, match=r"have other shapes for transformer\.wpe\.weight") as caught:
+        checkpoints.materialise(parse(f"path:{path}"), Declared(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_rows_are_reordered_by_halves() -> None:

@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 import time
-from importlib.metadata import EntryPoint
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 
 from harness import hubmodels, models
 from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness.files import sha256_file
 from harness.options import Declared
 from harness.specifications import parse
 
@@ -38,11 +40,13 @@ def safetensors(data: int = 4, promised: int = 4) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(data)
 
 
-def folder(path: Path, *, config: dict[str, Any] | None = None, **files: bytes | None) -> Path:
+def folder(
+    path: Path, files: Mapping[str, bytes | None] | None = None, *, config: dict[str, Any] | None = None
+) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     whole: dict[str, bytes | None] = {"model.safetensors": safetensors(), "tokenizer.json": b"{}"}
     whole["config.json"] = json.dumps(config or {"model_type": "llama"}).encode()
-    for name, data in {**whole, **files}.items():
+    for name, data in {**whole, **(files or {})}.items():
         if data is not None:
             (path / name).write_bytes(data)
     return path
@@ -153,7 +157,7 @@ def test_what_a_folder_lacks(tmp_path: Path, files: dict[str, bytes | None], mes
     ],
 )
 def test_broken_files(tmp_path: Path, name: str, data: bytes, message: str) -> None:
-    path = folder(tmp_path / "model", **{name: data})
+    path = folder(tmp_path / "model", {name: data})
     assert message in complaint(BadFile, f"path:{path}", declared(tmp_path))
 
 
@@ -169,7 +173,7 @@ def test_paths_that_are_no_folder(tmp_path: Path) -> None:
 
 def test_pickled_weights_and_remote_code_only_where_allowed(tmp_path: Path) -> None:
     here = declared(tmp_path)
-    pickled = folder(tmp_path / "pickled", **{"model.safetensors": None, "pytorch_model.bin": b"x"})
+    pickled = folder(tmp_path / "pickled", {"model.safetensors": None, "pytorch_model.bin": b"x"})
     assert "--allow-pickle" in complaint(MissingAsset, f"path:{pickled}", here)
     models.check(parse(f"path:{pickled}"), here, allow_pickle=True)
     remote = {"model_type": "house-model", "auto_map": {"AutoConfig": "configuration_house.HouseConfig"}}
@@ -189,7 +193,7 @@ def test_packages(tmp_path: Path) -> None:
 
 def test_the_embedded_model_names_its_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> None:
-        raise models.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr(models, "distribution", nothing)
     text = complaint(MissingAsset, "smollm2-135m", declared(tmp_path))
@@ -204,7 +208,7 @@ def test_the_embedded_file_is_held_to_size_and_hash(tmp_path: Path, monkeypatch:
     assert "has 104 bytes, not 98362432: pip install --force-reinstall" in complaint(BadFile, "smollm2-135m", here)
     monkeypatch.setattr(models, "EMBEDDED_BYTES", 104)
     assert "has sha256" in complaint(BadFile, "smollm2-135m", here)
-    monkeypatch.setattr(models, "EMBEDDED_SHA256", models.sha256_file(file))
+    monkeypatch.setattr(models, "EMBEDDED_SHA256", sha256_file(file))
     models.check(parse("smollm2-135m"), here)
 
     def never(path: Path) -> str:
@@ -314,9 +318,7 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch)
     ("error", "message"),
     [("RepositoryNotFoundError", "shows no model"), ("GatedRepoError", "is gated: accept its terms")],
 )
-def test_models_the_hub_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, message: str
-) -> None:
+def test_models_the_hub_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, message: str) -> None:
     kind = getattr(huggingface_hub.errors, error)
     hub(monkeypatch, kind.__new__(kind))
     assert message in complaint(MissingAsset, "hub:org/name", declared(tmp_path))
