@@ -162,10 +162,13 @@ class Subject(Protocol):
     method: Method
     checkpoint: Checkpoint
     device: Any  # harness.devices.Device
-    predicted: Mapping[str, int]  # memory.parameters, memory.footprint, memory.storage in bytes
-    before: Mapping[str, int]  # the same measured before the first forward, and memory.load_peak
-    plan: TokenPlan  # of the case in hand
+    predicted: dict[str, int]  # memory.parameters, memory.footprint, memory.storage in bytes
+    before: dict[str, int]  # the same measured before the first forward, and memory.load_peak
     repetitions: int  # timed repetitions of candidate and reference each
+
+    @property
+    def plan(self) -> TokenPlan:
+        """The token plan of the case in hand."""
 
     @property
     def model(self) -> nn.Module:

@@ -57,12 +57,13 @@ class Peak:
     how: str
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every storage alive from the ops under it; `peak` is the most there were."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
         self.alive: set[int] = set()
         for tensor in (*model.parameters(), *model.buffers()):
             self.see(tensor)
@@ -100,7 +101,8 @@ def traced_peak(model: nn.Module, method: Method, arguments: Arguments) -> int:
     of the largest parameter, its mask, is added there.
     """
     masks = max((parameter.numel() for parameter in model.parameters() if parameter.is_meta), default=0)
-    with Live(model) as live:
+    live = Live(model)
+    with live:
         method.sketch(model, arguments)
     return live.peak + masks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def _check_shape(path: Path, table: Mapping[str, Any]) -> None:
             raise BadFile(f"{path}: [tool.harness.{kind}] must be a table of {known[kind]}")
         for key, text in value.items():
             if kind != "options":
-                _checked(path, f"{kind}.{key}", lambda text=text: parse(str(text)))
+                _checked(path, f"{kind}.{key}", functools.partial(parse, str(text)))
             elif key not in flags:
                 raise BadFile(f"{path}: [tool.harness.options]: {UnknownName('option', key, flags)}")
 

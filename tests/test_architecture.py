@@ -22,10 +22,10 @@ import harness
 HOME = Path(harness.__file__).parent
 LEVELS = (
     "errors records specifications contracts options files",
-    "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors engine "
-    "devices timing models checkpoints gguf_weights tiny synthetic corpora layouts hubtext architectures protocols "
+    "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors "
+    "engine devices timing models checkpoints gguf_weights tiny synthetic corpora layouts hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording",
-    "planning child runner session report judge trial drift baselines bounds published fits",
+    "planning child group runner session report judge trial drift baselines bounds published fits",
     "plugin collector commands",
     "cases __main__",
 )  # a package stands for all of its modules

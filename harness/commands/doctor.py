@@ -21,7 +21,7 @@ DATASETS = ("lee", "synthetic")
 def add(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("doctor", help="environment, devices, assets, cache, recorded baselines")
-    parser.add_argument("--recorded", metavar="MODEL", help="exit 0 if figures of MODEL are recorded for this device class")
+    parser.add_argument("--recorded", metavar="MODEL", help="exit 0 if MODEL is recorded for this device class")
     parser.add_argument("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="default: baselines")
     parser.set_defaults(run=run)
 

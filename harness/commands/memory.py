@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,18 +95,20 @@ def find_config(text: str) -> PretrainedConfig:
     from harness import checkpoints
 
     models.check(specification, declared)
-    return checkpoints.read_config(checkpoints.materialise(specification, declared))
+    found = checkpoints.materialise(specification, declared, say=lambda line: print(line, file=sys.stderr))
+    return checkpoints.read_config(found)
 
 
-def _hub_config(name: str) -> Path:
+def _hub_config(argument: str) -> Path:
+    """config.json of a Hub model: in the cache, or fetched without the weights."""
     from huggingface_hub import hf_hub_download
 
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(hf_hub_download(repository, "config.json", revision=revision or None))
-    except Exception as error:  # the client raises its own, httpx's and OSError's kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise MissingAsset(f"no config.json of hub:{name}: {reason}; name a local config.json instead") from error
+    from harness import hubmodels
+
+    snapshot = hubmodels.find(argument, allow_pickle=True, trust_remote_code=False)  # nothing is unpickled here
+    if snapshot.directory is not None:
+        return snapshot.directory / "config.json"
+    return Path(hf_hub_download(snapshot.repository, "config.json", revision=snapshot.commit))
 
 
 def read_config(path: Path) -> PretrainedConfig:

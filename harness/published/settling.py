@@ -50,7 +50,12 @@ def measured(claim: Claim, options: Options) -> tuple[float, float]:
     from harness import checkpoints, engine
 
     device = "cpu" if options.device == "auto" else options.device
-    checkpoint = checkpoints.materialise(parse(claim.report.model), options.declared)
+    checkpoint = checkpoints.materialise(
+        parse(claim.report.model),
+        options.declared,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
     tokenizer, config = checkpoints.tokenizer(checkpoint), checkpoints.read_config(checkpoint)
     corpus = corpora.read(parse(claim.dataset), options.declared)
     protocol = protocols.parse(parse(claim.text_protocol))

@@ -19,6 +19,8 @@ from harness.records import encode
 MIB = 2**20
 NOTE_WIDTH = 72  # of the terminal's last column: the whole line stays under 200 characters
 FIGURES = 6  # significant digits of our number where the claim prints none
+HEADERS = ("part", "method", "metric", "published", "ours", "storage MiB", "verdict", "why")
+RULE = "|:--|:--|:--|--:|--:|--:|:--|:--|"
 
 
 def as_json(judgements: Sequence[Judgement]) -> str:
@@ -62,10 +64,9 @@ def table(judgements: Sequence[Judgement]) -> str:
     parts = []
     for name, group in groupby(judgements, key=lambda judgement: judgement.claim.report.name):
         lines = [[*_cells(judgement), judgement.note] for judgement in group]
-        headers = ["part", "method", "metric", "published", "ours", "storage MiB", "verdict", "why"]
         widths = [None, 22, None, None, None, None, None, NOTE_WIDTH]
         written = tabulate(
-            lines, headers, tablefmt="simple", maxcolwidths=widths, disable_numparse=True,
+            lines, HEADERS, tablefmt="simple", maxcolwidths=widths, disable_numparse=True,
             colalign=("left", "left", "left", "right", "right", "right", "left", "left"),
         )  # fmt: skip
         parts.append(f"{name}\n{written}")
@@ -80,10 +81,14 @@ def section(judgements: Sequence[Judgement]) -> str:
         report = found[0].claim.report
         parts.append(f"### Report {name}: {_escape(report.model)}")
         parts.append(f"Text: {_escape(report.text)}. Protocol: {_escape(report.protocol)}.")
-        lines = [[_escape(cell) for cell in (*_cells(judgement), judgement.note)] for judgement in found]
-        headers = ["part", "method", "metric", "published", "ours", "storage MiB", "verdict", "why"]
-        parts.append(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
+        lines = [_line([_escape(cell) for cell in (*_cells(judgement), judgement.note)]) for judgement in found]
+        parts.append("\n".join([_line(HEADERS), RULE, *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A row of a markdown table, unpadded: the last column is long."""
+    return f"| {' | '.join(cells)} |"
 
 
 def _cells(judgement: Judgement) -> list[str]:

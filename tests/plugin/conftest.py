@@ -51,7 +51,8 @@ KILLED = faulty("killed", kill(signal.SIGKILL))
 OOM = faulty("oom", exhaust)
 POISON = faulty("poison", poison)
 BUG = faulty("bug", stumble)
-LAZY = dataclasses.replace(FP32, name="lazy", core=False, targets=lambda model, arguments: ["transformer.h.0.attn.c_attn"])
+WANTED = ["transformer.h.0.attn.c_attn"]
+LAZY = dataclasses.replace(FP32, name="lazy", core=False, targets=lambda model, arguments: WANTED)
 '''
 POINTS = "[harness.methods]\n" + "".join(
     f"{name} = faults:{name.upper()}\n" for name in ("segfault", "killed", "oom", "poison", "bug", "lazy")

@@ -213,9 +213,9 @@ def test_wikitext_joins_rows_and_cuts_pages(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_detokenizer_rules_by_hand() -> None:
-    page = "10 @,@ 000 , 3 @.@ 5 ; of N [ x ] : 20 \N{DEGREE SIGN} C ! it 's { y } \n a \" quoted word \" ? no \n "
+    page = '10 @,@ 000 , 3 @.@ 5 ; of N [ x ] : 20 \N{DEGREE SIGN} C ! it \'s { y } \n a " quoted word " ? no \n '
     assert layouts.detokenize_wikitext(page) == (
-        "10,000, 3.5; of 1 [x]: 20\N{DEGREE SIGN}C! it's {y}\na \"quoted word\"? no\n"
+        '10,000, 3.5; of 1 [x]: 20\N{DEGREE SIGN}C! it\'s {y}\na "quoted word"? no\n'
     )
     assert layouts.detokenize_wikitext("the dogs ' tails") == "the dogs' tails"
     assert layouts.detokenize_wikitext("say ' no ' = = = = X = = = =") == "say 'no' ==== X ===="

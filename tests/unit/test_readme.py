@@ -1,4 +1,4 @@
-"""The README's tree is the code's own: a line a file, from its docstring. `python tests/unit/test_readme.py` writes it."""
+"""The README's tree is the code's own: a line a file. `python tests/unit/test_readme.py` writes it."""
 
 import ast
 import re

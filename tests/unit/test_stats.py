@@ -102,9 +102,7 @@ def test_coverage_is_within_two_points_of_nominal_for_gaussian_windows(sizes: li
     generator = np.random.default_rng(20261122)
     counts = np.array(sizes, dtype=np.float64)
     draws = generator.normal(0.3, 1 / np.sqrt(counts), (20_000, len(sizes)))
-    covered = sum(
-        found.low <= 0.3 <= found.high for found in (stats.weighted_mean(means, counts) for means in draws)
-    )
+    covered = sum(found.low <= 0.3 <= found.high for found in (stats.weighted_mean(means, counts) for means in draws))
     assert 0.93 <= covered / len(draws) <= 0.97
 
 

@@ -1,0 +1,227 @@
+"""One model under one method in a process of its own: what metrics measure, and the row that comes of it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from harness import arguments, catalog, census, checkpoints, corpora, engine, environment, memory, nllfiles, protocols
+from harness.contracts import Member, Method, TokenPlan
+from harness.devices import open_device
+from harness.errors import HarnessError
+from harness.files import locked, replace_text, sha256_file
+from harness.messages import Job, Reply
+from harness.planning import member_of, method_of
+from harness.records import Case, Row, digest
+from harness.specifications import parse
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+
+class Group:
+    """One model under one method in this process: the `Subject` that metrics measure."""
+
+    def __init__(self, job: Job, connection: Connection) -> None:
+        self.job, self.connection, options = job, connection, job.options
+        self.method: Method = method_of(parse(job.method), catalog.methods())
+        self.arguments = arguments.resolve(parse(job.method), self.method, job.device)
+        self.batch_size = options.batch_size if self.method.batch_invariant else 1
+        self.method_id = arguments.method_id(self.method, self.arguments, self.batch_size)
+        self.reference_method = method_of(parse(job.reference), catalog.methods())
+        self.reference_arguments = arguments.resolve(parse(job.reference), self.reference_method, job.device)
+        self.checkpoint = checkpoints.materialise(
+            parse(job.model),
+            options.declared,
+            allow_pickle=options.allow_pickle,
+            trust_remote_code=options.trust_remote_code,
+        )
+        self.repetitions = options.repetitions
+        self.device = open_device(job.device)
+        self.environment = environment.capture(job.device, job.threads, loaded_facts(job.device))
+        self._model: nn.Module | None = None
+        self._reference: nn.Module | None = None
+        self._nll: dict[str, NDArray[np.float32]] = {}
+        self.predicted: dict[str, int] = {}
+        self.before: dict[str, int] = {}
+        self.census: dict[str, Any] = {}
+        self.proof: dict[str, Any] = {}
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return checkpoints.tokenizer(self.checkpoint)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The checkpoint's configuration."""
+        return checkpoints.read_config(self.checkpoint)
+
+    @functools.cached_property
+    def world(self) -> tuple[str, ...]:
+        """What a number depends on beside weights, method and tokens: a hit under equal worlds is never stale."""
+        here, config = self.environment, sha256_file(self.checkpoint.directory / "config.json")
+        return config, here.environment_class, here.machine, str(here.threads), here.wait_policy, code_version()
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019  the group lives as long as its process
+    def plan_of(self, dataset: str, protocol: str) -> TokenPlan:
+        """The token plan of a text under a protocol."""
+        options = self.job.options
+        return protocols.plan(
+            corpora.read(parse(dataset), options.declared),
+            protocols.parse(parse(protocol)),
+            self.tokenizer,
+            context=getattr(self.config, "max_position_embeddings", None) or sys.maxsize,
+            max_tokens=options.max_tokens,
+        )
+
+    @property
+    def plan(self) -> TokenPlan:
+        """The plan of the case in hand."""
+        return self.plan_of(self.case.dataset, self.case.protocol)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under the method; predicted first, so that a death while loading can say what it needed."""
+        if self._model is None:
+            predicted = memory.predict(self.config, self.method, self.arguments)
+            self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
+            self.connection.send(Reply("predicted", data=self.predicted))
+            self.device.reset_peak()
+            model = self.method.load(self.checkpoint, self.arguments, self.job.device)
+            peak = self.device.peak()
+            self.before = {**memory.measure(model), "memory.load_peak": max(peak.values()), **peak}
+            original = dict(checkpoints.sketch_model(self.config, self.arguments.dtype).named_modules())
+            self.census = census.census(model, self.method, self.arguments, original)
+            self._model = model
+            if self.job.device != "cpu":  # evidence that the device did the work, kept with every row
+                ids = torch.ones((1, 8), dtype=torch.long, device=self.job.device)
+                self.proof = self.device.proof(lambda: model(input_ids=ids))
+        return self._model
+
+    @property
+    def reference(self) -> nn.Module:
+        """The unquantized model, loaded apart: it shares nothing mutable with the candidate."""
+        if self._reference is None:
+            self._reference = self.reference_method.load(self.checkpoint, self.reference_arguments, self.job.device)
+        return self._reference
+
+    def release_reference(self) -> None:
+        """Drop the reference and give its memory back."""
+        self._reference = None
+        self.device.release()
+
+    def nll(self) -> NDArray[np.float32]:
+        """Per-token NLL of the case in hand under the model, nats, computed once a plan."""
+        if self.case.method == self.case.reference:
+            return self.reference_nll()
+        key = self.plan.token_hash + self.plan.protocol_id
+        if key not in self._nll:
+            self._nll[key] = self.score(self.model, self.batch_size)
+        return self._nll[key]
+
+    def reference_nll(self) -> NDArray[np.float32]:
+        """The reference's, once a session: the first process to need it computes it, the others wait and read."""
+        batch = self.job.options.batch_size if self.reference_method.batch_invariant else 1
+        key = digest(
+            [
+                self.checkpoint.revision,
+                arguments.method_id(self.reference_method, self.reference_arguments, batch),
+                self.plan.protocol_id,
+                self.plan.token_hash,
+                *self.world,
+            ]
+        )
+        folder = self.job.options.report_dir / "nll"
+        index = folder / f"reference-{key[:32]}"
+        with locked(folder / f".{key[:32]}.lock"):
+            if not index.exists():
+                own = self.case.method == self.case.reference
+                sha = nllfiles.save(folder, self.score(self.model if own else self.reference, batch))
+                replace_text(index, sha)
+            nll = nllfiles.load(folder, index.read_text())
+            if nll is None:
+                raise HarnessError(f"{index} names a file that is gone: measure into a fresh --report-dir")
+            return nll
+
+    def score(self, model: nn.Module, batch_size: int) -> NDArray[np.float32]:
+        """Run the engine over the plan's windows."""
+        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        return engine.score(model, self.plan.windows, device=self.job.device, batch_size=batch_size, padding_id=padding)
+
+    def key(self, case: Case) -> str:
+        """What --resume compares: equal keys mean that measuring again would repeat the same work."""
+        self.case = case
+        plan = (self.plan.protocol_id, self.plan.token_hash) if case.dataset else ()
+        parts = [case.id, self.checkpoint.revision, self.method_id, *plan, *self.world]
+        return digest([*parts, self.repetitions if member_of(case).timed else 0])
+
+    def measure(self, case: Case) -> Row:
+        """Measure one case; no verdict yet."""
+        self.case = case
+        member = member_of(case)
+        started = time.perf_counter()
+        assert self.model is not None  # load outside the metric, so that a failure to load reads as one
+        figure = catalog.metrics()[case.family].measure(self, member)
+        texts = self._text_facts(member) if case.dataset else {}
+        grid = self.method.grid and self.method.grid == self.checkpoint.grid
+        notes = {"model_note": self.checkpoint.note} if self.checkpoint.note else {}
+        proof = {"proof": self.proof} if self.proof else {}
+        aligned = {"grid_aligned": True} if grid else {}
+        detail = {**figure.detail, **notes, **proof, **aligned, **texts.pop("detail", {})}
+        return Row.of(
+            case,
+            revision=self.checkpoint.revision,
+            method_id=self.method_id,
+            value=float(figure.value),
+            unit=figure.unit,
+            count=figure.count,
+            spread=figure.spread,
+            interval=figure.interval,
+            samples=figure.samples,
+            detail=detail,
+            census=self.census,
+            bits_per_weight=self.census.get("bits_per_weight"),
+            environment=self.environment.id,
+            seconds=round(time.perf_counter() - started, 3),
+            key=self.key(case),
+            **texts,
+        )
+
+    def _text_facts(self, member: Member) -> dict[str, Any]:
+        plan = self.plan
+        facts: dict[str, Any] = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash}
+        if not member.timed:
+            counts = [window.scored for window in plan.windows if window.scored]
+            folder = self.job.options.report_dir / "nll"
+            facts["nll"] = nllfiles.save(folder, self.nll())
+            facts["detail"] = {"window_counts": counts, "tokens": plan.tokens, "protocol": plan.protocol}
+            if member.paired:
+                facts["detail"]["reference_nll"] = nllfiles.save(folder, self.reference_nll())
+        return facts
+
+
+@functools.cache
+def code_version() -> str:
+    """sha256 over the harness's own source: a changed metric is another measurement."""
+    home = Path(__file__).parent
+    return digest({str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))})
+
+
+def loaded_facts(device: str) -> dict[str, str]:
+    """What only the loaded libraries know."""
+    facts = {"cuda": str(torch.version.cuda or "")}
+    module = sys.modules.get("bitsandbytes.cextension")
+    if module is None:
+        import bitsandbytes.cextension as module  # type: ignore[no-redef]
+    library = getattr(getattr(module, "lib", None), "_lib", None)
+    facts["bitsandbytes_library"] = Path(getattr(library, "_name", "") or "").name
+    return facts
