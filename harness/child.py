@@ -12,10 +12,13 @@ import signal
 import traceback
 from multiprocessing.connection import Connection
 
+import bitsandbytes  # noqa: F401  this and the next three: so that the fork server pays for importing them, once
 import torch
-import transformers  # noqa: F401  imported here so that the fork server pays for it once
+import transformers.integrations.bitsandbytes
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, checkpoints
+from harness import bnb, checkpoints, tiny  # noqa: F401  tiny for the same reason
 from harness.errors import HarnessError
 from harness.group import Group
 from harness.messages import Job, Reply

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from harness.plugin import State
 
 hookimpl = HookimplMarker("pytest")
+CASE_FIELDS = (4, 6)  # model, method, [dataset, protocol,] metric, device
 FAILED = 1  # pytest's exit status for failed tests
 
 
@@ -57,6 +58,22 @@ class Collector:
             plan = {case.id: case for case in self.state.plan}
             named = (case_id(nodeid) for nodeid in ids)
             self.select([plan[name] for name in named if name in plan], node.config)
+
+    @hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """Keep the cases of one model and method on one worker, so that each is loaded and quantized once.
+
+        xdist's own `loadgroup` writes the group into node ids, which pytest 9.2 no longer lets it do.
+        """
+        if config.option.dist != "load":
+            return None  # the user chose otherwise
+        from xdist.scheduler import LoadScopeScheduling  # local: only where xdist runs
+
+        class GroupScheduling(LoadScopeScheduling):
+            def _split_scope(self, nodeid: str) -> str:
+                return group_of(nodeid)
+
+        return GroupScheduling(config, log)
 
     def select(self, cases: Sequence[Case], config: pytest.Config) -> None:
         """Open the report and make what the cases need; what a user must fix is said here, before anything ran."""
@@ -176,6 +193,12 @@ def case_id(nodeid: str) -> str:
     """The case's id within a node id: between the first '[' and the last ']' (xdist appends '@group')."""
     inside, bracket, _ = nodeid.partition("[")[2].rpartition("]")
     return inside if bracket else ""
+
+
+def group_of(nodeid: str) -> str:
+    """Model, method and device of a measured case's node id; the node id itself for any other test."""
+    fields = case_id(nodeid).split("/")
+    return "/".join((*fields[:2], fields[-1])) if len(fields) in CASE_FIELDS else nodeid
 
 
 def brief(row: Row) -> str:

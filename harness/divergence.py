@@ -94,7 +94,7 @@ def divergences(reference: Tensor, candidate: Tensor, targets: Tensor) -> tuple[
     p, q = ln_p.exp(), ln_q.exp()  # (n, V)
     t = ln_q - ln_p  # (n, V)
     terms = torch.where(t > 1, q - p - p * t, p * (t.expm1() - t))  # the second overflows where q is far above p
-    kl = torch.where(p > 0, terms, q).sum(-1)  # (n,) at p = 0, a masked entry's, t is infinite or no number
+    kl = torch.where(p == 0, q, terms).sum(-1)  # (n,) at p = 0, a masked entry's, t is infinite or no number
     same = reference.argmax(-1) == candidate.argmax(-1)  # (n,)
     true = targets[:, None]
     return kl, same, (q.gather(-1, true) - p.gather(-1, true))[:, 0]

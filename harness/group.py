@@ -69,7 +69,7 @@ class Group:
     def world(self) -> tuple[str, ...]:
         """What a number depends on beside weights, method and tokens: a hit under equal worlds is never stale."""
         here, config = self.environment, sha256_file(self.checkpoint.directory / "config.json")
-        return config, here.environment_class, here.machine, str(here.threads), here.wait_policy, code_version()
+        return config, here.environment_class, here.machine, str(here.threads), here.wait_policy, CODE
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  the group lives as long as its process
     def plan_of(self, dataset: str, protocol: str) -> TokenPlan:
@@ -209,11 +209,13 @@ class Group:
         return facts
 
 
-@functools.cache
 def code_version() -> str:
     """sha256 over the harness's own source: a changed metric is another measurement."""
     home = Path(__file__).parent
     return digest({str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))})
+
+
+CODE = code_version()  # of what this process runs: taken at import, in the fork server, once a session
 
 
 def loaded_facts(device: str) -> dict[str, str]:

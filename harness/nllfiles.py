@@ -39,7 +39,7 @@ def load(folder: Path, sha: str) -> NDArray[np.float32] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
             nll: NDArray[np.float32] = data["nll"].astype("<f4")
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise BadFile(f"{path} cannot be read ({error}): delete it and measure again") from error

@@ -124,11 +124,9 @@ def threads() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the options once; group the cases of a model and method on one worker; collect in the controller."""
+    """Read the options once, in every process; collect in the controller."""
     for name, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
-    if not config.pluginmanager.has_plugin("xdist"):
-        config.addinivalue_line("markers", "xdist_group(name): cases that share one loaded model")
     try:
         state = State(config)
         if is_active(config) or any("harness.cases" in argument for argument in config.args):
@@ -137,13 +135,11 @@ def pytest_configure(config: pytest.Config) -> None:
         workers = len(config.getoption("tx", None) or ())
         worker = getattr(config, "workerinput", None)
         if worker is not None:
-            config.option.loadgroup = True
             pin(int(worker["workerid"][2:]), int(worker["workercount"]), state)
-        elif workers:
-            if config.option.dist == "load":
-                config.option.dist = "loadgroup"
-            if state.gpus and any(case.device == "cuda" for case in state.plan):
-                probe.worker_devices(0, workers, os.environ.get("CUDA_VISIBLE_DEVICES"), len(state.gpus))
+        elif workers and state.gpus and any(case.device == "cuda" for case in state.plan):
+            probe.worker_devices(
+                0, workers, os.environ.get("CUDA_VISIBLE_DEVICES"), len(state.gpus)
+            )  # refuses too many
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[STATE] = state
@@ -179,8 +175,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             id=case.id,
             marks=(
                 pytest.mark.gpu if case.device == "cuda" else pytest.mark.cpu,
-                getattr(pytest.mark, case.family if case.family in MARKS else "perplexity"),
-                pytest.mark.xdist_group(case.group),
+                getattr(pytest.mark, case.family),
             ),
         )
         for case in plan

@@ -176,6 +176,7 @@ def server_environment(threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's pool would start at import, before the fork; nothing hot uses it
         "OMP_WAIT_POLICY": "passive",  # spinning threads cost up to 4x on a busy machine
         "TOKENIZERS_PARALLELISM": "false",  # its thread pool does not survive a fork
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

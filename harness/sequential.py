@@ -108,12 +108,12 @@ def fair_game(differences: Array, weights: Array, windows: int, v: float) -> tup
     Returns:
         a (..., t), b (..., t), and v_i (..., t), nats^2, never negative.
     """
-    left = windows - np.arange(differences.shape[-1], dtype=np.float64)  # (t,) windows not yet drawn, this one too
-    weights = np.broadcast_to(weights, differences.shape)
 
     def before(values: Array) -> Array:
         return values.cumsum(-1) - values
 
+    left = windows - np.arange(differences.shape[-1], dtype=np.float64)  # (t,) windows not yet drawn, this one too
+    weights = np.broadcast_to(weights, differences.shape)
     product, square = weights * differences, weights * weights
     a_before, b_before = before(product), before(weights)
     p0 = before(product * product) + a_before**2 / left
@@ -198,8 +198,7 @@ class Sequential:
             self._narrow()
         if self.whole:
             self.low, self.high = -math.inf, math.inf  # what was claimed under v no longer is
-        value = min(max(self._mean(), self.low), self.high)
-        return self._state(value, self._decision())
+        return self._state(self._decision())
 
     def _mean(self) -> float:
         """Token-weighted mean of what was read, summed from the first so that equal differences stay equal."""
@@ -213,19 +212,17 @@ class Sequential:
         if sum(self._tokens) != self.tokens:
             raise ValueError(f"the windows held {sum(self._tokens)} tokens, the plan {self.tokens}")
         self.low = self.high = self._mean()
-        return self._state(self.low, "end")
+        return self._state("end")
 
-    def _state(self, value: float, decided: str) -> State:
-        used = sum(self._tokens)
+    def _state(self, decided: str) -> State:
+        value, used = min(max(self._mean(), self.low), self.high), sum(self._tokens)
         return State(value, self.low, self.high, decided, len(self._tokens), used, self.tokens, self.whole)
 
     def _decision(self) -> str:
         if self.whole or len(self._tokens) < FEWEST_WINDOWS:
             return ""
-        if self.bound is not None and self.high < self.bound:
-            return "below"
-        if self.bound is not None and self.low > self.bound:
-            return "above"
+        if self.bound is not None and not self.low <= self.bound <= self.high:
+            return "below" if self.high < self.bound else "above"
         return "resolution" if (self.high - self.low) / 2 < self.resolution else ""
 
     def _narrow(self) -> None:
@@ -265,14 +262,7 @@ class Sequential:
 
 
 def crossing(refuted: Callable[[float], bool], start: float, step: float, known: float) -> float:
-    """Where a decreasing test turns from true to false, by bisection to TOLERANCE steps; a point where it is true.
-
-    Args:
-        refuted: true for small m, false for large.
-        start: a guess.
-        step: the scale of m.
-        known: a point where it is true, or -inf.
-    """
+    """The last m, to TOLERANCE steps, of a test that is true for small m: from a guess, and one known to be or -inf."""
     high, stride = max(start, known), step
     while refuted(high):
         known, high, stride = high, high + stride, 2 * stride
@@ -295,9 +285,6 @@ def read(sequence: Sequential, drawn: Sequence[int], window: Callable[[int], tup
         sequence: fresh.
         drawn: permutation of all windows, from `order`.
         window: index in text order -> (mean of candidate - reference NLL in nats, scored tokens).
-
-    Returns:
-        The last state.
     """
     if len(drawn) != sequence.windows:
         raise ValueError(f"{len(drawn)} windows drawn of {sequence.windows}")

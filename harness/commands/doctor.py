@@ -31,15 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
     gpus = probe.cuda_devices()
     world = capture("cuda" if gpus else "cpu", len(os.sched_getaffinity(0)))
     if arguments.recorded:
-        suffix = world.device_class.replace(":", "+")
+        suffix = "@" + world.device_class.replace(":", "+")
         folder = arguments.baselines / parse(arguments.recorded).filename
-        found = sorted(folder.glob(f"*@{suffix}*.yaml"))
+        found = [path for path in folder.glob("*@*.yaml") if path.stem.endswith(suffix)]
         print(f"{len(found)} methods of {arguments.recorded} are recorded for {world.device_class}")
         return 0 if found else 1
     for name, value in world.to_dict().items():
         print(f"{name}: {value}")
     print(f"device class: {world.device_class}")
-    print("gpus: " + (", ".join(f"{gpu.name} (sm_{gpu.sm})" for gpu in gpus) or "none visible"))
+    print("gpus: " + (", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus) or "none visible"))
     print(f"cache: {cache_dir()}")
     _, declared = read_declared(Path.cwd())
     for kind, names, check in (("model", MODELS, models.check), ("dataset", DATASETS, corpora.check)):

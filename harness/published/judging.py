@@ -144,14 +144,14 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
             f"worse than a model that never looks at its input: {about.vocabulary:,} equally likely tokens give "
             f"{about.vocabulary:,}; 8 bits with their scale keep every weight within half a step"
         )
-        return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark), command=_pitfalls(claim))
+        return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
     anchors = [other.value for other in claims if other.report.model == claim.report.model and other.dataset]
     if anchors and claim.value > bounds.IMPLAUSIBLE * max(anchors):
         said = (
             f"{claim.value / max(anchors):,.0f} times the largest public figure of the unquantized model on English "
             f"({max(anchors)}), its own reference included: the protocol is at fault, not the method"
         )
-        return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark), command=_pitfalls(claim))
+        return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
     missing = f"not said: {claim.report.missing['perplexity']}"
     return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, note, _control(claim), claim.remark))
 
@@ -214,10 +214,6 @@ def _joined(*parts: str) -> str:
 
 def _control(claim: Claim) -> str:
     return f"what yields this: control {claim.fault} of docs/pitfalls.md" if claim.fault else ""
-
-
-def _pitfalls(claim: Claim) -> str:
-    return "pytest tests/numerics/test_pitfalls.py" if claim.fault else ""
 
 
 def _ratio(claim: Claim, claims: Sequence[Claim]) -> str:

@@ -109,7 +109,7 @@ def whole(model: Any, window: Window) -> Tensor:
     """(k, V) log probabilities of a window's scored tokens, in double precision, from whole logits."""
     with torch.no_grad():
         logits = copy.deepcopy(model).double()(torch.from_numpy(window.ids[None])).logits[0]
-    return logits[len(window.ids) - 1 - window.scored : -1].log_softmax(-1)
+    return cast(Tensor, logits[len(window.ids) - 1 - window.scored : -1].log_softmax(-1))
 
 
 @pytest.mark.parametrize("build", [gpt2, granite])
@@ -158,9 +158,14 @@ def test_figures_come_from_one_comparison_with_intervals_over_windows(monkeypatc
     reference, chosen = gpt2(), made()
     fake = Fake(shaken(reference, 0.05), reference, plan_of(chosen))
     found = divergence.compare(fake.reference, fake.model, chosen, device="cpu")
-    runs = []
+    runs: list[int] = []
     compare = divergence.compare
-    monkeypatch.setattr(divergence, "compare", lambda *given, **more: runs.append(1) or compare(*given, **more))
+
+    def counted(*given: Any, **more: Any) -> divergence.Divergence:
+        runs.append(1)
+        return compare(*given, **more)
+
+    monkeypatch.setattr(divergence, "compare", counted)
     kl, top, rms = (measured(fake, name) for name in ("kl", "same_top", "rms_dp"))
     assert len(runs) == 1
     ends = np.cumsum([window.scored for window in chosen if window.scored])
@@ -227,6 +232,15 @@ def test_prompts_are_spread_and_a_short_context_shrinks_the_continuation() -> No
     fake = Fake(gpt2(context=32), None, plan_of([Window(np.arange(32), 31)]))
     with pytest.raises(HarnessError, match="a context of 32 tokens holds no continuation"):
         measured(fake, "first_divergence")
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_prediction_that_is_no_number_stays_one(side: int) -> None:
+    pair = [torch.zeros(1, 3), torch.zeros(1, 3)]
+    pair[side][0, 1] = math.nan
+    kl, _, change = divergence.divergences(pair[0], pair[1], torch.tensor([0]))
+    assert math.isnan(kl[0])
+    assert math.isnan(change[0])
 
 
 def test_a_broken_candidate_is_never_averaged_away() -> None:

@@ -1,0 +1,179 @@
+"""docs/sensitivity.md: which layers and which parts of a model tolerate int8 and 4 bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import documents
+from harness.report import writing
+
+METHODS = ("absmax-int8", "linear-int4", "nf4")
+GROUPS = {"smollm2-135m": 5, "tiny-gpt2": 1, "tiny-olmo": 1}  # layers quantized together: bounds the time on 30 layers
+KINDS_METHOD = "nf4"  # under which each kind of projection is quantized alone
+INTRODUCTION = """\
+Reports say that the early layers tolerate quantization better, and leave the late ones unquantized or the other way
+round. Here each part is quantized alone, everything else stays in fp32, and the change of NLL against fp32 is paired
+over the same tokens; intervals are 95%, Student's t over windows. Changes do not add up exactly, and parts differ in
+size: the last column is the change for every percent of the projections' weights that were quantized."""
+
+
+def bench(model: str) -> Any:
+    """A model and its text: eight windows of 256 tokens, the fewest that give an interval; more on the tiny models."""
+    from harness import checkpoints, corpora
+    from harness.controls import Bench
+    from harness.options import Declared
+    from harness.specifications import parse
+
+    declared = Declared(Path())
+    tiny = model.startswith("tiny")
+    corpus = corpora.read(parse("synthetic" if tiny else "lee"), declared)
+    checkpoint = checkpoints.materialise(parse(model), declared)
+    return Bench(checkpoint, corpus, width=256, max_tokens=8192 if tiny else 2048)
+
+
+def scopes_of(model: Any, group: int) -> dict[str, str]:
+    """What is quantized alone: kind of part and scope, in the words of a specification."""
+    from harness import scopes
+
+    _, depth = scopes.decoder_layers(model)
+    half = depth // 2
+    found = {"linear": "whole", "attention": "part", "mlp": "part"}
+    found |= {f"layers={first}-{min(first + group, depth) - 1}": "group" for first in range(0, depth, group)}
+    return found | {f"layers=0-{half - 1}": "early half", f"layers={half}-{depth - 1}": "late half"}
+
+
+def kinds_of(model: Any) -> list[str]:
+    """Scopes for each kind of projection, by the last part of its name."""
+    return [f"names=*.{kind}" for kind in dict.fromkeys(name.partition(".0.")[2] for name in names_in(model)) if kind]
+
+
+def names_in(model: Any) -> list[str]:
+    """Names of a model's projections."""
+    from harness import scopes
+    from harness.contracts import Scope
+
+    return scopes.select(model, Scope())
+
+
+def measure_model(model: str) -> dict[str, Any]:
+    """Every scope under every method, and the late half against the early one."""
+    from harness.protocols import aggregate, window_slices
+    from harness.stats import paired_delta
+
+    where = bench(model)
+    slices, plain = window_slices(where.plan), where.open()
+    chosen = scopes_of(plain, GROUPS[model])
+    kinds = {scope: "kind" for scope in kinds_of(plain)}
+    total = sum(plain.get_submodule(name).weight.numel() for name in names_in(plain))
+    rows, halves = [], []
+    for method in METHODS:
+        kept = {}
+        for scope, part in (chosen | (kinds if method == KINDS_METHOD else {})).items():
+            candidate = where.open(f"{method}:{scope}")
+            kept[part] = where.nll(candidate)
+            rows.append(
+                {
+                    "method": method,
+                    "scope": scope,
+                    "part": part,
+                    "share": quantized_elements(method, candidate) / total,
+                    **interval(paired_delta(kept[part], where.reference_nll, slices)),
+                }
+            )
+            print(f"{model}: {method}:{scope} {rows[-1]['delta']:+.4f}", file=sys.stderr)
+        halves.append({"method": method, **interval(paired_delta(kept["late half"], kept["early half"], slices))})
+    return {
+        "text": where.corpus.name,
+        "tokens": where.plan.tokens,
+        "windows": len(where.plan.windows),
+        "width": where.width,
+        "reference": aggregate(where.reference_nll, where.plan),
+        "note": where.checkpoint.note,
+        "rows": rows,
+        "late_over_early": halves,
+    }
+
+
+def quantized_elements(method: str, model: Any) -> int:
+    """Weights that a method quantized in a model."""
+    from harness import catalog
+
+    return sum(weight.elements for weight in catalog.methods()[method].quantized(model))
+
+
+def interval(estimate: Any) -> dict[str, float]:
+    """An estimate as kept."""
+    return {"delta": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def measure(models: Sequence[str]) -> dict[str, Any]:
+    """Every model."""
+    return {"models": {model: measure_model(model) for model in models or GROUPS}}
+
+
+def with_interval(row: Mapping[str, Any]) -> str:
+    """'+0.0123 [+0.0100, +0.0146]'."""
+    return f"{row['delta']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+
+def table(rows: Sequence[Mapping[str, Any]], method: str) -> str:
+    """One method on one model."""
+    body = [
+        [
+            f"`{row['scope']}`" + (f" ({row['part']})" if "half" in row["part"] else ""),
+            f"{100 * row['share']:.1f}",
+            with_interval(row),
+            f"{1000 * row['delta'] / (100 * row['share']):+.3f}",
+        ]
+        for row in rows
+        if row["method"] == method
+    ]
+    headers = [f"`{method}`: quantized alone", "of the weights, %", "change of NLL, nat", "mnat for each percent"]
+    return writing.table(headers, body, words=(0,))
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """What the intervals decide: early against late half, attention against mlp, the most and least sensitive group."""
+    lines = []
+    for pair in found["late_over_early"]:
+        rows = [row for row in found["rows"] if row["method"] == pair["method"]]
+        groups = sorted((row for row in rows if row["part"] == "group"), key=lambda row: row["delta"])
+        parts = {row["scope"]: row for row in rows if row["part"] == "part"}
+        if pair["low"] > 0:
+            said = "the early half tolerates it better, as reports say"
+        elif pair["high"] < 0:
+            said = "the late half tolerates it better, against the reports"
+        else:
+            said = "halves cannot be told apart"
+        densest = max(parts, key=lambda scope: parts[scope]["delta"] / parts[scope]["share"])
+        lines.append(
+            f"- `{pair['method']}`: late half less early half {with_interval(pair)} nat: {said}. Least lost with "
+            f"`{groups[0]['scope']}` ({groups[0]['delta']:+.4f}), most with `{groups[-1]['scope']}` "
+            f"({groups[-1]['delta']:+.4f}). For each weight `{densest}` loses more."
+        )
+    return "\n".join(lines)
+
+
+def section(model: str, found: Mapping[str, Any]) -> str:
+    """One model."""
+    head = (
+        f"## `{model}`\n\n`{found['text']}`, {found['tokens']:,} tokens in {found['windows']} windows of "
+        f"{found['width']}; fp32 perplexity {found['reference']:.3f}."
+    )
+    caveat = f"> {found['note']}" if found["note"] else ""
+    tables = [table(found["rows"], method) for method in METHODS]
+    return "\n\n".join(part for part in (head, caveat, verdict(found), *tables) if part)
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page."""
+    return "\n\n".join([INTRODUCTION, *(section(model, found) for model, found in results["models"].items())])
+
+
+DOCUMENT = documents.Document("sensitivity", "Which layers and parts tolerate quantization", measure, render)
+
+if __name__ == "__main__":
+    sys.exit(documents.run(DOCUMENT))
