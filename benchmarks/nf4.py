@@ -78,7 +78,8 @@ of 64. FP4 spells 0 twice.
 - **Fixed.** The definition gives NF4's sixteen figures within {off:.0e}: no weight of any model enters. What adapts
   is the scale of a block, as in every other format here.
 - **Not logarithmic.** On a logarithmic scale neighbours stand in one ratio; here the ratio is {ratios[0]:.2f} next
-  to 0, falls to {min(ratios):.2f} and ends at {ratios[-1]:.2f}. The gaps grow from {min(gaps):.3f} at the centre to {max(gaps):.3f} at the ends.
+  to 0, falls to {min(ratios):.2f} and ends at {ratios[-1]:.2f}. The gaps grow from {min(gaps):.3f} at the centre to
+  {max(gaps):.3f} at the ends.
 - **Not a floating-point format.** FP4 is one: sign, exponent, mantissa. NF4's code is an index into a table.
 - **Not equally used either**, though that is its idea: blocks are scaled by their own largest magnitude, and not by a
   fixed quantile, so a level is taken by {100 * min(used):.1f}% to {100 * max(used):.1f}% of normal weights. The

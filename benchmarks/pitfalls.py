@@ -77,6 +77,18 @@ def section(control: Control, results: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def overview(results: Mapping[str, Any]) -> str:
+    """Every control in one line: its first figure on the first model, under the fault and under the right version."""
+    rows = []
+    for control in CONTROLS:
+        shown = next(iter(results["controls"][control.name].values()))
+        name = next(iter(shown["fault"]))
+        pair = [figure(name, shown[version][name]) for version in ("fault", "right")]
+        rows.append([f"`{control.name}`", name, *pair, control.reported or writing.NOTHING])
+    first = next(iter(results["models"]))
+    return writing.table(["control", f"figure on `{first}`", "fault", "right", "reported"], rows, words=(0, 1, 4))
+
+
 def render(results: Mapping[str, Any]) -> str:
     """The page."""
     models = [
@@ -85,7 +97,7 @@ def render(results: Mapping[str, Any]) -> str:
     ]
     table = writing.table(["model", "text", "tokens", "window", "vocabulary"], models, words=(0, 1))
     sections = [section(control, results["controls"][control.name]) for control in CONTROLS]
-    return "\n\n".join([INTRODUCTION, table, *sections])
+    return "\n\n".join([INTRODUCTION, table, overview(results), *sections])
 
 
 DOCUMENT = documents.Document("pitfalls", "Pitfalls: faults that reports' figures bear the marks of", measure, render)

@@ -28,11 +28,12 @@ class Document:
     """One page.
 
     Attributes:
-        name: of the script, the page and the data.
+        name: of the page and its data.
         title: its heading.
         measure: (names of models, or () for the page's own) -> results, JSON values and non-finite floats only.
         render: results -> markdown below the heading.
         plots: results -> SVG by file name, to lie beside the page.
+        script: in benchmarks/, where it is not called as the page.
     """
 
     name: str
@@ -40,11 +41,12 @@ class Document:
     measure: Callable[[Sequence[str]], Mapping[str, Any]]
     render: Callable[[Mapping[str, Any]], str]
     plots: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda results: {}
+    script: str = ""
 
     @property
     def command(self) -> str:
         """What makes the page."""
-        return f"python benchmarks/{self.name}.py -o docs/{self.name}.md"
+        return f"python benchmarks/{self.script or self.name}.py -o docs/{self.name}.md"
 
 
 def world(seconds: float) -> dict[str, Any]:

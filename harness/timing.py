@@ -7,7 +7,8 @@ Pure logic over a clock, so that a fake clock tests it; the clock of a real devi
   ten repetitions (the cold one included) end it in any case, and the timing then says that it did not settle.
 - *Repetitions* come in blocks of one candidate and one reference repetition, side by side, so that a drift of the
   processor's clock meets both. The order alternates from block to block (A B, B A, A B, ...), so that neither
-  stream always follows the other.
+  stream always follows the other. A stream with a repetition above the caller's `slow` seconds is not warmed up any
+  further, and gets no more than FEWEST_BLOCKS blocks.
 - Raw samples are kept; `harness.stats` summarises them.
 """
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 AGREEMENT = 0.05  # protocols.md: two successive medians within 5%
 WARMUP_LIMIT = 10  # protocols.md: at most 10
+FEWEST_BLOCKS = 6  # with which a 95% signed-rank interval exists: 2 / 2^6 = 0.03, while 2 / 2^5 = 0.06
 FLOOR_QUANTILE = 0.95  # the floor holds 95% of the differences that a stream shows against itself
 EXHAUSTIVE_PAIRS = 12  # 2^11 sign patterns up to symmetry; more pairs are thinned to this many, evenly spread
 
@@ -59,6 +61,7 @@ class Warmup:
 
     repetitions: int
     settled: bool
+    slow: bool = False  # the cold repetition alone was too long for more
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Timing:
     warmup_reference: Warmup
 
 
-def warm_up(work: Work, clock: Clock, *, limit: int = WARMUP_LIMIT, agreement: float = AGREEMENT) -> Warmup:
+def warm_up(
+    work: Work, clock: Clock, *, limit: int = WARMUP_LIMIT, agreement: float = AGREEMENT, slow: float = math.inf
+) -> Warmup:
     """Repeat until two successive medians of the warm repetitions agree, at most `limit` times.
 
     The fewest repetitions that can settle are three: a cold one, and two medians behind it.
@@ -80,6 +85,8 @@ def warm_up(work: Work, clock: Clock, *, limit: int = WARMUP_LIMIT, agreement: f
     previous = math.nan
     for repetition in range(1, limit + 1):
         (seconds,) = clock(work)
+        if seconds > slow:
+            return Warmup(repetition, settled=False, slow=True)
         if repetition == 1:
             continue
         warm.append(seconds)
@@ -101,10 +108,14 @@ def interleave(candidate: Work, reference: Work, clock: Clock, blocks: int) -> t
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def measure(candidate: Work, reference: Work, clock: Clock, blocks: int, *, limit: int = WARMUP_LIMIT) -> Timing:
-    """Warm both streams up, then time them in interleaved blocks."""
-    warm_candidate = warm_up(candidate, clock, limit=limit)
-    warm_reference = warm_up(reference, clock, limit=limit)
+def measure(
+    candidate: Work, reference: Work, clock: Clock, blocks: int, *, limit: int = WARMUP_LIMIT, slow: float = math.inf
+) -> Timing:
+    """Warm both streams up, then time them in interleaved blocks; fewer where a repetition is over `slow` seconds."""
+    warm_candidate = warm_up(candidate, clock, limit=limit, slow=slow)
+    warm_reference = warm_up(reference, clock, limit=limit, slow=slow)
+    if warm_candidate.slow or warm_reference.slow:
+        blocks = min(blocks, FEWEST_BLOCKS)
     ours, theirs = interleave(candidate, reference, clock, blocks)
     return Timing(tuple(ours), tuple(theirs), warm_candidate, warm_reference)
 

@@ -26,7 +26,7 @@ LEVELS = (
     "engine divergence sequential devices timing models checkpoints gguf_weights tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording",
-    "planning child group runner session report judge trial drift baselines bounds published fits",
+    "planning child group runner session report judge trial drift baselines bounds published fits controls documents",
     "plugin collector commands",
     "cases __main__",
 )  # a package stands for all of its modules

@@ -54,7 +54,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.published
-@pytest.mark.xdist_group("published")
 def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> None:
     """The computed verdict is the reviewed one; a figure whose weights are at hand is reproduced by them."""
     judgement = judgements(folder_of(request.config))[published_claim.id]

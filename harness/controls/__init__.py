@@ -84,7 +84,7 @@ CONTROLS = (
     Control(
         "texts-cut",
         "Texts cut to 512 characters",
-        "a GPT-2 of 31.62 where public protocols give under 30",
+        "31.62 for GPT-2, on texts cut to 512 characters",
         scoring.texts_cut,
         lambda found: found["share of the text read, %"] < 100 and found["perplexity"] > found["whole texts"],
         "part of the text unread, and a higher perplexity for what was read",

@@ -14,8 +14,8 @@ window) is shorter, prompt and continuation shrink to what fits, and `detail` ho
 
 *Value*: p50 of the candidate's seconds; lower is better. *Spread*: their interquartile range. *Samples*: the raw
 seconds. *Protocol*: `harness.timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the
-session's, at most 6 for `generate` and `evaluation`, which are long. *Clock*: `harness.devices` (CUDA events around
-each repetition, synchronised once; `perf_counter_ns` on the CPU).
+session's, at most 6 for `generate`, `evaluation` and whatever takes over 2 s a repetition. *Clock*: `harness.devices`
+(CUDA events around each repetition, synchronised once; `perf_counter_ns` on the CPU).
 
 *What is judged*: `log_ratio` = ln(candidate / reference), the Hodges-Lehmann estimate over blocks with its interval
 (`harness.stats.hodges_lehmann_ratio`). Where the candidate is the reference itself, two streams of the one model are
@@ -57,6 +57,7 @@ GENERATE_PROMPT, GENERATE_NEW = 32, 64  # protocols.md
 SEED = 20_251_122  # of the token ids; any number would do
 LONG_BLOCKS = 6  # fewest pairs for which a 95% signed-rank interval exists: 2 / 2^6 = 0.03, while 2 / 2^5 = 0.06
 LONG_WARMUP = {"latency.generate": 3, "latency.evaluation": 1}  # each repetition is many forwards of one shape
+SLOW_SECONDS = 2.0  # a repetition: bitsandbytes' int8 takes 10 s a prefill on a CPU without int8 dot products
 UNLIMITED = 1 << 30  # a context that no length here reaches
 
 
@@ -73,7 +74,7 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
     with torch.inference_mode():
         lengths, build = _work(subject, member)
         candidate_work, reference_work = build(model), build(reference)
-        timing = measure(candidate_work, reference_work, subject.device.time, blocks, limit=limit)
+        timing = measure(candidate_work, reference_work, subject.device.time, blocks, limit=limit, slow=SLOW_SECONDS)
         apart = _device_seconds(subject, candidate_work, reference_work)
     summary = summarise(timing.candidate)
     detail = {"p90": summary.p90, "p99": summary.p99, **_against_reference(timing), **lengths, **apart}
@@ -218,7 +219,7 @@ METRIC = Metric(
         Member("latency.decode", "s", "lower", timed=True, textual=False),
         Member("latency.forward", "s", "lower", timed=True, textual=False, core=False),
         Member("latency.generate", "s", "lower", timed=True, textual=False, core=False),
-        Member("latency.evaluation", "s", "lower", timed=True, core=False),
+        Member("latency.evaluation", "s", "lower", timed=True, protocols=("chunk",), core=False),
     ),
     measure=measure_latency,
 )

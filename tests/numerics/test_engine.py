@@ -225,3 +225,24 @@ def test_native_products_by_processor_flags(monkeypatch: pytest.MonkeyPatch) -> 
     assert [engine.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [True, True, False]
     monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx2", "amx_fp16"}))
     assert [engine.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [True, False, True]
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 7, 3), (5, 1023, 4), (17, 1024, 9), (33, 4096, 8)])
+def test_int8_products_through_fp32_are_exact(rows: int, depth: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(depth)
+    a = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, generator=generator)
+    b = torch.randint(-128, 128, (depth, columns), dtype=torch.int8, generator=generator)
+    assert torch.equal(engine.int8_product(a, b), (a.long() @ b.long()).to(torch.int32))
+    extreme = torch.full((2, depth), -128, dtype=torch.int8)
+    assert int(engine.int8_product(extreme, extreme.T)[0, 0]) == depth * 128 * 128
+
+
+@pytest.mark.parametrize(("flags", "replaced"), [({"avx512f"}, True), ({"avx512f", "avx512_vnni"}, False)])
+def test_only_a_cpu_without_int8_products_is_helped(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], replaced: bool
+) -> None:
+    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset(flags))
+    library = torch._int_mm
+    with engine.quick_int8_products():
+        assert (torch._int_mm is not library) is replaced
+    assert torch._int_mm is library

@@ -156,3 +156,9 @@ def test_many_repetitions_stay_quick_and_close() -> None:
     floor = aa_floor(list(np.exp(rng.normal(0.0, 0.1, 200))))
     assert floor is not None
     assert 0.02 < floor < 0.2  # 12 pairs of spread 0.14: standard error 0.04, twice that 0.08
+
+
+def test_a_slow_stream_gets_few_blocks_and_no_more_warm_up() -> None:
+    timing = measure(Work(lambda: None), Work(lambda: None), Scripted([3.0] + [1.0] * 40), 10, slow=2.0)
+    assert timing.warmup_candidate == Warmup(1, settled=False, slow=True)
+    assert len(timing.candidate) == len(timing.reference) == 6
