@@ -193,7 +193,13 @@ def _recordable(row: Row) -> bool:
     member = _member(row)
     compared = not (member and member.timed) or row.detail.get("log_ratio_low") is not None
     finite = row.value is not None and math.isfinite(row.value)
-    return finite and compared and row.verdict_reference is not Verdict.OUT_OF_BOUND and not (member and member.exact)
+    return (
+        finite
+        and compared
+        and "tokens_used" not in row.detail
+        and row.verdict_reference is not Verdict.OUT_OF_BOUND
+        and not (member and member.exact)
+    )
 
 
 def _member(row: Row) -> Member | None:

@@ -74,7 +74,7 @@ def serve(job: Job, connection: Connection) -> None:
                     if verb == "key":
                         reply = Reply("key", text=group.key(argument))
                     else:
-                        row = group.measure(argument)
+                        row = group.measure(*argument)
                         reply = Reply("row", row=row, data=group.environment.to_dict())
             except HarnessError as error:
                 reply = Reply("error", text=str(error))

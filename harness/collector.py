@@ -69,11 +69,9 @@ class Collector:
             return None  # the user chose otherwise
         from xdist.scheduler import LoadScopeScheduling  # local: only where xdist runs
 
-        class GroupScheduling(LoadScopeScheduling):
-            def _split_scope(self, nodeid: str) -> str:
-                return group_of(nodeid)
-
-        return GroupScheduling(config, log)
+        scheduling = LoadScopeScheduling(config, log)
+        scheduling._split_scope = group_of
+        return scheduling
 
     def select(self, cases: Sequence[Case], config: pytest.Config) -> None:
         """Open the report and make what the cases need; what a user must fix is said here, before anything ran."""

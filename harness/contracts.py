@@ -118,6 +118,7 @@ class Member:
     textual: bool = True  # needs a dataset and a protocol
     paired: bool = False  # needs the reference's NLL on the same tokens
     protocols: tuple[str, ...] = ()  # protocol names under which it exists; () means all
+    needs_whole_text: bool = False  # not planned with --stop-early, but for the reference
     core: bool = True  # planned when the family is named; False: only when the member itself is, or 'all'
 
 

@@ -22,6 +22,11 @@ MOVED = frozenset({Verdict.WORSE, Verdict.BETTER})
 def against_record(trial: Trial) -> Finding:
     """Whether the figure is what was recorded."""
     row, member, recorded = trial.row, trial.member, trial.recorded
+    if "tokens_used" in row.detail:
+        read = f"{row.detail['tokens_used']:,} of {row.detail['tokens_available']:,} tokens"
+        return Finding(
+            Verdict.NOT_COMPARABLE, f"stopped early ({row.detail['decided']}) after {read}: no whole-text figure"
+        )
     if recorded is None:
         return Finding(Verdict.UNRECORDED, f"no record; to record it: {command(row, '--regen-all')}")
     field = incomparable(row, member, recorded, trial.environment)

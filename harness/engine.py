@@ -222,7 +222,7 @@ def quick_int8_products() -> Iterator[None]:
     def product(a: Tensor, b: Tensor) -> Tensor:
         return int8_product(a, b) if a.device.type == "cpu" else library(a, b)
 
-    torch._int_mm = product
+    torch._int_mm = product  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -12,19 +12,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from harness import arguments, catalog, census, checkpoints, corpora, engine, environment, memory, nllfiles, protocols
+from harness import (
+    arguments,
+    catalog,
+    census,
+    checkpoints,
+    corpora,
+    engine,
+    environment,
+    memory,
+    nllfiles,
+    protocols,
+    sequential,
+)
 from harness.contracts import Member, Method, TokenPlan
 from harness.devices import open_device
 from harness.errors import HarnessError
 from harness.files import locked, replace_text, sha256_file
-from harness.messages import Job, Reply
+from harness.messages import Job, Reply, Stop
 from harness.planning import member_of, method_of
-from harness.records import Case, Row, digest
+from harness.records import Case, Figure, Row, digest
 from harness.specifications import parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
+
+RESOLUTION_NATS = 0.005  # half-width at which an undecided, early-stopped delta is known well enough: 0.5% perplexity
 
 
 class Group:
@@ -164,14 +178,14 @@ class Group:
         parts = [case.id, self.checkpoint.revision, self.method_id, *plan, *self.world]
         return digest([*parts, self.repetitions if member_of(case).timed else 0])
 
-    def measure(self, case: Case) -> Row:
-        """Measure one case; no verdict yet."""
+    def measure(self, case: Case, stop: Stop | None = None) -> Row:
+        """Measure one case, no further than `stop` asks; no verdict yet."""
         self.case = case
         member = member_of(case)
         started = time.perf_counter()
         assert self.model is not None  # load outside the metric, so that a failure to load reads as one
-        figure = catalog.metrics()[case.family].measure(self, member)
-        texts = self._text_facts(member) if case.dataset else {}
+        figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
+        texts = self._text_facts(member, "tokens_used" not in figure.detail) if case.dataset else {}
         grid = self.method.grid and self.method.grid == self.checkpoint.grid
         notes = {"model_note": self.checkpoint.note} if self.checkpoint.note else {}
         proof = {"proof": self.proof} if self.proof else {}
@@ -196,10 +210,27 @@ class Group:
             **texts,
         )
 
-    def _text_facts(self, member: Member) -> dict[str, Any]:
+    def stopped(self, stop: Stop) -> Figure:
+        """The paired delta over as many windows, in their seeded order, as decide it against its bound."""
+        windows = [window for window in self.plan.windows if window.scored]
+        counts, spans = [window.scored for window in windows], protocols.window_slices(self.plan)
+        reference = self.reference_nll().astype(np.float64)
+        known = stop.variance if stop.token_hash == self.plan.token_hash else None
+        sequence = sequential.Sequential(known, stop.bound, RESOLUTION_NATS, counts=counts)
+
+        def difference(index: int) -> tuple[float, int]:
+            nll = engine.score(self.model, [windows[index]], device=self.job.device)
+            return float((nll - reference[spans[index]]).mean()), counts[index]
+
+        state = sequential.read(sequence, sequential.order(self.plan.token_hash, counts).tolist(), difference)
+        told = {"decided": state.decided, "tokens_used": state.tokens_used, "tokens_available": state.tokens_available}
+        detail = {**told, "whole": state.decided == "end", "why_whole": state.whole, "usable": True}
+        return Figure(state.value, "nat", state.windows, interval=(state.low, state.high), detail=detail)
+
+    def _text_facts(self, member: Member, whole: bool) -> dict[str, Any]:
         plan = self.plan
         facts: dict[str, Any] = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash}
-        if not member.timed:
+        if not member.timed and whole:
             counts = [window.scored for window in plan.windows if window.scored]
             folder = self.job.options.report_dir / "nll"
             facts["nll"] = nllfiles.save(folder, self.nll())

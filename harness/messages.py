@@ -25,6 +25,15 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """When an early-stopped delta is decided: nats. Without a recorded `variance` the whole text is read."""
+
+    bound: float | None
+    variance: float | None  # v, from the whole-text record of these tokens
+    token_hash: str = ""  # of that record
+
+
+@dataclass(frozen=True)
 class Reply:
     """One answer: a row, a key, predicted bytes, or why there is none."""
 

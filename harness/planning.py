@@ -39,8 +39,9 @@ def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
         for specification, method in methods:
             arguments.resolve(specification, method, device)
         for model, (specification, _), member in itertools.product(options.models, methods, members):
-            if member.paired and specification == options.reference:
-                continue  # the reference differs from itself by nothing
+            own = specification == options.reference
+            if (member.paired and own) or (options.stop_early and member.needs_whole_text and not own):
+                continue  # the reference differs from itself by nothing; a stopped text has no perplexity
             rest = (member.name, device, str(options.reference))
             for dataset, protocol in texts if member.textual else ():
                 if not member.protocols or protocol.name in member.protocols:

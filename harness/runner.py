@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError
 from harness.files import locked
-from harness.messages import Job, Reply
+from harness.messages import Job, Reply, Stop
 from harness.planning import member_of
 from harness.records import Case, Row, Verdict
 
@@ -38,6 +38,7 @@ class Process:
 
     process: ForkServerProcess
     connection: Any
+    log: Path
     predicted: Mapping[str, int] = field(default_factory=dict)
 
     def ask(self, verb: str, argument: Any, say: Callable[[str], None] = lambda line: None) -> Reply:
@@ -64,7 +65,8 @@ class Process:
             cause = {"SIGKILL": "killed (SIGKILL: out of memory?)", "SIGSEGV": "segmentation fault (SIGSEGV)"}
             how = cause.get(name, f"died of {name}")
         else:
-            how = f"ended with exit status {code}"
+            lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+            how = f"ended with exit status {code}" + (f" ({lines[-1][:200]})" if lines else "")
         return f"the group's process was {how}" if how.startswith("killed") else f"the group's process: {how}"
 
     def close(self) -> None:
@@ -104,13 +106,13 @@ class Runner:
         if reply.kind == "bug":
             raise RuntimeError(reply.text)
 
-    def measure(self, case: Case, resumable: Mapping[str, Row]) -> tuple[Row, str]:
+    def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
         """One row without verdict, and a traceback where a bug was met; timed cases run with nothing beside them."""
         exclusive = member_of(case).timed
         with locked(self.lock, shared=not exclusive):
-            return self._measure(case, resumable)
+            return self._measure(case, resumable, stop)
 
-    def _measure(self, case: Case, resumable: Mapping[str, Row]) -> tuple[Row, str]:
+    def _measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None) -> tuple[Row, str]:
         if self._died.get(case.group, 0) >= DEATHS:
             return missing(case, f"not tried: {self._deaths[case.group]}"), ""
         process = self._process_for(case)
@@ -120,7 +122,7 @@ class Runner:
                 key = process.ask("key", case)
                 if key.kind == "key" and key.text == before.key:
                     return before, ""
-            reply = process.ask("measure", case)
+            reply = process.ask("measure", (case, stop))
         except Died as error:
             needed = process.predicted.get("memory.storage")
             reason = f"{error}" + (f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed else "")
@@ -145,7 +147,7 @@ class Runner:
 
     def _start(self, case: Case) -> Process:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["harness.child"])
+        context.set_forkserver_preload(["harness.child", "harness.runner"])
         with environment_variables(server_environment(self.threads)):
             forkserver.ensure_running()
         job = Job(
@@ -155,7 +157,7 @@ class Runner:
         process = context.Process(target=run_group, args=(job, there), daemon=True)
         process.start()
         there.close()
-        return Process(process, here)
+        return Process(process, here, job.log)
 
     def close(self) -> None:
         """End the group's process."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import baselines, bounds, corpora, exact, judge, models, nllfiles, report
-from harness.environment import Environment
+from harness import baselines, bounds, corpora, exact, judge, models, nllfiles, report, sequential
+from harness.environment import Environment, capture
 from harness.errors import HarnessError
 from harness.files import cache_dir
+from harness.messages import Stop
 from harness.planning import member_of
 from harness.records import Case, Row, Verdict
 from harness.runner import Runner
@@ -59,8 +60,18 @@ class Session:
         """Measure and judge a case; returns its row and, where a bug was met, the traceback."""
         if reason_missing:
             return Row.of(case, verdict=Verdict.MISSING, reason=reason_missing), ""
-        row, trouble = self.runner.measure(case, self.resumable)
+        row, trouble = self.runner.measure(case, self.resumable, self.stop(case))
         return (row if row.value is None else self.judged(row)), trouble
+
+    def stop(self, case: Case) -> Stop | None:
+        """When an early-stopped delta is decided, by its bound and its recorded variance; None to read everything."""
+        if not self.options.stop_early or case.metric != "perplexity.delta":
+            return None
+        rule = self.bounds.against_reference(case)
+        recorded = self.baselines.find(case, capture(case.device, self.runner.threads))
+        known = recorded if recorded and recorded.carries else None
+        variance = sequential.variance_bound(known.interval, known.count) if known else None
+        return Stop(rule.limit if rule else None, variance, known.token_hash if known else "")
 
     def judged(self, row: Row) -> Row:
         """The row with its verdicts, against the reference and against the record."""

@@ -65,6 +65,7 @@ SETTINGS = (
     Setting("repetitions", "10", "timed repetitions of candidate and reference each", positive, "N"),
     Setting("report_dir", "harness-report", "where report, plots and measurements go", Path, "DIR"),
     Setting("baselines", "baselines", "where recorded figures lie", Path, "DIR"),
+    Setting("stop_early", "", "stop reading a text once its delta is decided against its bound, or known to 0.005 nat"),
     Setting("resume", "", "keep finished measurements of the report directory whose content key is unchanged"),
     Setting("allow_missing", "", "do not fail the session for planned cases without a number"),
     Setting("require_baselines", "", "fail on unrecorded and not comparable too (latency excepted)"),

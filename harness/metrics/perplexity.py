@@ -119,11 +119,11 @@ def measure(subject: Subject, member: Member) -> Figure:
 METRIC = Metric(
     family="perplexity",
     members=(
-        Member("perplexity", "ppl", "lower"),
+        Member("perplexity", "ppl", "lower", needs_whole_text=True),
         Member("perplexity.delta", "nat", "lower", paired=True),
-        Member("perplexity.word", "ppl/word", "lower", protocols=ROLLING),
-        Member("perplexity.byte", "ppl/byte", "lower", protocols=ROLLING),
-        Member("perplexity.bits_per_byte", "bit/byte", "lower", protocols=ROLLING),
+        Member("perplexity.word", "ppl/word", "lower", protocols=ROLLING, needs_whole_text=True),
+        Member("perplexity.byte", "ppl/byte", "lower", protocols=ROLLING, needs_whole_text=True),
+        Member("perplexity.bits_per_byte", "bit/byte", "lower", protocols=ROLLING, needs_whole_text=True),
     ),
     measure=measure,
 )

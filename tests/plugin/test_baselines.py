@@ -47,3 +47,26 @@ def test_names_never_collide(project: Project) -> None:
     run = ("--models", "a-b,a_b", "--methods", "fp32", "--metrics", "memory.storage")
     assert project.run(*run, "--regen-all").ret == 0
     assert {path.name for path in (project.path / "baselines").iterdir()} == {"a-b", "a_b"}
+
+
+def test_stop_early_reads_no_further_than_it_must(project: Project) -> None:
+    run = ("--methods", "absmax-int8", "--metrics", "perplexity", "--max-tokens", "8192")
+    unknown = project.run(*run, "--stop-early")
+    assert unknown.ret == 0
+    first = next(row for row in project.rows() if row["metric"] == "perplexity.delta")
+    assert first["detail"]["tokens_used"] == first["detail"]["tokens_available"]  # no recorded variance: all of it
+    assert project.run(*run, "--regen-all").ret == 0
+    whole = next(row for row in project.rows() if row["metric"] == "perplexity.delta")
+    assert project.run(*run, "--stop-early").ret == 0
+    rows = project.rows()
+    assert [(row["method"], row["metric"]) for row in rows] == [
+        ("fp32", "perplexity"),
+        ("absmax-int8", "perplexity.delta"),  # a text that was not read to its end has no perplexity
+    ]
+    stopped = rows[1]
+    assert stopped["detail"]["decided"] == "below"
+    assert stopped["detail"]["tokens_used"] < stopped["detail"]["tokens_available"]
+    assert stopped["interval"][0] <= whole["value"] <= stopped["interval"][1]
+    assert stopped["verdict_reference"] == "within bound"
+    assert stopped["verdict_baseline"] == "not comparable"
+    assert "tokens" in stopped["reason"]
