@@ -197,14 +197,14 @@ def render(results: Mapping[str, Any]) -> str:
             f"## The levels\n\n{levels(results)}",
             f"## Error by block size, 4 bits\n\n{ERRORS}\n\n{blocks}\n\n{affine_wins(results)}",
             f"## Error by bits\n\n{BIT_COUNT}\n\n{by_bits(results)}",
-            f"![RMS error against bits a weight]({PLOT})",
+            f"![RMS error of 4-bit formats against the bits of their scales]({PLOT})",
             f"## Perplexity\n\n{PERPLEXITY}\n\n{models}",
         ]
     )
 
 
 def drawn(results: Mapping[str, Any]) -> dict[str, str]:
-    """Error against bits a weight: a line a format over block sizes (4 bits), dots for linear codes of other bits."""
+    """Error of the 4-bit formats against the bits that their scales add: a line a format, a mark a block size."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -214,25 +214,19 @@ def drawn(results: Mapping[str, Any]) -> dict[str, str]:
         canvas = Figure(figsize=(WIDTH_INCHES, 4.2), layout="constrained")
         axes = canvas.subplots(1, len(PLOTTED), sharex=True)
         for panel, source in zip(axes, PLOTTED, strict=True):
-            rows = results["errors"][source]
             for kind, (colour, marker) in STYLES.items():
-                line = [row for row in rows if row["kind"] == kind and row["code"] == 4]
-                x, y = [row["bits"] for row in line], [100 * row["rms"] for row in line]
+                line = [row for row in results["errors"][source] if row["kind"] == kind and row["code"] == 4]
+                x, y = [row["bits"] - 4 for row in line], [100 * row["rms"] for row in line]
                 panel.plot(x, y, color=colour, marker=marker, ms=4, lw=1.2, label=name(kind, 4))
-                others = [row for row in rows if row["kind"] == kind and row["code"] in (3, 5)]
-                x, y = [row["bits"] for row in others], [100 * row["rms"] for row in others]
-                panel.plot(x, y, color=colour, marker=marker, ms=3, lw=0, alpha=0.5)
-            panel.set_yscale("log")
-            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            panel.yaxis.set_minor_formatter(lambda value, _: "")
+            panel.set_xscale("log")  # from 0.008 bits at blocks of 4096 to 2 at affine blocks of 32
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.set_ylim(bottom=0)
             panel.set_title(source, fontsize=9)
-            panel.set_xlabel("bits a weight, scales counted")
+            panel.set_xlabel("bits of scales a weight, beside 4 of code")
         axes[0].set_ylabel("RMS error, % of the weights' RMS (lower is better)")
         handles, texts = axes[0].get_legend_handles_labels()
         canvas.legend(handles, texts, loc="outside lower center", ncols=len(STYLES), frameon=False, fontsize=8.5)
-        canvas.suptitle(
-            "4-bit formats, blocks of 32 (right) to 4096 (left); pale: linear codes of 3 and 5 bits", fontsize=10
-        )
+        canvas.suptitle("4-bit formats: error against the bits of their scales", fontsize=10.5, fontweight="bold")
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return {PLOT: buffer.getvalue()}

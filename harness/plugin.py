@@ -193,8 +193,7 @@ def harness_check(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
         row, trouble = state.session.check(case, reason_missing=state.absent(case))
         request.node.user_properties.append(("harness_row", row.to_json()))
         if row.environment:
-            world = state.session.runner.environments.get(row.environment, {})
-            request.node.user_properties.append(("harness_environment", world))
+            request.node.user_properties.append(("harness_environment", dict(state.session.world(row))))
         if trouble:
             pytest.fail(f"{case.id}: a bug met while measuring\n{trouble}", pytrace=False)
         if row.verdict is Verdict.MISSING and state.options.allow_missing:
@@ -218,7 +217,7 @@ def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
         return  # unrecorded: the judge says so, with the command that records it
     if recorded is None and state.options.regenerate == "force":
         path.parent.mkdir(parents=True, exist_ok=True)
-    world = state.session.runner.environments[row.environment]
+    world = state.session.world(row)
     document = exact.exact_document(recorded, facts, exact.provenance(world))
     request.getfixturevalue("data_regression").check(document, fullpath=path)
 

@@ -93,7 +93,12 @@ class Session:
 
     def environment(self, row: Row) -> Environment:
         """The environment a row was measured in."""
-        return Environment.from_dict(self.runner.environments[row.environment])
+        return Environment.from_dict(self.world(row))
+
+    def world(self, row: Row) -> Mapping[str, Any]:
+        """The same as JSON: of this process's measurements, or of the report that is being resumed."""
+        here = self.runner.environments.get(row.environment)
+        return here or known_environments(self.options.report_dir).get(row.environment, {})
 
     def nll(self, sha: str) -> NDArray[np.float32] | None:
         """Per-token NLL by its sha, from this report or from the baselines of any model."""

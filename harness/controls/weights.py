@@ -210,7 +210,7 @@ def dequantize_every_call(bench: Bench) -> Shown:
         return summarise(timing.candidate).p50 / summarise(timing.reference).p50
 
     def figures(model: nn.Module) -> dict[str, float]:
-        timed = {f"time of {tokens} tokens, times fp32": times(model, tokens) for tokens in (1, 128)}
+        timed = {f"time at length {tokens}, times fp32": times(model, tokens) for tokens in (1, 128)}
         calls = counted(model)
         forward(model, 1)
         return {

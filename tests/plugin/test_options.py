@@ -43,7 +43,7 @@ def test_the_packaged_cases_run_anywhere(project: Project) -> None:
 
 
 def test_asked_for_by_name_the_short_spellings_exist(pytester: pytest.Pytester) -> None:
-    assert "--models" in pytester.runpytest_subprocess("-p", "harness.plugin", "--help").stdout.str().split()
+    assert " --models=" in pytester.runpytest_subprocess("-p", "harness.plugin", "--help").stdout.str()
 
 
 def test_declared_models_and_texts_are_known(project: Project) -> None:

@@ -36,7 +36,7 @@ def test_a_first_run_is_unrecorded_readable_and_passes(project: Project, by_metr
     }
     report = project.report()
     assert "nf4" in report
-    assert "| fp32" in report
+    assert "| `fp32` (reference)" in report
     result.stdout.fnmatch_lines(["*PASSED * ppl (unrecorded)*", f"{len(rows)} planned, {len(rows)} ran, 0 missing"])
     assert not (project.path / "baselines").exists()  # nothing is written without a regeneration flag
 
