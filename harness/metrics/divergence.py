@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64  # protocols.md's lengths; a median of 4 is no single prompt's whim
 PERCENTILES = (1, 5, 50, 95, 99)
 _compared: WeakKeyDictionary[Subject, dict[str, Divergence]] = WeakKeyDictionary()  # by plan, while its subject lives
+_agreed: WeakKeyDictionary[Subject, dict[tuple[str, bytes], int]] = WeakKeyDictionary()  # by reference and prompt
 
 
 def compared(subject: Subject) -> Divergence:
@@ -122,8 +123,14 @@ def first_divergence(subject: Subject, member: Member) -> Figure:
     new = min(NEW_TOKENS, context - PROMPT_TOKENS)
     if new < 1:
         raise HarnessError(f"divergence.first_divergence: a context of {context} tokens holds no continuation")
-    both = subject.reference, subject.model
-    agreed = [divergence.first_divergence(*both, prompt, new, subject.device.name) for prompt in prompts(subject)]
+    known = _agreed.setdefault(subject, {})  # protocols with the same windows give the same prompts
+    agreed = []
+    for prompt in prompts(subject):
+        key = subject.case.reference, prompt.tobytes()
+        if key not in known:
+            both = subject.reference, subject.model
+            known[key] = divergence.first_divergence(*both, prompt, new, subject.device.name)
+        agreed.append(known[key])
     detail = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": new, "never": agreed.count(new)}
     samples = tuple(float(count) for count in agreed)
     return Figure(float(statistics.median(agreed)), member.unit, len(agreed), samples=samples, detail=detail)

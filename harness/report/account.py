@@ -12,6 +12,7 @@ from harness.report.writing import code, escape, plural, table
 
 FAILING = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)  # what a session fails on, whatever its options
 OPEN = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED)  # nothing could be decided
+METHOD_FILE = re.compile(r"(?<=/)[^/@\s]+(?=@\S*\.yaml\b|\.yaml\b)")  # the method in a baseline file's name
 SHOWN = 10  # lines of one list before it is cut; the account below the tables has them all
 
 
@@ -114,10 +115,10 @@ def _counts(rows: Sequence[Row]) -> str:
 
 
 def by_reason(rows: Sequence[Row]) -> list[str]:
-    """One bullet a verdict and reason: how many cases, of which methods and metrics."""
+    """One bullet a verdict and reason (baseline files of all methods as one): how many cases, of which methods."""
     groups: dict[tuple[Verdict, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.verdict, row.reason), []).append(row)
+        groups.setdefault((row.verdict, METHOD_FILE.sub("*", row.reason)), []).append(row)
     lines = []
     for (verdict, reason), found in sorted(groups.items(), key=lambda item: (item[0][0].severity, -len(item[1]))):
         methods = _some(row.method for row in found)
@@ -139,7 +140,7 @@ def baselines(rows: Sequence[Row]) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.value is not None:
-            groups.setdefault(re.sub(r"(?<=/)[^/@]+(?=@|\.yaml$)", "*", row.baseline), []).append(row)
+            groups.setdefault(METHOD_FILE.sub("*", row.baseline), []).append(row)
     none = len(groups.pop("", []))
     parts = []
     if groups:
