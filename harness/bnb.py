@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import logging
 import re
@@ -53,6 +54,17 @@ class Format:
     def int8(self) -> bool:
         """LLM.int8, rather than one of the 4-bit types."""
         return self.kind == "llm_int8"
+
+
+def preload() -> None:
+    """Import the library once, for children forked later.
+
+    On processors with AVX512-BF16 it warns that the `kernels` package is absent, which every environment records and
+    which reads like a fault: that logger speaks from errors on.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    importlib.import_module("bitsandbytes")
+    importlib.import_module("transformers.integrations.bitsandbytes")
 
 
 def method(name: str, summary: str, format: Format) -> Method:

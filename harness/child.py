@@ -12,18 +12,18 @@ import signal
 import traceback
 from multiprocessing.connection import Connection
 
-import bitsandbytes  # noqa: F401  this and the next three: so that the fork server pays for importing them, once
 import torch
-import transformers.integrations.bitsandbytes
-import transformers.models.gpt2.modeling_gpt2
+import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, checkpoints, tiny  # noqa: F401  tiny for the same reason
+from harness import bnb, checkpoints, tiny  # noqa: F401
 from harness.errors import HarnessError
 from harness.group import Group
 from harness.messages import Job, Reply
 from harness.records import Case
 from harness.specifications import parse
+
+bnb.preload()
 
 
 def prepare(job: Job, cases: list[Case], connection: Connection) -> None:

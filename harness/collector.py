@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
-from harness import baselines, judge, report
+from harness import baselines, judge, merging, report
 from harness.errors import HarnessError
 from harness.files import append_line, replace_text
 from harness.records import Case, Row, Verdict
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 hookimpl = HookimplMarker("pytest")
 CASE_FIELDS = (4, 6)  # model, method, [dataset, protocol,] metric, device
-FAILED = 1  # pytest's exit status for failed tests
+FAILED, NO_TESTS = 1, 5  # pytest's exit statuses for failed tests, and for none
 
 
 class Collector:
@@ -37,6 +37,7 @@ class Collector:
     def __init__(self, state: State, usage_error: type[Exception]) -> None:
         self.state, self.usage_error = state, usage_error
         self.selected: tuple[Case, ...] = ()
+        self.opened = False  # whether this session has a report: it measures something, or is a shard of nothing
         self.rows: dict[str, Row] = {}
         self.environments: dict[str, Any] = {}
         self.crashed: dict[str, str] = {}
@@ -73,10 +74,17 @@ class Collector:
         scheduling._split_scope = group_of
         return scheduling
 
+    @hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """With xdist and --shard: the plan before it was cut, as the first worker tells it at its end."""
+        if told := getattr(node, "workeroutput", {}).get("harness_whole"):
+            self.state.whole = tuple(Case(**item) for item in told)
+
     def select(self, cases: Sequence[Case], config: pytest.Config) -> None:
         """Open the report and make what the cases need; what a user must fix is said here, before anything ran."""
         cases = tuple(dict.fromkeys(cases))
-        if not cases or config.option.collectonly:
+        empty_shard = self.state.options.shard is not None and not cases
+        if config.option.collectonly or not (cases or empty_shard):
             return
         options = self.state.options
         reporter = config.pluginmanager.get_plugin("terminalreporter")
@@ -93,7 +101,7 @@ class Collector:
             self.rows = read_rows(options.report_dir / "measurements.jsonl")
             self.environments = dict(known_environments(options.report_dir))
             self.rows = {case.id: self.rows[case.id] for case in cases if case.id in self.rows}
-        self.selected = cases
+        self.selected, self.opened = cases, True
         say(f"harness: {len(cases)} cases planned, report in {options.report_dir}")
 
     # which rows
@@ -139,13 +147,15 @@ class Collector:
     @hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write everything, whatever ended the session."""
-        if not self.selected:
+        if not self.opened:
             return
         options = self.state.options
         rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in self.selected]
         self.rows = {row.case.id: row for row in rows}
         replace_text(options.report_dir / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
         self._write_environments()
+        if options.shard and self.state.whole:
+            merging.write_shard(options.report_dir, options.shard, self.state.whole)
         if options.regenerate:
             baselines.record(
                 options.baselines,
@@ -155,6 +165,8 @@ class Collector:
             )
         command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
         self.report_path = report.write(options.report_dir, rows, self.selected, self.environments, command=command)
+        if session.exitstatus == NO_TESTS and options.shard:
+            session.exitstatus = 0  # more shards than pieces: nothing to do is done
         if session.exitstatus == 0 and any(self.fails(row) for row in rows):
             session.exitstatus = FAILED
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.sharding import Shard
 from harness.specifications import Specification
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -46,3 +47,4 @@ class Options:
     trust_remote_code: bool = False
     regenerate: str = ""  # "", "force" (write and fail) or "all" (write and pass)
     mark_expression: str = ""
+    shard: Shard | None = None  # which part of the selected plan this session measures; None: all of it

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, exact, judge, planning, probe
+from harness import baselines, exact, judge, planning, probe, sharding
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -96,6 +96,8 @@ class State:
             regenerate=regenerate,
             mark_expression=config.option.markexpr or "",
         )
+
+        self.whole: tuple[Case, ...] = ()  # with --shard, the selected plan before it was cut
 
     @functools.cached_property
     def gpus(self) -> list[probe.Gpu]:
@@ -181,6 +183,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for case in plan
     ]
     metafunc.parametrize("harness_case", parameters)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --shard, keep this part of what -m, -k and node ids left; tests that measure no case are in the first."""
+    state = config.stash[STATE]
+    shard = state.options.shard
+    if shard is None:
+        return
+    cases = [getattr(item, "callspec", None) for item in items]
+    measured = [spec.params.get("harness_case") if spec else None for spec in cases]
+    state.whole = tuple(dict.fromkeys(case for case in measured if case is not None))
+    mine = set(sharding.partition(state.whole, shard.count)[shard.index - 1])
+    kept = [item for item, case in zip(items, measured, strict=True) if (case in mine if case else shard.index == 1)]
+    held = set(map(id, kept))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in held])
+    items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """An xdist worker tells the controller the plan before it was cut."""
+    state, told = session.config.stash.get(STATE, None), getattr(session.config, "workeroutput", None)
+    worker = getattr(session.config, "workerinput", {})
+    if state is not None and state.whole and told is not None and worker.get("workerid") == "gw0":
+        told["harness_whole"] = [vars(case) for case in state.whole]
 
 
 @pytest.fixture

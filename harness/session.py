@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from harness.options import Options
 
 
+# what a session leaves in its report directory beside plots and losses
+TABLES = ("measurements.jsonl", "environments.json", "plan.json", "session.json", "shard.json", "report.md")
+
+
 class Session:
     """Everything a process needs to answer `check(case)`."""
 
@@ -131,7 +135,14 @@ def open_report(folder: Path, *, keep: bool) -> None:
         probe.touch()
         probe.unlink()
         if not keep:
-            for old in ("measurements.jsonl", "environments.json", "plan.json", "session.json", "report.md"):
+            for old in (
+                "measurements.jsonl",
+                "environments.json",
+                "plan.json",
+                "session.json",
+                "shard.json",
+                "report.md",
+            ):
                 (folder / old).unlink(missing_ok=True)
             for old_file in (*(folder / "nll").iterdir(), *folder.glob("*.svg")):
                 old_file.unlink()

@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.errors import BadFile, BadSpecification, HarnessError, UnknownName
 from harness.options import DEVICES, Declared, Options
+from harness.sharding import parse_shard
 from harness.specifications import parse, parse_list
 
 
@@ -65,6 +66,7 @@ SETTINGS = (
     Setting("repetitions", "10", "timed repetitions of candidate and reference each", positive, "N"),
     Setting("report_dir", "harness-report", "where report, plots and measurements go", Path, "DIR"),
     Setting("baselines", "baselines", "where recorded figures lie", Path, "DIR"),
+    Setting("shard", "the whole plan", "measure one of N parts of equal predicted cost", parse_shard, "I/N"),
     Setting("stop_early", "", "stop reading a text once its delta is decided against its bound, or known to 0.005 nat"),
     Setting("resume", "", "keep finished measurements of the report directory whose content key is unchanged"),
     Setting("allow_missing", "", "do not fail the session for planned cases without a number"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+from harness.environment import Environment
 from harness.records import Case, Row, Verdict
 from harness.report.writing import code, escape, plural, table
 
@@ -205,7 +207,9 @@ def environments(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) ->
     parts = [f"{code(name)} is not in environments.json." for name in used if name not in known]
     if told := [name for name in used if name in known]:
         flat = {name: flatten(known[name]) for name in told}
-        names = dict.fromkeys(field for fields in flat.values() for field in fields)
+        order = [item.name for item in fields(Environment)]  # a file's keys come back sorted: the same order always
+        named = {name for facts in flat.values() for name in facts}
+        names = sorted(named, key=lambda name: (order.index(name) if name in order else len(order), name))
         lines = [[escape(field), *(escape(flat[name].get(field, "")) or "–" for name in told)] for field in names]
         headers = ["field", *(f"{code(name)} ({plural(used[name], 'row')})" for name in told)]
         parts.insert(0, table(headers, lines, words=range(len(headers))))

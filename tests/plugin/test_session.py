@@ -172,3 +172,30 @@ def test_collecting_the_whole_matrix_imports_no_torch(project: Project, workers:
     result.stdout.fnmatch_lines(["TORCH False"])
     result.stdout.fnmatch_lines(["*tiny-gpt2/bnb-nf4-dq/*"])
     assert not (project.path / "harness-report").exists()
+
+
+def test_shards_merged_equal_one_run(project: Project) -> None:
+    wanted = ("--methods", "absmax-int8,nf4", "--metrics", "perplexity,memory", "-k", "not footprint")
+    assert project.run(*wanted, "--report-dir", "merged").ret == 0
+    (project.path / "merged").rename(project.path / "one")
+    for index, workers in (1, "0"), (2, "2"):
+        result = project.run(*wanted, "--shard", f"{index}/2", "--report-dir", f"s{index}", "-n", workers)
+        assert result.ret == 0
+    command = [sys.executable, "-m", "harness", "merge", "s1", "s2", "-o", "merged"]
+    done = subprocess.run(command, cwd=project.path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steady(project.rows("merged")) == steady(project.rows("one"))
+
+    def timeless(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("    pytest ")]  # -n differs
+
+    assert timeless(project.report("merged")) == timeless(project.report("one"))
+    counts = [len(project.rows(f"s{index}")) for index in (1, 2)]
+    assert sum(counts) == len(project.rows("one"))
+
+
+def test_more_shards_than_pieces_leaves_some_with_nothing_to_do(project: Project) -> None:
+    wanted = ("--methods", "fp32", "--metrics", "memory.storage", "--report-dir", "s")
+    statuses = [project.run(*wanted, "--shard", f"{index}/2").ret for index in (1, 2)]
+    assert statuses == [0, 0]
+    assert (project.path / "s" / "shard.json").is_file()
