@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, exact, judge, planning, probe
+from harness import baselines, bounds, exact, judge, planning, probe
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -89,6 +89,7 @@ class State:
         regenerate = "all" if config.getoption("regen_all", False) else ""
         regenerate = regenerate or ("force" if config.getoption("force_regen", False) else "")
         _, declared = read_declared(config.rootpath)
+        self.selected: tuple[Case, ...] = ()  # of this process: they share the session's error rate
         self.options: Options = build(
             given,
             declared,
@@ -108,9 +109,14 @@ class State:
         return planning.plan(self.options, bool(self.gpus))
 
     @functools.cached_property
+    def bounds(self) -> bounds.Bounds:
+        """The rules of this session."""
+        return bounds.load(self.options.baselines)
+
+    @functools.cached_property
     def session(self) -> Session:
         """The session, made at the first case."""
-        return Session(self.options, threads())
+        return Session(self.options, threads(), self.selected)
 
     def absent(self, case: Case) -> str:
         """Why a case cannot run here at all; '' when it can."""
@@ -183,6 +189,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("harness_case", parameters)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which cases were selected, in every process: their number shares out the session's error rate."""
+    session.config.stash[STATE].selected = planning.selected(session.items)
+
+
 @pytest.fixture
 def harness_check(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
     """Measure and judge one case; fails with a small report where the session must fail."""
@@ -213,8 +225,10 @@ def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
         return
     path = exact.exact_path(state.options.baselines, row.case)
     recorded = exact.read_exact(path)
-    if not state.options.regenerate and not exact.holds(recorded, facts):
-        return  # unrecorded: the judge says so, with the command that records it
+    if not state.options.regenerate and (
+        not exact.holds(recorded, facts) or row.verdict_baseline is Verdict.NOT_COMPARABLE
+    ):
+        return  # the judge says so, with the command that records it
     if recorded is None and state.options.regenerate == "force":
         path.parent.mkdir(parents=True, exist_ok=True)
     world = state.session.world(row)

@@ -228,13 +228,31 @@ def test_a_constant_change_is_judged_by_the_floor(bounds: Bounds, shift: float, 
 
 
 def test_a_change_that_its_own_spread_explains_is_noise(bounds: Bounds) -> None:
-    # window means 0.09 and -0.07 in turn: D = 0.01, s = 0.0843, t(9) 2.262 * s / sqrt(10) = 0.0603
+    # window means 0.083 and -0.077 in turn: D = 0.003, s = 0.0843, t(9) 2.262 * s / sqrt(10) = 0.0603
     measured = row(PERPLEXITY, 30.0)
-    swing = np.repeat(np.tile([0.09, -0.07], 5), 4)
+    swing = np.repeat(np.tile([0.083, -0.077], 5), 4)
     found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), {"now": BASE + swing, "then": BASE})
     assert found.verdict is Verdict.WITHIN_NOISE
-    assert found.detail["change"]["high"] == pytest.approx(0.01 + 0.0603, abs=1e-4)
-    assert found.reason == "+0.01 nat (+1.01%) against the record (-0.0503 to +0.0703, floor 0.0001)"
+    assert found.detail["change"]["high"] == pytest.approx(0.003 + 0.0603, abs=1e-4)
+    assert found.reason == "+0.003 nat (+0.3%) against the record (-0.0573 to +0.0633, floor 0.0001)"
+    assert found.detail["smallest"] == "0.5%"  # on this very text; over windows it would be 9.9%
+
+
+def test_a_change_in_one_window_alone_is_seen_on_this_very_text(bounds: Bounds) -> None:
+    """A fault that meets the last window only: t is 1 whatever its size, yet the figure is another."""
+    measured = row(PERPLEXITY, 30.0)
+    one = np.concatenate([np.zeros(36), np.ones(4)])  # D = 0.1
+    found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), {"now": BASE + one, "then": BASE})
+    assert found.verdict is Verdict.WORSE
+    assert found.reason.endswith("beyond +0.5% on this very text, where it is exact")
+    assert plain(found)
+
+
+def test_another_figure_from_the_same_losses_is_worse(bounds: Bounds) -> None:
+    measured = row(PERPLEXITY, 30.1)
+    found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now"), {"now": BASE})
+    assert found.verdict is Verdict.WORSE
+    assert "from losses bit-identical to the record: what is made of them changed" in found.reason
 
 
 def test_the_recorded_floor_holds_where_it_is_wider(bounds: Bounds) -> None:
@@ -248,12 +266,12 @@ def test_the_recorded_floor_holds_where_it_is_wider(bounds: Bounds) -> None:
 def test_fewer_than_eight_windows_decide_only_what_is_beneath_the_floor(bounds: Bounds) -> None:
     measured = row(PERPLEXITY, 30.0)
     few = [slice(0, 20), slice(20, 40)]
-    for shift, verdict in ((0.01, Verdict.UNUSABLE), (5e-5, Verdict.WITHIN_NOISE)):
+    for shift, verdict in ((0.004, Verdict.UNUSABLE), (5e-5, Verdict.WITHIN_NOISE)):
         losses = {"now": BASE + shift, "then": BASE}
         found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses, slices=few)
         assert found.verdict is verdict
         assert not strict(found)
-    losses = {"now": BASE + 1, "then": BASE}
+    losses = {"now": BASE + 0.004, "then": BASE}
     found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses, slices=few)
     assert "2 windows, fewer than 8, cannot tell it from noise" in found.reason
 
