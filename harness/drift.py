@@ -58,6 +58,8 @@ def incomparable(row: Row, member: Member, recorded: Recorded, environment: Envi
     if recorded.token_hash != row.token_hash:
         return f"token hash: {recorded.token_hash[:12]} -> {row.token_hash[:12]}"
     lasting = bool(row.dataset) and not member.timed  # losses: carried over one device class
+    if lasting and min(recorded.count, row.count) > 1 and recorded.count != row.count:
+        return f"count of {'windows' if member.paired else 'tokens'} scored: {recorded.count} -> {row.count}"
     if lasting and recorded.revision != row.revision:
         return f"weights: revision {recorded.revision[:12]} -> {row.revision[:12]}"
     if not recorded.carries:
