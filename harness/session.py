@@ -97,8 +97,7 @@ class Session:
 
     def changed_facts(self, row: Row) -> list[str]:
         """The exact facts of a row that are recorded otherwise, each with both values."""
-        recorded = exact.read_exact(exact.exact_path(self.options.baselines, row.case))
-        return exact.changes(recorded, self.facts(row))
+        return exact.changes(self.baselines.facts(row.case), self.facts(row))
 
     def environment(self, row: Row) -> Environment:
         """The environment a row was measured in."""

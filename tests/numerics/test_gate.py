@@ -24,7 +24,7 @@ QUICK = (  # one of each kind; the bench runs all of them
     "a token a window scored fewer",
     "padding scored",
     "mean over windows for mean over tokens",
-    "positions off by one",
+    "positions lost",
 )
 HARMLESS = ("batch of 3", "windows shuffled", "config and tokenizer rewritten", "equal text in another file")
 

@@ -537,6 +537,7 @@ def test_the_failure_report_says_everything_and_ends_with_the_command(bounds: Bo
     assert lines[4].startswith("  difference  +0.01 nat (+1.01%), 95% interval +0.01 to +0.01")
     assert lines[5:] == [
         "  floor       0.0001 nat",
+        "  could see   0.01%: the smallest effect",
         "  environment bitsandbytes: 0.48.2 -> 0.50.2",
         "              threads: 4 -> 2",
         f"  measure     pytest --pyargs harness.cases {command}",

@@ -25,7 +25,7 @@ PROTOCOL = "text: lee, revision abc; tokens: the first 40, tokenizer x, bos=0; w
 
 def report(folder: Path, shift: float, world: Environment, *, storage: int = 1000, method: str = "nf4") -> Path:
     """A finished session of one method: a perplexity whose losses lie `shift` above BASE, and exact bytes."""
-    nll = BASE + np.float32(shift) + np.tile(np.float32([0.001, -0.001]), 20)
+    nll = BASE + np.float32(shift) + np.tile(np.array([0.001, -0.001], dtype=np.float32), 20)
     sha = nllfiles.save(folder / "nll", nll)
     facts = {"model": "m", "method": method, "device": "cpu", "reference": "fp32", "environment": world.id}
     text = {"dataset": "lee", "protocol": "chunk:4", "protocol_id": PROTOCOL, "token_hash": "f" * 64, "revision": "r"}

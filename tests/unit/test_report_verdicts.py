@@ -62,3 +62,11 @@ def test_what_stopping_early_read_and_knows() -> None:
     assert verdicts([row("perplexity.delta", interval=(0.1, 0.1), detail=whole)]).endswith(
         "no window variance is recorded for this text"
     )
+
+
+def test_the_tail_of_the_divergence_stands_beside_its_mean() -> None:
+    case = Case("m", "nf4", "lee", "chunk:512", "divergence.kl", "cpu")
+    found = Row.of(case, value=0.003, unit="nat", verdict=Verdict.SAME, detail={"p99": 0.05, "max": 1.25})
+    text = render([found], [case], {})
+    assert "kl p99 (nat)" in text
+    assert "0.05000 |         1.250" in text
