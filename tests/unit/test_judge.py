@@ -562,3 +562,73 @@ def test_the_failure_report_of_a_bound_and_of_bytes(bounds: Bounds) -> None:
 def test_judging_and_wording_import_no_torch() -> None:
     code = "import sys, harness.judge, harness.baselines; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# exact facts and the session's share of the error rate
+
+
+def test_changed_exact_facts_are_worse_and_named(bounds: Bounds) -> None:
+    good = judged(row(PERPLEXITY, 30.0), PERPLEXITY, bounds, record(row(PERPLEXITY, 30.0), 30.0, nll="now"))
+    assert judge.hold(good, []) is good
+    found = judge.hold(good, ["census on cpu, quantized_modules: 8 -> 7"])
+    assert (found.verdict, found.verdict_baseline) == (Verdict.WORSE, Verdict.WORSE)
+    assert found.reason.startswith("exact facts differ from the record: census on cpu, quantized_modules: 8 -> 7; ")
+    assert plain(found)
+
+
+def test_other_tokens_alone_are_not_comparable(bounds: Bounds) -> None:
+    measured = row(PERPLEXITY, 30.0)
+    good = judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now"))
+    found = judge.hold(good, ["token_hash of lee/chunk:512/all: aa -> bb", "tokens of lee/chunk:512/all: 9 -> 8"])
+    assert found.verdict is Verdict.NOT_COMPARABLE
+    assert not plain(found)
+    assert strict(found)
+    missing = row(PERPLEXITY, None, verdict=Verdict.MISSING)
+    assert judge.hold(missing, ["census on cpu, names: a -> b"]) is missing
+    bad = replace(good, verdict=Verdict.OUT_OF_BOUND)
+    assert judge.hold(bad, ["memory.storage on cpu: 1 -> 2"]).verdict is Verdict.OUT_OF_BOUND
+
+
+def test_the_more_tests_a_session_makes_the_more_a_change_must_show(bounds: Bounds) -> None:
+    # by windows 0.0032, -0.0002 in turn: D = 0.0015, s = 0.00179, t = 2.65 on 9 degrees, p = 0.027 beyond no floor
+    measured = row(PERPLEXITY, 30.0)
+    losses = {"now": BASE + np.repeat(np.tile([0.0032, -0.0002], 5), 4), "then": BASE}
+    held = {name: values.astype(np.float32) for name, values in losses.items()}
+    found = [
+        judge.judge(
+            measured, PERPLEXITY, bounds=bounds, recorded=record(measured, 30.0), environment=WORLD, nll=held.get,
+            slices=SLICES, tests=tests,
+        )
+        for tests in (1, 20)
+    ]  # fmt: skip
+    assert [one.verdict for one in found] == [Verdict.WORSE, Verdict.WITHIN_NOISE]
+    assert found[0].detail["change"]["p"] == found[1].detail["change"]["p"] == pytest.approx(0.0354, abs=0.002)
+    assert found[0].detail["smallest"] != found[1].detail["smallest"]
+
+
+def test_what_moved_or_may_not_be_compared_brings_the_environments_difference(bounds: Bounds) -> None:
+    measured = row(PERPLEXITY, 30.0)
+    other = replace(WORLD, torch="2.12.0", threads=8)
+    then = record(measured, 29.0, environment=other)
+    found = judged(measured, PERPLEXITY, bounds, then, {"now": BASE + 0.1, "then": BASE})
+    assert found.detail["environment_difference"] == ["torch: 2.12.0 -> 2.13.0", "threads: 8 -> 2"]
+    same = judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now", environment=other))
+    assert "environment_difference" not in same.detail
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict", "seen"),
+    [
+        ((-0.001, 0.003), Verdict.WITHIN_BOUND, "0.2%"),
+        ((0.006, 0.020), Verdict.OUT_OF_BOUND, "0.702%"),
+        ((0.002, 0.008), Verdict.UNUSABLE, "0.3%"),
+    ],
+)
+def test_a_delta_read_early_is_decided_by_its_interval(
+    bounds: Bounds, interval: tuple[float, float], verdict: Verdict, seen: str
+) -> None:
+    detail = {"tokens_used": 4088, "tokens_available": 75530, "decided": "below", "whole": False}
+    found = judged(row(DELTA, 0.001, "absmax-int8", interval=interval, detail=detail), DELTA, bounds)
+    assert found.verdict_reference is verdict
+    assert "after 4,088 of 75,530 tokens, bound at most 0.5%" in found.reason
+    assert found.detail["smallest"] == seen

@@ -69,4 +69,4 @@ def test_the_tail_of_the_divergence_stands_beside_its_mean() -> None:
     found = Row.of(case, value=0.003, unit="nat", verdict=Verdict.SAME, detail={"p99": 0.05, "max": 1.25})
     text = render([found], [case], {})
     assert "kl p99 (nat)" in text
-    assert "0.05000 |         1.250" in text
+    assert "0.05000 |          1.250" in text
