@@ -37,6 +37,11 @@ class Figure:
     recorded: Recorded | None
     environment: Environment
 
+    @property
+    def replaces(self) -> bool:
+        """Whether it would take the record's place; one of another class of environments stays beside it."""
+        return self.recorded is not None and self.recorded.carries
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -125,7 +130,7 @@ def added(case: Case) -> str:
 
 def render(proposal: Proposal) -> str:
     """The proposal as markdown."""
-    changed = [figure for figure in proposal.figures if figure.recorded is not None]
+    changed = [figure for figure in proposal.figures if figure.replaces]
     fresh = len(proposal.figures) - len(changed)
     head = (
         f"{plural(len(changed), 'figure')} would change, {fresh:,} would be new, {proposal.same:,} stay as recorded; "
@@ -158,7 +163,9 @@ def _line(figure: Figure) -> list[str]:
     times = f"{recorded.repeats if recorded else NOTHING} → {max(1, len(row.samples))}"
     value = shown(row.value, row.unit) if row.value is not None else NOTHING
     names = [code(row.model), code(row.method), code(row.metric) + text]
-    return [*names, old, value, change, str(row.verdict_baseline), times]
+    beside = recorded is not None and not figure.replaces
+    word = f"new beside {recorded.file}" if recorded and beside else str(row.verdict_baseline)
+    return [*names, old, value, change, escape(word), times]
 
 
 def _environments(figures: Sequence[Figure]) -> list[str]:

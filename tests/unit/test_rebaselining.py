@@ -87,6 +87,21 @@ def test_the_diff_says_old_new_change_interval_environment_and_repeats(folders: 
     assert len(list((home / "m/nll").iterdir())) == 1  # the old losses are named by nothing any more
 
 
+def test_a_record_of_another_device_class_stays_beside_the_new_one(folders: tuple[Path, Path]) -> None:
+    made, home = report(folders[0], 0.0, HERE), folders[1]
+    rebaselining.write(rebaselining.propose(made, home), home)
+    elsewhere = report(folders[0].with_name("later"), 0.01, replace(HERE, instructions="avx2 avx512 avx512_bf16"))
+    proposal = rebaselining.propose(elsewhere, home)
+    told = rebaselining.render(proposal)
+    assert "0 figures would change, 1 would be new" in told
+    assert "new beside m/nf4@cpu+avx512.yaml" in told
+    rebaselining.write(proposal, home)
+    assert {path.name for path in (home / "m").glob("*@*.yaml")} == {
+        "nf4@cpu+avx512.yaml", "nf4@cpu+avx512_bf16.yaml",
+    }  # fmt: skip
+    assert len(list((home / "m/nll").iterdir())) == 2
+
+
 def test_what_cannot_be_recorded_is_said(folders: tuple[Path, Path]) -> None:
     made, home = report(folders[0], float("inf"), HERE), folders[1]
     told = rebaselining.render(rebaselining.propose(made, home))
