@@ -159,14 +159,16 @@ def member(name: str) -> Member:
     return next(item for item in family.members if item.name == name)
 
 
-def judged(name: str, now: float, then: float, detail: Mapping[str, Any], before: Mapping[str, Any]) -> Row:
+def judged(
+    name: str, now: float, then: float, detail: Mapping[str, Any], before: Mapping[str, Any], tests: int = 10
+) -> Row:
     """A figure of nf4 held against a record."""
     case, what = Case("m", "nf4", "", "", name, "cuda"), member(name)
     row = Row.of(case, value=now, unit=what.unit, count=BLOCKS, detail=dict(detail))
     record = Recorded(name, "cuda", then, what.unit, detail=dict(before), environment=WORLD, file="m/nf4@cuda.yaml")
     rules = bounds.Bounds(bounds.read(bounds.DEFAULTS))
     return judge.judge(
-        row, what, bounds=rules, recorded=record, environment=WORLD, nll=lambda sha: None, slices=None, tests=10
+        row, what, bounds=rules, recorded=record, environment=WORLD, nll=lambda sha: None, slices=None, tests=tests
     )
 
 

@@ -22,6 +22,7 @@ PARTS = {  # module beside this file, and heading
     "sensitivity": ("sensitivity", "Sensitivity: seeded faults"),
     "power": ("power", "Power: the smallest scale error seen"),
     "silence": ("silence", "Silence: harmless changes"),
+    "latency": ("clocks", "Latency: what noise hides"),
     "saving": ("stopping", "What stopping early saves"),
 }
 DATA = Path(__file__).parents[2] / "docs" / "data" / "gate.json"
