@@ -63,7 +63,7 @@ def measure_plan(cases: int, home: Path) -> dict[str, float]:
     cut, parts = timed(lambda: sharding.partition(found, 16))
     assert kept
     assert sum(map(len, parts)) == len(found)
-    written, _ = timed(lambda: merging.write_shard(home, sharding.Shard(1, 16), found))
+    written, _ = timed(lambda: merging.write_shard(home, sharding.Shard(1, 16), found, 1))
     return {"make": made, "filter": filtered, "cut": cut, "write": written}
 
 
@@ -77,7 +77,7 @@ def measure_merge(cases: int, home: Path) -> dict[str, float]:
         rows = [Row.of(case, value=1.0, unit="nat", verdict=Verdict.SAME, environment="e") for case in part]
         replace_text(folder / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
         replace_text(folder / "environments.json", '{"e": {}}')
-        merging.write_shard(folder, sharding.Shard(index, 4), found)
+        merging.write_shard(folder, sharding.Shard(index, 4), found, 1)
         replace_text(folder / "plan.json", "[]")
         folders.append(folder)
     read, parts = timed(lambda: [merging.read_part(folder) for folder in folders])

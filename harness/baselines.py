@@ -93,9 +93,13 @@ class Baselines:
         what = "" if carries else class_difference(entry.environment, environment) or f"class: {reach}"
         return replace(entry, file=str(path.relative_to(self.folder)), carries=carries, difference=what)
 
-    def _exact(self, case: Case) -> Recorded | None:
+    def facts(self, case: Case) -> dict[str, Any]:
+        """The file of a case's exact facts; {} where there is none."""
         path = exact_path(self.folder, case)
-        document = self._cached(path, read_exact) if path.is_file() else {}
+        return self._cached(path, read_exact) if path.is_file() else {}
+
+    def _exact(self, case: Case) -> Recorded | None:
+        path, document = exact_path(self.folder, case), self.facts(case)
         value = exact_bytes(document, case)
         if value is None:
             return None

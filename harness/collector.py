@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
-from harness import baselines, judge, merging, report
+from harness import baselines, family, judge, merging, planning, report
 from harness.errors import HarnessError
 from harness.files import append_line, replace_text
 from harness.records import Case, Row, Verdict
@@ -48,9 +48,7 @@ class Collector:
     @hookimpl
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Without xdist: the collected items are the selected plan."""
-        parameters = [getattr(item, "callspec", None) for item in session.items]
-        cases = [spec.params["harness_case"] for spec in parameters if spec and "harness_case" in spec.params]
-        self.select(cases, session.config)
+        self.select(planning.selected(session.items), session.config)
 
     @hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
@@ -86,7 +84,7 @@ class Collector:
         empty_shard = self.state.options.shard is not None and not cases
         if config.option.collectonly or not (cases or empty_shard):
             return
-        options = self.state.options
+        options, self.state.selected = self.state.options, self.state.whole or cases
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         say = reporter.write_line if reporter is not None else print
         try:
@@ -119,7 +117,8 @@ class Collector:
             return
         row = Row.from_json(text)
         if report.failed and row.value is not None and not self.fails(row):
-            row = Row(**{**vars(row), "verdict": Verdict.WORSE, "reason": "exact facts differ from the record"})
+            told = f"{row.reason}; exact facts differ from the record" if row.reason else "exact facts differ"
+            row = Row(**{**vars(row), "verdict": Verdict.WORSE, "reason": told})
         self.rows[row.case.id] = row
         if row.environment:
             self.environments[row.environment] = properties.get("harness_environment", {})
@@ -151,11 +150,14 @@ class Collector:
             return
         options = self.state.options
         rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in self.selected]
+        whole = self.state.whole or self.selected  # a shard's error rate is its share of the whole session's
+        tests = family.tests(whole, self.state.bounds, stop_early=options.stop_early)
+        rows = family.settle(rows, tests)
         self.rows = {row.case.id: row for row in rows}
         replace_text(options.report_dir / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
         self._write_environments()
         if options.shard and self.state.whole:
-            merging.write_shard(options.report_dir, options.shard, self.state.whole)
+            merging.write_shard(options.report_dir, options.shard, self.state.whole, tests)
         if options.regenerate:
             baselines.record(
                 options.baselines,

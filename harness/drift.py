@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from harness import family
 from harness.contracts import Member
 from harness.environment import Environment, class_difference
 from harness.recorded import Recorded, rounded
@@ -17,6 +18,7 @@ from harness.wording import command, percent, shown, signed
 
 MOVERS = "torch, transformers, tokenizers or the processor"
 MOVED = frozenset({Verdict.WORSE, Verdict.BETTER})
+SUM_DIGITS = 1e-8  # a record keeps ten digits; a sum in another order moves the last of a double's sixteen
 
 
 def against_record(trial: Trial) -> Finding:
@@ -56,6 +58,8 @@ def incomparable(row: Row, member: Member, recorded: Recorded, environment: Envi
     if recorded.token_hash != row.token_hash:
         return f"token hash: {recorded.token_hash[:12]} -> {row.token_hash[:12]}"
     lasting = bool(row.dataset) and not member.timed  # losses: carried over one device class
+    if lasting and min(recorded.count, row.count) > 1 and recorded.count != row.count:
+        return f"count of {'windows' if member.paired else 'tokens'} scored: {recorded.count} -> {row.count}"
     if lasting and recorded.revision != row.revision:
         return f"weights: revision {recorded.revision[:12]} -> {row.revision[:12]}"
     if not recorded.carries:
@@ -70,25 +74,26 @@ def incomparable(row: Row, member: Member, recorded: Recorded, environment: Envi
 def exact(value: float, row: Row, member: Member, recorded: Recorded) -> Finding:
     """A fact that must be equal."""
     if value == recorded.value:
-        return Finding(Verdict.SAME, "equal to the record")
+        return Finding(Verdict.SAME, "equal to the record", smallest="1 B")
     less = value < recorded.value
     better = member.better == ("lower" if less else "higher")
     text = f"{shown(value, row.unit)}, recorded {shown(recorded.value, row.unit)}: {value - recorded.value:+,.0f}"
-    return Finding(Verdict.BETTER if better else Verdict.WORSE, text)
+    return Finding(Verdict.BETTER if better else Verdict.WORSE, text, smallest="1 B")
 
 
 def plain(value: float, trial: Trial, recorded: Recorded) -> Finding:
     """A figure without pairs: beyond its allowance or floor, whichever is wider, it moved."""
     row, member = trial.row, trial.member
-    if rounded(value) == recorded.value:
-        return Finding(Verdict.SAME, "equal to the record")
     room = max(trial.floor, abs(recorded.value) * (trial.bounds.allowance(row.case) - 1))
+    seen = shown(room, row.unit)
+    if rounded(value) == recorded.value:
+        return Finding(Verdict.SAME, "equal to the record", smallest=seen)
     change = value - recorded.value
-    text = f"{shown(value, row.unit)}, recorded {shown(recorded.value, row.unit)}, allowance {shown(room, row.unit)}"
+    text = f"{shown(value, row.unit)}, recorded {shown(recorded.value, row.unit)}, allowance {seen}"
     if abs(change) <= room:
-        return Finding(Verdict.WITHIN_NOISE, text)
+        return Finding(Verdict.WITHIN_NOISE, text, smallest=seen)
     better = member.better == ("lower" if change < 0 else "higher")
-    return Finding(Verdict.BETTER if better else Verdict.WORSE, text)
+    return Finding(Verdict.BETTER if better else Verdict.WORSE, text, smallest=seen)
 
 
 def timing(trial: Trial, recorded: Recorded) -> Finding:
@@ -105,23 +110,30 @@ def timing(trial: Trial, recorded: Recorded) -> Finding:
     limit = max(*floors, trial.floor, math.log(trial.bounds.allowance(row.case)))
     found = Estimate(change, low, high, row.count, True)
     text = f"ratio to {row.reference} {percent(change)} against the record ({percent(low)} to {percent(high)})"
-    if low > limit:
-        return Finding(Verdict.WORSE, f"{text}, limit {percent(limit)}", found, limit)
-    if high < -limit:
-        return Finding(Verdict.BETTER, text, found, limit)
+    p = family.p_time(found, limit)
+    seen = percent(family.smallest_time(found, limit, trial.tests)).lstrip("+")
+    if p <= family.level(trial.tests):
+        word = Verdict.WORSE if change > 0 else Verdict.BETTER
+        return Finding(word, f"{text}, limit {percent(limit)}", found, limit, p, seen)
     if high - low > 2 * limit:
         wide = f"{text}: too wide to see a change of {percent(limit)}"
-        return Finding(Verdict.UNUSABLE, wide, found, limit)
-    return Finding(Verdict.WITHIN_NOISE, text, found, limit)
+        return Finding(Verdict.UNUSABLE, wide, found, limit, p, seen)
+    return Finding(Verdict.WITHIN_NOISE, text, found, limit, p, seen)
 
 
-def decide(change: Estimate, floor: float) -> Verdict:
-    """A loss's change in nats: an interval beyond the floor moved; without a usable one only little is decided."""
+def decide(change: Estimate, floor: float, tests: int = 1, room: float = math.inf) -> Verdict:
+    """A loss's change in nats against what is noise, and on this very text against what is tolerated.
+
+    *Text like this*: it moved where the session's share of the error rate rejects that it is within the floor.
+    *This text*: the change is exact, so that one beyond `room` moved, however windows differ (a fault that meets one
+    window of many has no interval that shows it). Without a usable interval only what is beneath the floor is decided.
+    """
+    moved = Verdict.WORSE if change.value > 0 else Verdict.BETTER
+    if abs(change.value) > max(room, floor):
+        return moved
     if not change.usable:
         return Verdict.WITHIN_NOISE if abs(change.value) <= floor else Verdict.UNUSABLE
-    if change.low > floor:
-        return Verdict.WORSE
-    return Verdict.BETTER if change.high < -floor else Verdict.WITHIN_NOISE
+    return moved if family.p_loss(change, floor) <= family.level(tests) else Verdict.WITHIN_NOISE
 
 
 def loss(value: float, trial: Trial, recorded: Recorded) -> Finding:
@@ -130,16 +142,32 @@ def loss(value: float, trial: Trial, recorded: Recorded) -> Finding:
     now, then = row.detail.get("reference_nll"), recorded.detail.get("reference_nll")
     same_pair = not member.paired or (now == then if now else rounded(value) == recorded.value)
     if row.nll and row.nll == recorded.nll and same_pair:
-        return Finding(Verdict.SAME, "every token's loss bit-identical to the record")
+        return _same_losses(value, trial, recorded)
     moved = reference_change(trial, recorded)
     change = paired_change(trial, recorded) if member.paired else own_change(trial, recorded)
     if change is None:
         return _by_value(value, trial, recorded)
-    verdict = decide(change, floor)
+    verdict = decide(change, floor, trial.tests, trial.room)
+    p = family.p_loss(change, floor) if change.usable else None
+    seen = percent(min(trial.room, family.smallest_loss(change, floor, trial.tests))).lstrip("+")
     text = f"{signed(change.value)} against the record ({change.low:+.3g} to {change.high:+.3g}, floor {floor:.3g})"
+    if verdict in MOVED and (p is None or p > family.level(trial.tests)):
+        text += f": beyond {percent(trial.room)} on this very text, where it is exact"
     if verdict is Verdict.UNUSABLE:
         text += f": {change.count} windows, fewer than {FEWEST_WINDOWS}, cannot tell it from noise"
-    return Finding(verdict, text + blame(trial, recorded, verdict, moved), change, floor)
+    return Finding(verdict, text + blame(trial, recorded, verdict, moved), change, floor, p, seen)
+
+
+def _same_losses(value: float, trial: Trial, recorded: Recorded) -> Finding:
+    """Every token's loss is the recorded one: so must the figure be, but for the last digits of a sum."""
+    row, seen = trial.row, percent(trial.floor).lstrip("+")
+    if math.isclose(value, recorded.value, rel_tol=SUM_DIGITS, abs_tol=SUM_DIGITS):
+        return Finding(Verdict.SAME, "every token's loss bit-identical to the record", smallest=seen)
+    text = (
+        f"{shown(value, row.unit)}, recorded {shown(recorded.value, row.unit)}, from losses bit-identical to the "
+        "record: what is made of them changed (windows, weights or aggregate)"
+    )
+    return Finding(Verdict.WORSE if value > recorded.value else Verdict.BETTER, text, smallest=seen)
 
 
 def _by_value(value: float, trial: Trial, recorded: Recorded) -> Finding:

@@ -26,6 +26,7 @@ from harness.specifications import parse
 from harness.wording import token_limit
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast where libyaml is there
+BRIEF = 12  # characters of a hash or table that tell it from another in a line
 NAME_LENGTH = 120  # of a model's or method's part of a file name: file systems take 255 for all of it
 FIX = "restore it from version control, or delete it and record again with --regen-all"
 
@@ -132,6 +133,29 @@ def exact_bytes(document: Mapping[str, Any], case: Case) -> int | None:
 def holds(recorded: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bool:
     """Whether every one of these facts is recorded at all, whatever its value."""
     return recorded is not None and _parts(facts).keys() <= _parts(recorded).keys()
+
+
+def changes(recorded: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> list[str]:
+    """The facts that are recorded otherwise, one line each: 'memory.storage on cpu: 1000 -> 1048'."""
+    before, now = _parts(recorded or {}), _parts(facts)
+    changed = [(path, before[path], value) for path, value in now.items() if path in before and before[path] != value]
+    found: list[str] = []
+    for path, old, new in changed:
+        if path[-1] == "census":
+            names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            found += [
+                f"census on {path[1]}, {name}: {_brief(old.get(name))} -> {_brief(new.get(name))}" for name in names
+            ]
+        elif path[0] == "weights":
+            found.append(f"{path[-1]} on {path[1]}: {old} -> {new}")
+        else:
+            found.append(f"{path[-1]} of {'/'.join(path[1:-1])}: {_brief(old)} -> {_brief(new)}")
+    return found
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
 
 
 def exact_document(

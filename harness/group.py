@@ -216,7 +216,7 @@ class Group:
         counts, spans = [window.scored for window in windows], protocols.window_slices(self.plan)
         reference = self.reference_nll().astype(np.float64)
         known = stop.variance if stop.token_hash == self.plan.token_hash else None
-        sequence = sequential.Sequential(known, stop.bound, RESOLUTION_NATS, counts=counts)
+        sequence = sequential.Sequential(known, stop.bound, RESOLUTION_NATS, counts=counts, alpha=stop.alpha)
 
         def difference(index: int) -> tuple[float, int]:
             nll = engine.score(self.model, [windows[index]], device=self.job.device)
@@ -235,7 +235,7 @@ class Group:
             folder = self.job.options.report_dir / "nll"
             facts["nll"] = nllfiles.save(folder, self.nll())
             facts["detail"] = {"window_counts": counts, "tokens": plan.tokens, "protocol": plan.protocol}
-            if member.paired:
+            if self.case.method != self.case.reference:
                 facts["detail"]["reference_nll"] = nllfiles.save(folder, self.reference_nll())
         return facts
 

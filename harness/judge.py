@@ -8,19 +8,22 @@ recorded ones over windows; a change counts when its 95% interval lies beyond th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from harness.bounds import Bounds
 from harness.contracts import Member
 from harness.drift import against_record
-from harness.environment import Environment
+from harness.environment import Environment, difference
 from harness.recorded import Recorded
 from harness.records import Row, Verdict
 from harness.trial import Finding, Losses, Trial, against_reference
 from harness.wording import message
 
-__all__ = ["fails", "judge", "message"]
+__all__ = ["fails", "hold", "judge", "message"]
+LEFT = frozenset({"change", "bound", "floor", "smallest", "environment_difference"})  # by an earlier judgement
+TOLD = frozenset({Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE})  # with how the environments differ
 FAILING = frozenset({Verdict.OUT_OF_BOUND, Verdict.WORSE})
 REQUIRED = frozenset({Verdict.UNRECORDED, Verdict.NOT_COMPARABLE})  # with --require-baselines
 
@@ -34,6 +37,7 @@ def judge(
     environment: Environment,
     nll: Losses,
     slices: list[slice] | None,
+    tests: int = 1,
 ) -> Row:
     """The row with its verdicts, the more severe one's reason first, and the file that served.
 
@@ -45,13 +49,16 @@ def judge(
         environment: in which the row was measured.
         nll: per-token losses by sha, None where no file holds them.
         slices: one a window, of the flat array of losses; None for figures of no text.
+        tests: statistical tests of the session (`harness.family`), which share its error rate.
 
     Returns:
-        The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval) and `bound`.
+        The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval and p value),
+        `bound`, `smallest` (the smallest effect that the comparison could have seen) and, of a figure that moved or
+        may not be compared, `environment_difference`, line by line.
     """
     if row.value is None:
         return replace(row, verdict=Verdict.MISSING)
-    trial = Trial(row, member, bounds, recorded, environment, nll, slices)
+    trial = Trial(row, member, bounds, recorded, environment, nll, slices, tests)
     reference, record = against_reference(trial), against_record(trial)
     findings = sorted((found for found in (reference, record) if found.verdict), key=severity)
     return replace(
@@ -70,16 +77,33 @@ def severity(finding: Finding) -> int:
     return (finding.verdict or Verdict.WITHIN_BOUND).severity
 
 
+def hold(row: Row, changed: Sequence[str]) -> Row:
+    """The judged row, `worse` where exact facts are not those recorded; other tokens alone are `not comparable`."""
+    if not changed or row.value is None:
+        return row
+    text = f"exact facts differ from the record: {'; '.join(changed)}"
+    tokens = all(line.startswith(("token_hash ", "tokens ")) for line in changed)
+    word = Verdict.NOT_COMPARABLE if tokens else Verdict.WORSE
+    if word.severity >= row.verdict.severity:
+        return replace(row, reason=f"{row.reason}; {text}")
+    return replace(row, verdict=word, verdict_baseline=word, reason=f"{text}; {row.reason}")
+
+
 def _detail(trial: Trial, reference: Finding, record: Finding) -> dict[str, Any]:
     """The row's detail with what was decided by; what an earlier judgement left there is replaced."""
     row, rule = trial.row, trial.bounds.against_reference(trial.row.case)
-    detail = {key: value for key, value in row.detail.items() if key not in {"change", "bound", "floor"}}
+    detail = {key: value for key, value in row.detail.items() if key not in LEFT}
     detail["floor"] = row.detail.get("aa_floor") if trial.member.timed else trial.bounds.floor(row.case)
     if record.change is not None:
         change = asdict(record.change)
         detail["change"] = {**{name: change[name] for name in ("value", "low", "high")}, "floor": record.floor}
+        detail["change"] |= {} if record.p is None else {"p": record.p}
     if rule is not None and reference.verdict is not None:
         detail["bound"] = f"{rule} ({rule.reason})"
+    if smallest := record.smallest or reference.smallest:
+        detail["smallest"] = smallest
+    if trial.recorded is not None and record.verdict in TOLD:
+        detail["environment_difference"] = difference(trial.recorded.environment, trial.environment)
     return detail
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import report
+from harness import family, report
 from harness.errors import BadFile
 from harness.files import replace_text
 from harness.records import Case, Row, Verdict
@@ -40,6 +40,7 @@ class Part:
     shard: Shard | None = None
     digest: str = ""
     whole: tuple[Case, ...] = ()  # the plan before it was cut
+    tests: int = 0  # statistical tests of the whole plan (`harness.family`)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Merged:
     absent: tuple[int, ...]  # shards that never came, counted from 1
 
 
-def write_shard(folder: Path, shard: Shard, whole: Sequence[Case]) -> None:
-    """Say beside a report which part of which plan it is."""
+def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -> None:
+    """Say beside a report which part of which plan it is, and how many statistical tests the whole plan makes."""
     cases = [vars(case) for case in whole]
-    told = {"index": shard.index, "count": shard.count, "plan": plan_digest(whole), "cases": cases}
+    told = {"index": shard.index, "count": shard.count, "plan": plan_digest(whole), "tests": tests, "cases": cases}
     replace_text(folder / SHARD_FILE, json.dumps(told) + "\n")
 
 
@@ -68,11 +69,12 @@ def read_part(folder: Path) -> Part:
         told = json.loads(path.read_text(encoding="utf-8"))
         whole = tuple(Case(**item) for item in told["cases"])
         shard, digest = Shard(int(told["index"]), int(told["count"])), str(told["plan"])
+        tests = int(told["tests"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadFile(f"{path} cannot be read ({error}): measure that shard again") from error
     if plan_digest(whole) != digest or not 1 <= shard.index <= shard.count:
         raise BadFile(f"{path} does not hold the plan that it names: measure that shard again")
-    return Part(folder, session, shard, digest, whole)
+    return Part(folder, session, shard, digest, whole, tests)
 
 
 def merge(folders: Sequence[Path], out: Path) -> Merged:
@@ -86,6 +88,8 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     parts = [read_part(folder) for folder in folders]
     whole, absent = plan_of(parts)
     rows = joined(parts, whole)
+    if parts[0].tests:
+        rows = family.settle(rows, parts[0].tests)
     if absent:
         reasons = missing_reasons(whole, parts[0].shard, absent)
         rows = [row if row.value is not None else _told(row, reasons) for row in rows]

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.options import Options
 from harness.records import Row
+from harness.sequential import ALPHA
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Stop:
     bound: float | None
     variance: float | None  # v, from the whole-text record of these tokens
     token_hash: str = ""  # of that record
+    alpha: float = ALPHA  # error probability of the decision, both sides together
 
 
 @dataclass(frozen=True)

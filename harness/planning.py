@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
 
 from harness import arguments, catalog, corpora, models, protocols
 from harness.contracts import Member, Method
@@ -121,6 +122,12 @@ def chosen_members(asked: Iterable[str]) -> list[Member]:
         chosen.values(),
         key=lambda member: (MEMORY_FIRST.get(member.name.partition(".")[0], 3), order.index(member.name)),
     )
+
+
+def selected(items: Iterable[Any]) -> tuple[Case, ...]:
+    """The cases of pytest's collected items, each once."""
+    found = (getattr(item, "callspec", None) for item in items)
+    return tuple(dict.fromkeys(spec.params["harness_case"] for spec in found if spec and "harness_case" in spec.params))
 
 
 def member_of(case: Case) -> Member:

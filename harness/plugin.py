@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, exact, judge, planning, probe, sharding
+from harness import baselines, bounds, exact, judge, planning, probe, sharding
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -89,6 +89,7 @@ class State:
         regenerate = "all" if config.getoption("regen_all", False) else ""
         regenerate = regenerate or ("force" if config.getoption("force_regen", False) else "")
         _, declared = read_declared(config.rootpath)
+        self.selected: tuple[Case, ...] = ()  # of this process: they share the session's error rate
         self.options: Options = build(
             given,
             declared,
@@ -110,9 +111,14 @@ class State:
         return planning.plan(self.options, bool(self.gpus))
 
     @functools.cached_property
+    def bounds(self) -> bounds.Bounds:
+        """The rules of this session."""
+        return bounds.load(self.options.baselines)
+
+    @functools.cached_property
     def session(self) -> Session:
         """The session, made at the first case."""
-        return Session(self.options, threads())
+        return Session(self.options, threads(), self.selected)
 
     def absent(self, case: Case) -> str:
         """Why a case cannot run here at all; '' when it can."""
@@ -192,13 +198,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     shard = state.options.shard
     if shard is None:
         return
-    cases = [getattr(item, "callspec", None) for item in items]
-    measured = [spec.params.get("harness_case") if spec else None for spec in cases]
-    state.whole = tuple(dict.fromkeys(case for case in measured if case is not None))
+    state.whole = planning.selected(items)
     mine = set(sharding.partition(state.whole, shard.count)[shard.index - 1])
-    kept = [item for item, case in zip(items, measured, strict=True) if (case in mine if case else shard.index == 1)]
-    held = set(map(id, kept))
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in held])
+    kept, left = [], []
+    for item in items:
+        case = planning.selected([item])
+        here = case[0] in mine if case else shard.index == 1
+        (kept if here else left).append(item)
+    config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 
@@ -208,6 +215,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     worker = getattr(session.config, "workerinput", {})
     if state is not None and state.whole and told is not None and worker.get("workerid") == "gw0":
         told["harness_whole"] = [vars(case) for case in state.whole]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which cases were selected, in every process: their number shares out the session's error rate."""
+    state = session.config.stash[STATE]
+    state.selected = state.whole or planning.selected(session.items)
 
 
 @pytest.fixture
@@ -240,8 +254,10 @@ def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
         return
     path = exact.exact_path(state.options.baselines, row.case)
     recorded = exact.read_exact(path)
-    if not state.options.regenerate and not exact.holds(recorded, facts):
-        return  # unrecorded: the judge says so, with the command that records it
+    if not state.options.regenerate and (
+        not exact.holds(recorded, facts) or row.verdict_baseline is Verdict.NOT_COMPARABLE
+    ):
+        return  # the judge says so, with the command that records it
     if recorded is None and state.options.regenerate == "force":
         path.parent.mkdir(parents=True, exist_ok=True)
     world = state.session.world(row)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import baselines, bounds, corpora, exact, judge, models, nllfiles, report, sequential
+from harness import baselines, bounds, corpora, exact, family, judge, models, nllfiles, report, sequential
 from harness.environment import Environment, capture
 from harness.errors import HarnessError
 from harness.files import cache_dir
@@ -34,10 +34,11 @@ TABLES = ("measurements.jsonl", "environments.json", "plan.json", "session.json"
 class Session:
     """Everything a process needs to answer `check(case)`."""
 
-    def __init__(self, options: Options, threads: int) -> None:
+    def __init__(self, options: Options, threads: int, cases: Sequence[Case] = ()) -> None:
         self.options = options
         self.bounds = bounds.load(options.baselines)
         self.baselines = baselines.Baselines(options.baselines)
+        self.tests = family.tests(cases, self.bounds, stop_early=options.stop_early)
         # machine-wide: a latency measured in one session must not run beside another session's cases
         self.runner = Runner(options, threads=threads, lock=cache_dir() / "timing.lock")
 
@@ -75,7 +76,8 @@ class Session:
         recorded = self.baselines.find(case, capture(case.device, self.runner.threads))
         known = recorded if recorded and recorded.carries else None
         variance = sequential.variance_bound(known.interval, known.count) if known else None
-        return Stop(rule.limit if rule else None, variance, known.token_hash if known else "")
+        alpha = family.level(self.tests) if rule else family.ALPHA  # without a bound nothing is tested
+        return Stop(rule.limit if rule else None, variance, known.token_hash if known else "", alpha)
 
     def judged(self, row: Row) -> Row:
         """The row with its verdicts, against the reference and against the record."""
@@ -85,7 +87,7 @@ class Session:
         if counts := row.detail.get("window_counts"):
             ends = np.cumsum(counts).tolist()
             slices = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
-        return judge.judge(
+        judged = judge.judge(
             row,
             member_of(row.case),
             bounds=self.bounds,
@@ -93,7 +95,13 @@ class Session:
             environment=world,
             nll=self.nll,
             slices=slices,
+            tests=self.tests,
         )
+        return judge.hold(judged, () if self.options.regenerate else self.changed_facts(judged))
+
+    def changed_facts(self, row: Row) -> list[str]:
+        """The exact facts of a row that are recorded otherwise, each with both values."""
+        return exact.changes(self.baselines.facts(row.case), self.facts(row))
 
     def environment(self, row: Row) -> Environment:
         """The environment a row was measured in."""

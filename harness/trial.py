@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harness import family
 from harness.bounds import Bounds, Rule
 from harness.contracts import Member
 from harness.environment import Environment
@@ -29,6 +30,8 @@ class Finding:
     reason: str = ""
     change: Estimate | None = None
     floor: float = 0.0
+    p: float | None = None  # of the change, where it was tested (`harness.family`)
+    smallest: str = ""  # effect that this comparison could have seen, in words
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,18 @@ class Trial:
     environment: Environment
     nll: Losses
     slices: list[slice] | None
+    tests: int = 1  # statistical tests that the session makes
 
     @property
     def floor(self) -> float:
         """The larger of the bound's noise floor and the recorded one, nats (or the figure's unit)."""
         return max(self.bounds.floor(self.row.case), (self.recorded and self.recorded.floor) or 0.0)
+
+    @property
+    def room(self) -> float:
+        """The change on this very text beyond which it moved, nats; infinite where no rule speaks."""
+        allowance = self.bounds.allowance(self.row.case)
+        return math.log(allowance) if allowance > 1 else math.inf
 
     def paired(self, ours: NDArray[Any], theirs: NDArray[Any]) -> Estimate:
         """The change of paired losses over the plan's windows."""
@@ -71,7 +81,9 @@ def against_reference(trial: Trial) -> Finding:
     rule = trial.bounds.against_reference(row.case)
     if rule is None or row.method == row.reference:
         return Finding(None)
-    return _timing_within(row, rule) if member.timed else _value_within(row, member, rule)
+    if "tokens_used" in row.detail:
+        return _stopped_within(row, rule)
+    return _timing_within(trial, rule) if member.timed else _value_within(row, member, rule)
 
 
 def non_finite(row: Row, member: Member) -> Finding | None:
@@ -108,19 +120,36 @@ def _value_within(row: Row, member: Member, rule: Rule) -> Finding:
     text = f"{row.metric} {figure} against {row.reference}, bound {rule}"
     if row.interval is not None and member.paired and rule.kind == "ratio":
         text += f" (text like this: {percent(row.interval[0])} to {percent(row.interval[1])})"
-    return Finding(Verdict.WITHIN_BOUND if good else Verdict.OUT_OF_BOUND, text)
+    return Finding(Verdict.WITHIN_BOUND if good else Verdict.OUT_OF_BOUND, text, smallest="exact on this text")
 
 
-def _timing_within(row: Row, rule: Rule) -> Finding:
+def _stopped_within(row: Row, rule: Rule) -> Finding:
+    """A delta that was read only until it was decided: its interval against the bound; across it nothing is known."""
+    detail, limit = row.detail, rule.limit
+    low, high = row.interval or (-math.inf, math.inf)
+    read = f"{detail['tokens_used']:,} of {detail['tokens_available']:,} tokens"
+    text = f"{row.metric} {percent(low)} to {percent(high)} against {row.reference} after {read}, bound {rule}"
+    seen = "exact on this text" if detail.get("whole") else percent((high - low) / 2).lstrip("+")
+    if low > limit:
+        return Finding(Verdict.OUT_OF_BOUND, text, smallest=seen)
+    if high <= limit:
+        return Finding(Verdict.WITHIN_BOUND, text, smallest=seen)
+    return Finding(Verdict.UNUSABLE, f"{text}: stopped at its resolution, undecided", smallest=seen)
+
+
+def _timing_within(trial: Trial, rule: Rule) -> Finding:
+    row = trial.row
     ratio = log_ratio(row.detail)
     if ratio is None:
         return Finding(Verdict.UNUSABLE, "the ratio to the reference has no interval: raise --repetitions")
     text = f"time {percent(ratio.value)} against {row.reference} ({percent(ratio.low)} to {percent(ratio.high)})"
-    if ratio.low > rule.limit:
-        return Finding(Verdict.OUT_OF_BOUND, f"{text}, bound {rule}")
+    beyond = replace(ratio, value=ratio.value - rule.limit, low=ratio.low - rule.limit, high=ratio.high - rule.limit)
+    half = percent(family.smallest_time(beyond, 0.0, trial.tests)).lstrip("+")
+    if beyond.value > 0 and family.p_time(beyond, 0.0) <= family.level(trial.tests):
+        return Finding(Verdict.OUT_OF_BOUND, f"{text}, bound {rule}", smallest=half)
     if ratio.high <= rule.limit:
-        return Finding(Verdict.WITHIN_BOUND, f"{text}, bound {rule}")
-    return Finding(Verdict.UNUSABLE, f"{text}: too wide to decide on the bound {rule}")
+        return Finding(Verdict.WITHIN_BOUND, f"{text}, bound {rule}", smallest=half)
+    return Finding(Verdict.UNUSABLE, f"{text}: too wide to decide on the bound {rule}", smallest=half)
 
 
 def log_ratio(detail: Mapping[str, Any]) -> Estimate | None:

@@ -99,6 +99,8 @@ def _difference(row: Row, recorded: Recorded | None) -> list[tuple[str, str]]:
     elif recorded is not None and row.value is not None:
         plain = row.value - recorded.value
         lines.append(("difference", f"{plain:+,.0f} B" if row.unit == "B" else f"{plain:+.6g} {row.unit}"))
+    if row.detail.get("smallest"):
+        lines.append(("could see", f"{row.detail['smallest']}: the smallest effect"))
     if row.detail.get("bound"):
         lines.append(("bound", str(row.detail["bound"])))
     return lines

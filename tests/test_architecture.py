@@ -27,8 +27,8 @@ LEVELS = (
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording",
-    "planning child group runner session report judge trial drift baselines bounds published fits controls documents "
-    "merging",
+    "planning child group runner session report judge family trial drift baselines bounds "
+    "published fits controls documents rebaselining merging",
     "plugin collector commands",
     "cases __main__",
 )  # a package stands for all of its modules
@@ -37,7 +37,7 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "mat
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
     "errors records specifications contracts options files catalog methods metrics arguments protocols corpora "
     "models stats environment probe architectures planning runner session report judge baselines bounds "
-    "published plugin recorded exact wording trial drift sharding merging".split()
+    "published plugin recorded exact wording trial drift family rebaselining sharding merging".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "cases"}

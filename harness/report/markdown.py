@@ -10,6 +10,7 @@ from harness.records import Case, Row
 from harness.report import account, tables
 from harness.report.figures import Figure, figures
 from harness.report.matrix import NO_TEXT, Section, complete, sections
+from harness.report.verdicts import verdicts
 from harness.report.writing import code, code_block, escape
 
 READING = """\
@@ -54,6 +55,8 @@ def render(
     for section in sections(found):
         parts += _section(section, figures(section) if with_plots else ())
     parts += ["## Planned, ran, missing", account.account(found, planned)]
+    if told := verdicts(found):
+        parts += ["## Verdicts, case by case", told]
     parts += ["## Baselines", account.baselines(found)]
     parts += ["## Protocols, tokens, weights", account.protocols(found)]
     if revisions := account.revisions(found):

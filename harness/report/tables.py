@@ -201,6 +201,8 @@ def others(section: Section, text: Text) -> str:
     if not names:
         return ""
     columns: list[Column] = [(_header(section, name, text), _other_cell(section, name, text)) for name in names]
+    if "divergence.kl" in names:  # a mean hides single tokens
+        columns += [(f"kl {at} (nat)", _kl_cell(section, at, text)) for at in ("p99", "max")]
     columns.append(
         ("verdict", lambda method: verdict([row for name in names if (row := section.row(method, name, text))]))
     )
@@ -221,6 +223,10 @@ def _other_cell(section: Section, metric: str, text: Text) -> Callable[[str], st
         return shown(row, writing.number) + bounds
 
     return cell
+
+
+def _kl_cell(section: Section, at: str, text: Text) -> Callable[[str], str]:
+    return lambda method: writing.number(_detail(section.row(method, "divergence.kl", text), at))
 
 
 def census(section: Section) -> str:

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import baselines, nllfiles
+from harness import baselines, exact, nllfiles
 from harness.baselines import Baselines, overlay_path, read_overlay, record, to_record, validate
 from harness.contracts import Member
 from harness.environment import Environment
@@ -471,3 +471,21 @@ def test_exact_facts_of_the_wrong_shape(tmp_path: Path, change: dict[str, Any]) 
     with pytest.raises(BadFile, match="does not hold facts by device and text") as caught:
         read_exact(path)
     assert "\n" not in str(caught.value)
+
+
+def test_changed_facts_are_named_with_both_values() -> None:
+    head = {"schema": 1, "model": "m", "method": "nf4"}
+    census = {"quantized_modules": 8, "names": "a" * 64, "left_elements": 5}
+    texts = {"lee": {"chunk:512": {"first 4096": {"token_hash": "f" * 64, "tokens": 4096}}}}
+    before = {**head, "weights": {"cpu": {"bytes": {"memory.storage": 1000}, "census": census}}, "texts": texts}
+    assert exact.changes(before, before) == []
+    assert exact.changes(None, before) == []  # nothing recorded, nothing changed
+    fewer = {**census, "quantized_modules": 7, "names": "b" * 64}
+    other = {"lee": {"chunk:512": {"first 4096": {"token_hash": "e" * 64, "tokens": 4096}}}}
+    now = {**head, "weights": {"cpu": {"bytes": {"memory.storage": 1048}, "census": fewer}}, "texts": other}
+    assert exact.changes(before, now) == [
+        "memory.storage on cpu: 1000 -> 1048",
+        "census on cpu, quantized_modules: 8 -> 7",
+        "census on cpu, names: aaaaaaaaaaaa... -> bbbbbbbbbbbb...",
+        "token_hash of lee/chunk:512/first 4096: ffffffffffff... -> eeeeeeeeeeee...",
+    ]

@@ -24,22 +24,23 @@ from harness.specifications import parse
 
 ROOT = Path(__file__).parents[2]
 DOCS, BENCHMARKS = ROOT / "docs", ROOT / "benchmarks"
-SCRIPTS = ("pitfalls", "nf4", "sensitivity", "gguf_formats")
+SCRIPTS = ("pitfalls", "nf4", "sensitivity", "gguf_formats", "gate/run")
 PAGES = sorted(DOCS.glob("*.md"))
 
 
 def script(name: str) -> ModuleType:
     """A script of benchmarks/, which is no package; its neighbours are found beside it, as when it is run."""
-    sys.path.insert(0, str(BENCHMARKS))
+    path = BENCHMARKS / f"{name}.py"
+    sys.path[:0] = [str(path.parent)]
     try:
-        specification = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+        specification = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
         assert specification is not None
         assert specification.loader is not None
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
         return module
     finally:
-        sys.path.remove(str(BENCHMARKS))
+        sys.path.remove(str(path.parent))
 
 
 def document(name: str) -> Document:
@@ -50,7 +51,7 @@ def document(name: str) -> Document:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_opens_with_a_command_that_exists(page: Path) -> None:
     head = " ".join(page.read_text().splitlines()[:5])
-    found = re.search(r"Made by `python (?:(benchmarks/\w+\.py)|-m harness (\w+))", head)
+    found = re.search(r"Made by `python (?:(benchmarks/[\w/]+\.py)|-m harness (\w+))", head)
     assert found, f"{page.name} does not open with 'Made by `python ...`'"
     made = ROOT / found[1] if found[1] else ROOT / "harness" / "commands" / f"{found[2]}.py"
     assert made.is_file()

@@ -228,13 +228,31 @@ def test_a_constant_change_is_judged_by_the_floor(bounds: Bounds, shift: float, 
 
 
 def test_a_change_that_its_own_spread_explains_is_noise(bounds: Bounds) -> None:
-    # window means 0.09 and -0.07 in turn: D = 0.01, s = 0.0843, t(9) 2.262 * s / sqrt(10) = 0.0603
+    # window means 0.083 and -0.077 in turn: D = 0.003, s = 0.0843, t(9) 2.262 * s / sqrt(10) = 0.0603
     measured = row(PERPLEXITY, 30.0)
-    swing = np.repeat(np.tile([0.09, -0.07], 5), 4)
+    swing = np.repeat(np.tile([0.083, -0.077], 5), 4)
     found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), {"now": BASE + swing, "then": BASE})
     assert found.verdict is Verdict.WITHIN_NOISE
-    assert found.detail["change"]["high"] == pytest.approx(0.01 + 0.0603, abs=1e-4)
-    assert found.reason == "+0.01 nat (+1.01%) against the record (-0.0503 to +0.0703, floor 0.0001)"
+    assert found.detail["change"]["high"] == pytest.approx(0.003 + 0.0603, abs=1e-4)
+    assert found.reason == "+0.003 nat (+0.3%) against the record (-0.0573 to +0.0633, floor 0.0001)"
+    assert found.detail["smallest"] == "0.5%"  # on this very text; over windows it would be 9.9%
+
+
+def test_a_change_in_one_window_alone_is_seen_on_this_very_text(bounds: Bounds) -> None:
+    """A fault that meets the last window only: t is 1 whatever its size, yet the figure is another."""
+    measured = row(PERPLEXITY, 30.0)
+    one = np.concatenate([np.zeros(36), np.ones(4)])  # D = 0.1
+    found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), {"now": BASE + one, "then": BASE})
+    assert found.verdict is Verdict.WORSE
+    assert found.reason.endswith("beyond +0.5% on this very text, where it is exact")
+    assert plain(found)
+
+
+def test_another_figure_from_the_same_losses_is_worse(bounds: Bounds) -> None:
+    measured = row(PERPLEXITY, 30.1)
+    found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now"), {"now": BASE})
+    assert found.verdict is Verdict.WORSE
+    assert "from losses bit-identical to the record: what is made of them changed" in found.reason
 
 
 def test_the_recorded_floor_holds_where_it_is_wider(bounds: Bounds) -> None:
@@ -248,12 +266,12 @@ def test_the_recorded_floor_holds_where_it_is_wider(bounds: Bounds) -> None:
 def test_fewer_than_eight_windows_decide_only_what_is_beneath_the_floor(bounds: Bounds) -> None:
     measured = row(PERPLEXITY, 30.0)
     few = [slice(0, 20), slice(20, 40)]
-    for shift, verdict in ((0.01, Verdict.UNUSABLE), (5e-5, Verdict.WITHIN_NOISE)):
+    for shift, verdict in ((0.004, Verdict.UNUSABLE), (5e-5, Verdict.WITHIN_NOISE)):
         losses = {"now": BASE + shift, "then": BASE}
         found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses, slices=few)
         assert found.verdict is verdict
         assert not strict(found)
-    losses = {"now": BASE + 1, "then": BASE}
+    losses = {"now": BASE + 0.004, "then": BASE}
     found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses, slices=few)
     assert "2 windows, fewer than 8, cannot tell it from noise" in found.reason
 
@@ -519,6 +537,7 @@ def test_the_failure_report_says_everything_and_ends_with_the_command(bounds: Bo
     assert lines[4].startswith("  difference  +0.01 nat (+1.01%), 95% interval +0.01 to +0.01")
     assert lines[5:] == [
         "  floor       0.0001 nat",
+        "  could see   0.01%: the smallest effect",
         "  environment bitsandbytes: 0.48.2 -> 0.50.2",
         "              threads: 4 -> 2",
         f"  measure     pytest --pyargs harness.cases {command}",
@@ -543,3 +562,73 @@ def test_the_failure_report_of_a_bound_and_of_bytes(bounds: Bounds) -> None:
 def test_judging_and_wording_import_no_torch() -> None:
     code = "import sys, harness.judge, harness.baselines; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# exact facts and the session's share of the error rate
+
+
+def test_changed_exact_facts_are_worse_and_named(bounds: Bounds) -> None:
+    good = judged(row(PERPLEXITY, 30.0), PERPLEXITY, bounds, record(row(PERPLEXITY, 30.0), 30.0, nll="now"))
+    assert judge.hold(good, []) is good
+    found = judge.hold(good, ["census on cpu, quantized_modules: 8 -> 7"])
+    assert (found.verdict, found.verdict_baseline) == (Verdict.WORSE, Verdict.WORSE)
+    assert found.reason.startswith("exact facts differ from the record: census on cpu, quantized_modules: 8 -> 7; ")
+    assert plain(found)
+
+
+def test_other_tokens_alone_are_not_comparable(bounds: Bounds) -> None:
+    measured = row(PERPLEXITY, 30.0)
+    good = judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now"))
+    found = judge.hold(good, ["token_hash of lee/chunk:512/all: aa -> bb", "tokens of lee/chunk:512/all: 9 -> 8"])
+    assert found.verdict is Verdict.NOT_COMPARABLE
+    assert not plain(found)
+    assert strict(found)
+    missing = row(PERPLEXITY, None, verdict=Verdict.MISSING)
+    assert judge.hold(missing, ["census on cpu, names: a -> b"]) is missing
+    bad = replace(good, verdict=Verdict.OUT_OF_BOUND)
+    assert judge.hold(bad, ["memory.storage on cpu: 1 -> 2"]).verdict is Verdict.OUT_OF_BOUND
+
+
+def test_the_more_tests_a_session_makes_the_more_a_change_must_show(bounds: Bounds) -> None:
+    # by windows 0.0032, -0.0002 in turn: D = 0.0015, s = 0.00179, t = 2.65 on 9 degrees, p = 0.027 beyond no floor
+    measured = row(PERPLEXITY, 30.0)
+    losses = {"now": BASE + np.repeat(np.tile([0.0032, -0.0002], 5), 4), "then": BASE}
+    held = {name: values.astype(np.float32) for name, values in losses.items()}
+    found = [
+        judge.judge(
+            measured, PERPLEXITY, bounds=bounds, recorded=record(measured, 30.0), environment=WORLD, nll=held.get,
+            slices=SLICES, tests=tests,
+        )
+        for tests in (1, 20)
+    ]  # fmt: skip
+    assert [one.verdict for one in found] == [Verdict.WORSE, Verdict.WITHIN_NOISE]
+    assert found[0].detail["change"]["p"] == found[1].detail["change"]["p"] == pytest.approx(0.0354, abs=0.002)
+    assert found[0].detail["smallest"] != found[1].detail["smallest"]
+
+
+def test_what_moved_or_may_not_be_compared_brings_the_environments_difference(bounds: Bounds) -> None:
+    measured = row(PERPLEXITY, 30.0)
+    other = replace(WORLD, torch="2.12.0", threads=8)
+    then = record(measured, 29.0, environment=other)
+    found = judged(measured, PERPLEXITY, bounds, then, {"now": BASE + 0.1, "then": BASE})
+    assert found.detail["environment_difference"] == ["torch: 2.12.0 -> 2.13.0", "threads: 8 -> 2"]
+    same = judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now", environment=other))
+    assert "environment_difference" not in same.detail
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict", "seen"),
+    [
+        ((-0.001, 0.003), Verdict.WITHIN_BOUND, "0.2%"),
+        ((0.006, 0.020), Verdict.OUT_OF_BOUND, "0.702%"),
+        ((0.002, 0.008), Verdict.UNUSABLE, "0.3%"),
+    ],
+)
+def test_a_delta_read_early_is_decided_by_its_interval(
+    bounds: Bounds, interval: tuple[float, float], verdict: Verdict, seen: str
+) -> None:
+    detail = {"tokens_used": 4088, "tokens_available": 75530, "decided": "below", "whole": False}
+    found = judged(row(DELTA, 0.001, "absmax-int8", interval=interval, detail=detail), DELTA, bounds)
+    assert found.verdict_reference is verdict
+    assert "after 4,088 of 75,530 tokens, bound at most 0.5%" in found.reason
+    assert found.detail["smallest"] == seen

@@ -33,7 +33,7 @@ def a_folder(path: Path, rows: list[Row], shard: Shard | None = None, plan: list
     told = {"command": f"pytest --models m --report-dir {path.name} --shard {shard}", "notes": []}
     (path / "session.json").write_text(json.dumps(told))
     if shard:
-        write_shard(path, shard, plan or PLAN)
+        write_shard(path, shard, plan or PLAN, 1)
     return path
 
 

@@ -1,0 +1,89 @@
+"""docs/gate.md: what the verdicts claim, which faults they see, how small, when they stay silent, what they save.
+
+`--parts coverage,power` measures those alone and keeps the others as they lie in docs/data/gate.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # the parts lie beside this file, which is no package
+
+from harness import documents
+from harness.errors import BadSpecification, UnknownName
+
+PARTS = {  # module beside this file, and heading
+    "coverage": ("simulation", "Coverage by simulation"),
+    "sensitivity": ("sensitivity", "Sensitivity: seeded faults"),
+    "power": ("power", "Power: the smallest scale error seen"),
+    "silence": ("silence", "Silence: harmless changes"),
+    "latency": ("clocks", "Latency: what noise hides"),
+    "saving": ("stopping", "What stopping early saves"),
+}
+DATA = Path(__file__).parents[2] / "docs" / "data" / "gate.json"
+INTRODUCTION = """\
+A gate that cries wolf gets deleted, one that sleeps is worse. Here its error rates are simulated, faults are seeded,
+and harmless changes are made; definitions stand in the docstrings of `harness/stats.py`, `harness/sequential.py` and
+`harness/family.py`. Every part says when it was measured."""
+
+
+def part(name: str) -> Any:
+    """A part's module: measure() -> results, render(results) -> markdown, and plots(results) where it has any."""
+    return importlib.import_module(PARTS[name][0])
+
+
+def measure(names: Sequence[str]) -> dict[str, Any]:
+    """The parts named, with when and where; the others as they were kept."""
+    found = dict(documents.read(DATA)["results"]) if names and DATA.is_file() else {}
+    for name in names or PARTS:
+        if name not in PARTS:
+            raise UnknownName("part", name, PARTS)
+        start = time.monotonic()
+        results = part(name).measure()
+        found[name] = {"world": documents.world(time.monotonic() - start), "found": results}
+    return {name: found[name] for name in PARTS if name in found}
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page."""
+    sections = [INTRODUCTION]
+    for name, (_, heading) in PARTS.items():
+        if name in results:
+            made = results[name]["world"]
+            when = f"Measured on {made['date']} in {made['minutes']} minutes (`--parts {name}` measures it alone)."
+            sections += [f"## {heading}", when, part(name).render(results[name]["found"])]
+    return "\n\n".join(sections)
+
+
+def plots(results: Mapping[str, Any]) -> dict[str, str]:
+    """Every part's plots."""
+    found: dict[str, str] = {}
+    for name in results:
+        draw = getattr(part(name), "plots", None)
+        found |= draw(results[name]["found"]) if draw else {}
+    return found
+
+
+DOCUMENT = documents.Document(
+    "gate", "Verdicts that can be trusted: the gate's own bench", measure, render, plots, script="gate/run"
+)
+
+
+def main(words: Sequence[str]) -> int:
+    """`--parts` is this script's own; the rest is every page's."""
+    given = list(words)
+    if "--parts" in given:
+        at = given.index("--parts")
+        if len(given) < at + 2:
+            raise BadSpecification(f"--parts names nothing: write --parts {','.join(PARTS)}")
+        given[at] = "--models"  # a page's own choice of what to measure
+    return documents.run(DOCUMENT, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,365 @@
+"""Part 4 of the gate's bench: changes that must raise no alarm, over the whole small matrix."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import small
+import torch
+import yaml
+from small import Bench, Outcome
+
+from harness import checkpoints, corpora, engine, family, nllfiles
+from harness.options import Declared
+from harness.records import Case, Verdict
+from harness.report import writing
+from harness.specifications import parse
+
+REPEATS = 10
+TOKENS, PROTOCOL = 1024, "chunk:128"  # 8 windows: the fewest that decide anything
+THREADS = 1  # recorded with; tiny products gain nothing from more
+Told = dict[str, Any]  # arguments of the session
+Apply = Callable[[Bench, random.Random], contextlib.AbstractContextManager[Told]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One harmless change; `loads` where it can touch how a model is loaded, which is then loaded anew each time."""
+
+    name: str
+    apply: Apply
+    loads: bool = False
+
+
+def asked(**told: Any) -> Apply:
+    """Other arguments of the session."""
+
+    @contextlib.contextmanager
+    def apply(bench: Bench, chance: random.Random) -> Iterator[Told]:
+        yield told
+
+    return apply
+
+
+def patched(target: Any, name: str, make: Callable[[Any, random.Random], Any]) -> Apply:
+    """Something of the harness or torch replaced by what must give the same."""
+
+    @contextlib.contextmanager
+    def apply(bench: Bench, chance: random.Random) -> Iterator[Told]:
+        with patch.object(target, name, make(getattr(target, name), chance)):
+            yield {}
+
+    return apply
+
+
+def threads(count: int) -> Apply:
+    """Another number of compute threads."""
+
+    @contextlib.contextmanager
+    def apply(bench: Bench, chance: random.Random) -> Iterator[Told]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield {}
+        finally:
+            torch.set_num_threads(before)
+
+    return apply
+
+
+def ordered(order: Callable[[list[Case], random.Random], Sequence[Case]]) -> Apply:
+    """Cases in another order."""
+
+    @contextlib.contextmanager
+    def apply(bench: Bench, chance: random.Random) -> Iterator[Told]:
+        yield {"order": lambda cases: order(list(cases), chance)}
+
+    return apply
+
+
+def by_group(cases: list[Case], chance: random.Random) -> list[Case]:
+    """Groups in another order, cases within them too."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.group, []).append(case)
+    shuffled = chance.sample(list(groups), len(groups))
+    return [case for name in shuffled for case in chance.sample(groups[name], len(groups[name]))]
+
+
+def windows_in(order: Callable[[list[int], random.Random], list[int]], at_once: bool) -> Apply:
+    """Windows scored in another order, together or one by one, and put back."""
+
+    def make(score: Any, chance: random.Random) -> Any:
+        def scored(model: Any, windows: Any, **more: Any) -> Any:
+            places = order(list(range(len(windows))), chance)
+            ends = np.cumsum([window.scored for window in windows])
+            found = np.empty(int(ends[-1]), dtype=np.float32)
+            chosen = [places] if at_once else [[place] for place in places]
+            for part in chosen:
+                nll, at = score(model, [windows[place] for place in part], **more), 0
+                for place in part:
+                    size = windows[place].scored
+                    found[ends[place] - size : ends[place]] = nll[at : at + size]
+                    at += size
+            return found
+
+        return scored
+
+    return patched(engine, "score", make)
+
+
+@contextlib.contextmanager
+def stored_wider(bench: Bench, chance: random.Random) -> Iterator[Told]:
+    """The cache of losses kept in float64."""
+
+    def save(folder: Path, nll: Any) -> str:
+        sha = nllfiles.name_of(nll)
+        np.savez(folder / f"{sha}.npz", nll=nll.astype(np.float64))
+        return sha
+
+    with patch.object(nllfiles, "save", save):
+        yield {}
+
+
+def elsewhere(kind: str) -> Apply:
+    """Weights (or text) copied to another place under another file name, declared under the same name."""
+
+    @contextlib.contextmanager
+    def apply(bench: Bench, chance: random.Random) -> Iterator[Told]:
+        declared = bench.options.declared
+        home = bench.folder / f"moved {chance.randrange(10**9)}"
+        home.mkdir()
+        if kind == "text":
+            shutil.copy(bench.folder / "words.txt", home / "other name.txt")
+            moved = dataclasses.replace(declared, datasets={"words": f"text:{home.name}/other name.txt"})
+        else:
+            for name in declared.models:
+                shutil.copytree(bench.folder / name, home / f"{name}-again")
+                if kind == "rewritten":
+                    rewrite(home / f"{name}-again")
+            models = {name: f"path:{home.name}/{name}-again" for name in declared.models}
+            moved = dataclasses.replace(declared, models=models)
+        yield {"declared": moved}
+        shutil.rmtree(home)
+
+    return apply
+
+
+def rewrite(folder: Path) -> None:
+    """config.json and tokenizer.json as another release would write them: keys sorted, no indentation."""
+    for name in ("config.json", "tokenizer.json"):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=name == "config.json"))
+
+
+@contextlib.contextmanager
+def reformatted(bench: Bench, chance: random.Random) -> Iterator[Told]:
+    """Baseline files written by another YAML writer: keys sorted, flow style."""
+    kept = {path: path.read_text() for path in bench.options.baselines.glob("*/*.yaml")}
+    for path, text in kept.items():
+        path.write_text(yaml.safe_dump(yaml.safe_load(text), sort_keys=True, default_flow_style=True))
+    yield {}
+    for path, text in kept.items():
+        path.write_text(text)
+
+
+@contextlib.contextmanager
+def copied_baselines(bench: Bench, chance: random.Random) -> Iterator[Told]:
+    """The baselines folder somewhere else."""
+    place = bench.folder / "copied baselines"
+    shutil.copytree(bench.options.baselines, place)
+    yield {"baselines": place}
+    shutil.rmtree(place)
+
+
+@contextlib.contextmanager
+def another_folder(bench: Bench, chance: random.Random) -> Iterator[Told]:
+    """Another working directory."""
+    before = Path.cwd()
+    os.chdir(bench.folder)
+    yield {}
+    os.chdir(before)
+
+
+def variables(**values: str) -> Apply:
+    """Other environment variables."""
+
+    @contextlib.contextmanager
+    def apply(bench: Bench, chance: random.Random) -> Iterator[Told]:
+        with patch.dict(os.environ, values):
+            yield {}
+
+    return apply
+
+
+@contextlib.contextmanager
+def seeded(bench: Bench, chance: random.Random) -> Iterator[Told]:
+    """Other states of every random generator."""
+    torch.manual_seed(chance.randrange(10**9))
+    np.random.seed(chance.randrange(10**9))
+    random.seed(chance.random())
+    yield {}
+
+
+@contextlib.contextmanager
+def resumed(bench: Bench, chance: random.Random) -> Iterator[Told]:
+    """A second pass over the rows of a finished session: judged again from what was written."""
+    bench.session(methods=(parse("nf4"), parse("absmax-int8")), metrics=("perplexity",))
+    yield {"resume": True}
+
+
+def part(**told: Any) -> Apply:
+    """A session of part of the matrix."""
+    return asked(**told)
+
+
+@contextlib.contextmanager
+def without_onednn(bench: Bench, chance: random.Random) -> Iterator[Told]:
+    """Products by another library: the same sums in another order."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield {}
+
+
+FULL = "perplexity,memory,divergence"
+SOME = ("nf4", "bnb-int8", "absmax-int8", "bf16")
+CHANGES = (
+    Change("repeated, models loaded anew", asked(), loads=True),
+    Change("repeated, models kept", asked()),
+    Change("batch of 2", asked(batch_size=2)),
+    Change("batch of 3", asked(batch_size=3)),
+    Change("batch of 8", asked(batch_size=8)),
+    Change("cases in reverse", ordered(lambda cases, chance: cases[::-1])),
+    Change("cases shuffled", ordered(lambda cases, chance: chance.sample(cases, len(cases)))),
+    Change("groups shuffled", ordered(by_group)),
+    Change("2 threads", threads(2)),
+    Change("3 threads", threads(3)),
+    Change("4 threads", threads(4)),
+    Change("windows in reverse", windows_in(lambda places, chance: places[::-1], True)),
+    Change("windows shuffled", windows_in(lambda places, chance: chance.sample(places, len(places)), True)),
+    Change("a window at a time", windows_in(lambda places, chance: places, False)),
+    Change("losses cached in float64", stored_wider),
+    Change("logits in slices of 4 KiB", patched(engine, "LOGITS_BYTES", lambda value, chance: 4096)),
+    Change("products without oneDNN", without_onednn),
+    Change("eager attention", patched(checkpoints, "ATTENTION", lambda value, chance: "eager"), loads=True),
+    Change("weights in a renamed folder", elsewhere("weights"), loads=True),
+    Change("config and tokenizer rewritten", elsewhere("rewritten"), loads=True),
+    Change("equal text in another file", elsewhere("text")),
+    Change("baselines reformatted", reformatted),
+    Change("baselines in another folder", copied_baselines),
+    Change("another working directory", another_folder),
+    Change("OMP_WAIT_POLICY and tokenizer threads", variables(OMP_WAIT_POLICY="active", TOKENIZERS_PARALLELISM="true")),
+    Change("another locale and time zone", variables(LC_ALL="tr_TR.UTF-8", TZ="Pacific/Chatham")),
+    Change("other random states", seeded),
+    Change("perplexity alone", part(metrics=("perplexity",))),
+    Change("divergence first", part(metrics=("divergence.rms_dp", "divergence.kl", "perplexity", "memory"))),
+    Change("some methods, in another order", part(methods=tuple(map(parse, SOME)))),
+)
+
+
+@contextlib.contextmanager
+def recorded(tokens: int = TOKENS, **changes: Any) -> Iterator[Bench]:
+    """The small matrix over weights and text in files of their own, recorded."""
+    with small.bench(max_tokens=tokens) as bench:
+        names = {"small-gpt2": "tiny-gpt2", "small-olmo": "tiny-olmo"}
+        for name, source in names.items():
+            made = checkpoints.materialise(parse(source), Declared(bench.folder))
+            shutil.copytree(made.directory, bench.folder / name, ignore=shutil.ignore_patterns("harness.json"))
+        text = corpora.read(parse("synthetic"), Declared(bench.folder)).joined("chunk").texts
+        (bench.folder / "words.txt").write_text("\n\n".join(text))
+        declared = Declared(bench.folder, {name: f"path:{name}" for name in names}, {"words": "text:words.txt"})
+        chosen = small.options(bench.folder, models=tuple(names), datasets=("words",), max_tokens=tokens,
+                               protocols=(PROTOCOL,),
+                               declared=declared, **changes)  # fmt: skip
+        own = Bench(bench.folder, chosen)
+        own.record()
+        yield own
+
+
+def measure(repeats: int = REPEATS, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Every change, `repeats` times."""
+    found: list[dict[str, Any]] = []
+    gc.freeze()  # what is imported is not searched for garbage at every load
+    torch.set_num_threads(THREADS)
+    with recorded() as bench:
+        kept: dict[str, Any] = {}
+        tests = bench.session(kept=kept).tests
+        for change in CHANGES:
+            if names and change.name not in names:
+                continue
+            chance, words, alarmed, largest = random.Random(change.name), dict[str, int](), list[str](), {}
+            sessions = 0
+            for _ in range(repeats):
+                with change.apply(bench, chance) as told:
+                    outcome = bench.session(kept=None if change.loads else kept, **told)
+                sessions += bool(outcome.alarms)
+                alarmed += [f"{row.case.id}: {row.verdict}: {row.reason}" for row in outcome.alarms]
+                count(outcome, words, largest)
+            found.append(
+                {"change": change.name, "sessions": repeats, "alarmed": sessions, "verdicts": words,
+                 "largest": largest, "alarms": alarmed[:5], "loads": change.loads}
+            )  # fmt: skip
+            print(f"silence: {change.name}: {sessions} of {repeats} alarmed, {words} {alarmed[:2]}", file=sys.stderr)
+    total = sum(entry["sessions"] for entry in found)
+    return {"changes": found, "repeats": repeats, "tests": tests, "cases": cases(bench), "tokens": TOKENS,
+            "sessions": total, "alarmed": sum(entry["alarmed"] for entry in found)}  # fmt: skip
+
+
+def cases(bench: Bench) -> int:
+    """How many cases the whole matrix has."""
+    from harness import planning
+
+    return len(planning.plan(bench.options, False))
+
+
+def count(outcome: Outcome, words: dict[str, int], largest: dict[str, float]) -> None:
+    """Add a session's verdicts, and the largest change of each metric, to what was counted."""
+    for row in outcome.rows:
+        words[str(row.verdict)] = words.get(str(row.verdict), 0) + 1
+        told = row.detail.get("change")
+        if isinstance(told, Mapping) and row.case.family == "perplexity":
+            largest["perplexity"] = max(largest.get("perplexity", 0.0), abs(told["value"]))
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The section."""
+    share, spread = small.share_of(found["alarmed"], found["sessions"])
+    rate = family.ALPHA
+    quiet = {str(Verdict.SAME), str(Verdict.WITHIN_BOUND), str(Verdict.WITHIN_NOISE)}
+    rows = [
+        [
+            entry["change"],
+            f"{entry['alarmed']} of {entry['sessions']}",
+            f"{entry['verdicts'].get('same', 0):,}",
+            f"{entry['verdicts'].get('within noise', 0):,}",
+            f"{sum(number for word, number in entry['verdicts'].items() if word not in quiet):,}",
+            f"{entry['largest'].get('perplexity', 0.0):.1e}",
+            "yes" if entry["loads"] else "no",
+        ]
+        for entry in found["changes"]
+    ]
+    headers = ["harmless change", "sessions alarmed", "same", "within noise", "any other verdict"]
+    headers += ["largest change of NLL, nat", "models loaded anew"]
+    seen = "".join(f"\n- {entry['change']}: {line}" for entry in found["changes"] for line in entry["alarms"])
+    verdict = "within" if share <= rate else "**above**"
+    return (
+        f"{len(found['changes'])} harmless changes, each {found['repeats']} times over the whole small matrix "
+        f"({found['cases']} cases: two tiny models, fourteen methods, perplexity, exact memory and divergence over "
+        f"{found['tokens']:,} tokens; {found['tests']} statistical tests a session), as CI runs it "
+        "(`--require-baselines`). "
+        f"Alarmed: {found['alarmed']} of {found['sessions']:,} sessions, {100 * share:.1f}% ± {100 * spread:.1f}; "
+        f"stated are at most {100 * rate:.0f}%: {verdict} the rate.\n\n" + writing.table(headers, rows, words=(0, -1))
+        + (f"\n\nAlarms:\n{seen}" if seen else "")
+    )  # fmt: skip

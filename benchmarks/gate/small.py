@@ -1,0 +1,160 @@
+"""Sessions of the small matrix in this process: the harness's own session, metrics, judge and baselines.
+
+What a pytest session adds (child processes, xdist, pytest's face) is left out, so that a fault is a patch of a few
+lines and a session takes seconds. Recording goes through `python -m harness rebaseline --write`'s own code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from harness import arguments, bnb, family, judge, planning, rebaselining
+from harness.errors import HarnessError
+from harness.files import replace_text
+from harness.group import Group
+from harness.messages import Job, Stop
+from harness.options import Declared, Options
+from harness.records import Case, Row, Verdict
+from harness.runner import missing
+from harness.session import Session, open_report
+from harness.specifications import parse
+
+MODELS = ("tiny-gpt2", "tiny-olmo")
+MOVED = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE, Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.BETTER)
+Order = Callable[[Sequence[Case]], Sequence[Case]]
+
+
+class Inline:
+    """A runner without processes: one group at a time, in this one, or every group with its model kept loaded."""
+
+    def __init__(self, options: Options, kept: dict[str, Group] | None = None) -> None:
+        self.options, self.threads, self.kept = options, torch.get_num_threads(), kept
+        self.environments: dict[str, dict[str, Any]] = {}
+        self.groups: dict[str, Group] = {}
+
+    def group(self, case: Case) -> Group:
+        """The case's group: anew, or with the model that an earlier session of this bench loaded."""
+        job = Job(self.options, case.model, case.method, case.device, case.reference, self.threads, Path())
+        before = (self.kept or {}).get(case.group)
+        if before is None:
+            made = Group(job, SimpleNamespace(send=lambda reply: None))  # type: ignore[arg-type]
+        else:
+            made = copy.copy(before)  # the models are shared, nothing that was measured is
+            made.job, made._nll = job, {}
+            made.batch_size = self.options.batch_size if made.method.batch_invariant else 1
+            made.method_id = arguments.method_id(made.method, made.arguments, made.batch_size)
+            made.environment = dataclasses.replace(made.environment, threads=self.threads)
+            vars(made).pop("world", None)
+        if self.kept is not None:
+            self.kept[case.group] = made
+        return made
+
+    def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
+        """One row, or why there is none, as the real runner words it."""
+        try:
+            if case.group not in self.groups:
+                self.groups = {**(self.groups if self.kept is not None else {}), case.group: self.group(case)}
+            group = self.groups[case.group]
+            row = group.measure(case, stop)
+        except HarnessError as error:
+            return missing(case, str(error)), ""
+        self.environments[row.environment] = group.environment.to_dict()
+        return row, ""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A judged session."""
+
+    rows: tuple[Row, ...]
+    tests: int
+
+    @property
+    def alarms(self) -> list[Row]:
+        """Rows that fail the session as CI runs it."""
+        return [row for row in self.rows if judge.fails(row, require_baselines=True, allow_missing=False)]
+
+    @property
+    def moved(self) -> list[Row]:
+        """Rows whose verdict is not that all is as it was."""
+        return [row for row in self.rows if row.verdict in MOVED]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A folder with one recorded session, and sessions held against it."""
+
+    folder: Path
+    options: Options
+
+    def session(self, order: Order = list, kept: dict[str, Group] | None = None, **changes: Any) -> Outcome:
+        """Measure and judge every planned case."""
+        options = dataclasses.replace(self.options, **changes)
+        cases = planning.plan(options, False)
+        open_report(options.report_dir, keep=False)
+        live = Session(options, torch.get_num_threads(), cases)
+        live.runner = Inline(options, kept)  # type: ignore[assignment]
+        with bnb.quiet():
+            found = {case: live.check(case)[0] for case in order(cases)}
+        rows = family.settle([found[case] for case in cases], live.tests)
+        texts = {"measurements.jsonl": "".join(row.to_json() + "\n" for row in rows)}
+        texts["environments.json"] = json.dumps(live.runner.environments)
+        texts["plan.json"] = json.dumps([vars(case) for case in cases])
+        for name, text in texts.items():
+            replace_text(options.report_dir / name, text)
+        return Outcome(tuple(rows), live.tests)
+
+    def record(self, check: bool = True) -> Outcome:
+        """Record one session as the baseline; the outcome is another judged against it, unless `check` is False."""
+        first = self.session()
+        proposal = rebaselining.propose(self.options.report_dir, self.options.baselines)
+        rebaselining.write(proposal, self.options.baselines)
+        return self.session() if check else first
+
+
+def options(folder: Path, **changes: Any) -> Options:
+    """The small matrix: what `changes` does not say is the tiny models, synthetic text, and every exact metric."""
+    chosen: dict[str, Any] = {
+        "models": MODELS,
+        "methods": (),
+        "metrics": ("perplexity", "memory", "divergence.kl", "divergence.same_top", "divergence.rms_dp"),
+        "datasets": ("synthetic",),
+        "protocols": ("chunk:256",),
+        "max_tokens": 4096,
+        **changes,
+    }
+    for name in ("models", "methods", "datasets", "protocols"):
+        chosen[name] = tuple(parse(item) if isinstance(item, str) else item for item in chosen[name])
+    declared = chosen.pop("declared", Declared(folder))
+    return Options(
+        declared, device="cpu", report_dir=folder / "report", baselines=folder / "baselines", repetitions=6, **chosen
+    )
+
+
+@contextlib.contextmanager
+def bench(**changes: Any) -> Iterator[Bench]:
+    """A bench in a scratch folder, nothing recorded yet."""
+    with tempfile.TemporaryDirectory(prefix="harness-gate-") as name:
+        yield Bench(Path(name), options(Path(name), **changes))
+
+
+def share_of(count: int, runs: int) -> tuple[float, float]:
+    """A share and the half-width of its own 95% interval (Wilson's, which is never zero)."""
+    z = 1.959964
+    part = count / runs
+    spread = z / (1 + z * z / runs) * math.sqrt(part * (1 - part) / runs + z * z / (4 * runs * runs))
+    return part, spread

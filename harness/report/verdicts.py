@@ -1,0 +1,84 @@
+"""Every verdict by itself: both comparisons, the change, the smallest effect that could have been seen, the look-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.records import Row, Verdict, decode_number
+from harness.report.writing import NOTHING, code, escape, plural, table
+from harness.wording import percent
+
+LIMITS = """\
+*Against the record*: a change of the recorded figure, for losses and times in percent with its 95% interval, paired
+token by token; *smallest effect* is what nine of ten sessions with this spread would have called, and of an exact
+figure the smallest step. At most 5% of sessions in which nothing changed raise an alarm: every test has its share of
+it, and Holm's step-down settles the session. A perplexity against the reference is exact on this text: no test."""
+MOVED = (Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE)
+
+
+def verdicts(rows: Sequence[Row]) -> str:
+    """One line a measured case; "" where none was measured."""
+    found = [row for row in rows if row.value is not None]
+    if not found:
+        return ""
+    lines = [
+        [
+            code(row.model),
+            code(row.method),
+            code(row.metric) + (f" {code(row.dataset)} {code(row.protocol)}" if row.dataset else ""),
+            str(row.verdict_reference or NOTHING),
+            str(row.verdict_baseline or NOTHING),
+            change(row),
+            escape(str(row.detail.get("smallest", ""))) or NOTHING,
+            code(row.baseline) if row.baseline else NOTHING,
+        ]
+        for row in found
+    ]
+    headers = ["model", "method", "metric", "against the reference", "against the record"]
+    headers += ["change [95%]", "smallest effect", "looked up in"]
+    parts = [LIMITS, table(headers, lines, words=(0, 1, 2, 3, 4, -1)), *stopped(found), *differences(found)]
+    return "\n\n".join(parts)
+
+
+def change(row: Row) -> str:
+    """The change against the record in percent, with its interval."""
+    told: Any = row.detail.get("change")
+    if not isinstance(told, Mapping):
+        return NOTHING
+    value, low, high = (percent(float(decode_number(told[name]))) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def stopped(rows: Sequence[Row]) -> list[str]:
+    """What early-stopped cases read, and what they know: bullets."""
+    lines = []
+    for row in rows:
+        if "tokens_used" in row.detail and row.interval is not None:
+            used, available = row.detail["tokens_used"], row.detail["tokens_available"]
+            why = f"; {escape(row.detail['why_whole'])}" if row.detail.get("why_whole") else ""
+            lines.append(
+                f"- {code(row.model)}, {code(row.method)}: {used:,} of {available:,} tokens used "
+                f"({100 * used / available:.0f}%), stopped at '{row.detail['decided']}' with "
+                f"{row.interval[0]:+.5f} to {row.interval[1]:+.5f} nat{why}"
+            )
+    return ["Read early (`--stop-early`), windows in their seeded order:\n\n" + "\n".join(lines)] if lines else []
+
+
+def differences(rows: Sequence[Row]) -> list[str]:
+    """How the record's environment differs from this one, line by line, wherever something moved or may not compare."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.verdict_baseline in MOVED and "environment_difference" in row.detail:
+            groups.setdefault(tuple(row.detail["environment_difference"]), []).append(row)
+    parts = []
+    for lines, found in groups.items():
+        names = ", ".join(dict.fromkeys(f"{code(row.method)} {code(row.metric)}" for row in found))
+        blamed = (
+            " The unquantized reference itself moved." if any("itself moved" in row.reason for row in found) else ""
+        )
+        head = f"Recorded in another environment than {plural(len(found), 'case')} that moved ({names}):{blamed}"
+        if not lines:
+            head = f"Recorded in this very environment, and moved ({names}): no version or processor did it.{blamed}"
+        parts.append("\n".join([head, *(["", *(f"- {escape(line)}" for line in lines)] if lines else [])]))
+    return parts

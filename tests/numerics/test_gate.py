@@ -1,0 +1,84 @@
+"""The gate on seeded faults and harmless changes: the quick ones of what `benchmarks/gate/` runs in full."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GATE = Path(__file__).parents[2] / "benchmarks" / "gate"
+QUICK = (  # one of each kind; the bench runs all of them
+    "scale off by 1%",
+    "one pair of code levels swapped",
+    "absmax of the wrong block",
+    "one layer skipped",
+    "one layer skipped, and the selection with it",
+    "tied head counted twice",
+    "not a number in one row",
+    "tokenizer changed",
+    "BOS added",
+    "a token a window scored fewer",
+    "padding scored",
+    "mean over windows for mean over tokens",
+    "positions lost",
+)
+HARMLESS = ("batch of 3", "windows shuffled", "config and tokenizer rewritten", "equal text in another file")
+
+
+@pytest.fixture(scope="module")
+def parts() -> Iterator[dict[str, Any]]:
+    sys.path.insert(0, str(GATE))
+    try:
+        yield {name: importlib.import_module(name) for name in ("small", "faults", "device_faults", "silence", "run")}
+    finally:
+        sys.path.remove(str(GATE))
+
+
+def test_there_are_enough_faults_and_harmless_changes(parts: dict[str, Any]) -> None:
+    names = [fault.name for fault in parts["faults"].FAULTS]
+    assert len(set(names)) == len(names) >= 25
+    assert set(QUICK) <= set(names)
+    changes = [change.name for change in parts["silence"].CHANGES]
+    assert len(set(changes)) == len(changes) >= 25
+    assert set(HARMLESS) <= set(changes)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_seeded_fault_ends_in_the_right_verdict_on_the_right_case(parts: dict[str, Any], name: str) -> None:
+    fault = next(fault for fault in parts["faults"].FAULTS if fault.name == name)
+    found = parts["faults"].run(fault)
+    assert found.verdict is fault.verdict, found
+    assert fault.words in found.reason
+    assert not found.innocent
+    assert found.fails
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_change_raises_no_alarm(parts: dict[str, Any], name: str) -> None:
+    silence, small = parts["silence"], parts["small"]
+    change = next(change for change in silence.CHANGES if change.name == name)
+    methods = tuple(map(silence.parse, ("nf4", "bnb-int8")))
+    with silence.recorded(methods=methods) as bench, change.apply(bench, silence.random.Random(1)) as told:
+        outcome = bench.session(**told)
+    assert isinstance(outcome, small.Outcome)
+    assert len(outcome.rows) > 30
+    assert not [f"{row.case.id}: {row.reason}" for row in outcome.alarms]
+
+
+def test_faults_of_a_device_are_seen_on_a_simulated_one(parts: dict[str, Any]) -> None:
+    faults = parts["device_faults"]
+    for name, run, wanted in (*faults.FAULTS, *faults.HARMLESS):
+        row = run()
+        assert row.verdict is wanted, (name, row.reason)
+
+
+def test_parts_of_the_page_are_named(parts: dict[str, Any]) -> None:
+    run = parts["run"]
+    with pytest.raises(run.UnknownName, match="'powr'"):
+        run.main(["--parts", "powr"])
+    with pytest.raises(run.BadSpecification, match="write --parts coverage,"):
+        run.main(["--parts"])

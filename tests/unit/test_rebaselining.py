@@ -1,0 +1,133 @@
+"""A proposal from a finished session: what is old and new, why it moved, and that nothing is written until told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import nllfiles, rebaselining
+from harness.__main__ import main
+from harness.baselines import Baselines
+from harness.environment import Environment
+from harness.errors import HarnessError, MissingAsset
+from harness.records import Row
+
+HERE = Environment(torch="2.13.0", instructions="avx2 avx512", threads=2, machine="a" * 16)
+LATER = replace(HERE, torch="2.14.0", threads=4)
+COUNTS = [4] * 10
+BASE = np.linspace(2, 4, 40).astype(np.float32)
+PROTOCOL = "text: lee, revision abc; tokens: the first 40, tokenizer x, bos=0; windows: 4"
+
+
+def report(folder: Path, shift: float, world: Environment, *, storage: int = 1000, method: str = "nf4") -> Path:
+    """A finished session of one method: a perplexity whose losses lie `shift` above BASE, and exact bytes."""
+    nll = BASE + np.float32(shift) + np.tile(np.array([0.001, -0.001], dtype=np.float32), 20)
+    sha = nllfiles.save(folder / "nll", nll)
+    facts = {"model": "m", "method": method, "device": "cpu", "reference": "fp32", "environment": world.id}
+    text = {"dataset": "lee", "protocol": "chunk:4", "protocol_id": PROTOCOL, "token_hash": "f" * 64, "revision": "r"}
+    detail = {"window_counts": COUNTS, "tokens": 40}
+    value = float(np.exp(nll.astype(np.float64).mean()))
+    rows = [
+        Row(metric="perplexity", value=value, unit="ppl", count=40, nll=sha, detail=detail, **text, **facts),  # type: ignore[arg-type]
+        Row(metric="memory.storage", value=float(storage), unit="B", detail={"predicted": storage}, **facts),  # type: ignore[arg-type]
+        Row(metric="memory.footprint", value=None, unit="B", **facts),  # type: ignore[arg-type]
+    ]
+    (folder / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    (folder / "environments.json").write_text(json.dumps({world.id: asdict(world)}))
+    (folder / "plan.json").write_text(json.dumps([asdict(row.case) for row in rows]))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "report", tmp_path / "baselines"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_nothing_is_written_until_told(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    made, home = report(folders[0], 0.0, HERE), folders[1]
+    home.mkdir()
+    assert main(["rebaseline", str(made), "--baselines", str(home)]) == 0
+    told = capsys.readouterr().out
+    assert "0 figures would change, 1 would be new, 0 stay as recorded; 1 file of exact facts would change." in told
+    assert told.endswith("Nothing was written. To record this: the same command with --write.\n")
+    assert not files(home)
+    assert main(["rebaseline", str(made), "--baselines", str(home), "--write"]) == 0
+    assert "wrote " in capsys.readouterr().out
+    assert set(files(home)) == {"m/nf4.yaml", "m/nf4@cpu+avx512.yaml", f"m/nll/{next((home / 'm/nll').iterdir()).name}"}
+    before = files(home)
+    assert main(["rebaseline", str(made), "--baselines", str(home), "--write"]) == 0
+    assert "Nothing to record." in capsys.readouterr().out
+    assert files(home) == before
+
+
+def test_the_diff_says_old_new_change_interval_environment_and_repeats(folders: tuple[Path, Path]) -> None:
+    made, home = report(folders[0], 0.0, HERE), folders[1]
+    rebaselining.write(rebaselining.propose(made, home), home)
+    moved = report(folders[0].with_name("later"), 0.01, LATER, storage=1048)
+    proposal = rebaselining.propose(moved, home)
+    told = rebaselining.render(proposal)
+    assert "1 figure would change, 0 would be new, 0 stay as recorded; 1 file of exact facts would change." in told
+    line = next(line for line in told.splitlines() if "`perplexity` `lee` `chunk:4`" in line)
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[3:] == ["20.0855 ppl", "20.2874 ppl", "+1.01% [+1.01%, +1.01%]", "worse", "1 → 1"]
+    assert "Environment difference of 1 figure:\n\n- torch: 2.13.0 -> 2.14.0\n- threads: 2 -> 4\n" in told
+    assert "- memory.storage on cpu: 1000 -" in told
+    rebaselining.write(proposal, home)
+    found = Baselines(home).find(proposal.figures[0].row.case, LATER)
+    assert found is not None
+    assert found.value == pytest.approx(20.2874, abs=1e-4)
+    assert len(list((home / "m/nll").iterdir())) == 1  # the old losses are named by nothing any more
+
+
+def test_a_record_of_another_device_class_stays_beside_the_new_one(folders: tuple[Path, Path]) -> None:
+    made, home = report(folders[0], 0.0, HERE), folders[1]
+    rebaselining.write(rebaselining.propose(made, home), home)
+    elsewhere = report(folders[0].with_name("later"), 0.01, replace(HERE, instructions="avx2 avx512 avx512_bf16"))
+    proposal = rebaselining.propose(elsewhere, home)
+    told = rebaselining.render(proposal)
+    assert "0 figures would change, 1 would be new" in told
+    assert "new beside m/nf4@cpu+avx512.yaml" in told
+    rebaselining.write(proposal, home)
+    assert {path.name for path in (home / "m").glob("*@*.yaml")} == {
+        "nf4@cpu+avx512.yaml", "nf4@cpu+avx512_bf16.yaml",
+    }  # fmt: skip
+    assert len(list((home / "m/nll").iterdir())) == 2
+
+
+def test_what_cannot_be_recorded_is_said(folders: tuple[Path, Path]) -> None:
+    made, home = report(folders[0], float("inf"), HERE), folders[1]
+    told = rebaselining.render(rebaselining.propose(made, home))
+    assert "Not recorded, and why:" in told
+    assert "m/nf4/lee/chunk:4/perplexity/cpu" in told
+
+
+def test_a_folder_without_measurements_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingAsset, match="holds no measurements"):
+        rebaselining.propose(tmp_path, tmp_path)
+    (tmp_path / "measurements.jsonl").write_text("")
+    with pytest.raises(HarnessError, match="holds no measured case: nothing to record"):
+        rebaselining.propose(tmp_path, tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_files_whole(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, home = report(folders[0], 0.0, HERE), folders[1]
+    rebaselining.write(rebaselining.propose(made, home), home)
+    before = files(home)
+    moved = report(folders[0].with_name("later"), 0.01, HERE)
+
+    def torn(source: str, target: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", torn)
+    with pytest.raises(OSError, match="No space left"):
+        rebaselining.write(rebaselining.propose(moved, home), home)
+    after = {name: data for name, data in files(home).items() if name in before}
+    assert after == before
