@@ -131,7 +131,14 @@ def open_report(folder: Path, *, keep: bool) -> None:
         probe.touch()
         probe.unlink()
         if not keep:
-            for old in ("measurements.jsonl", "environments.json", "plan.json", "session.json", "report.md"):
+            for old in (
+                "measurements.jsonl",
+                "environments.json",
+                "plan.json",
+                "session.json",
+                "published.json",
+                "report.md",
+            ):
                 (folder / old).unlink(missing_ok=True)
             for old_file in (*(folder / "nll").iterdir(), *folder.glob("*.svg")):
                 old_file.unlink()

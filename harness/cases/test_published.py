@@ -8,6 +8,7 @@ its model: `pytest -m published --models gpt2`.
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> No
         if absent:
             pytest.skip(absent) if options.allow_missing else pytest.fail(absent, pytrace=False)
         reviewed = Finding.REPRODUCED
-    request.node.user_properties.append(("published_verdict", str(judgement.finding)))
+    request.node.user_properties.append(("published_entry", json.dumps(published.entry(judgement))))
     if judgement.finding != reviewed:
         where = f"{published_claim.published} {published_claim.unit}"
         pytest.fail(

@@ -27,6 +27,7 @@ MASKS = ("none", "bool a position pair and an fp32 scalar a layer")
 ROTARY = ("none", "fp32 per layer")
 ONLY = ("", "int8", "fp32")
 READINGS = ("", "port")
+TIMED = ("", "forward", "generate", "evaluation")
 FOLDER = Path("baselines/published")
 CLONE = Path(__file__).resolve().parents[2]
 
@@ -67,13 +68,15 @@ class Convention:
 
 @dataclass(frozen=True)
 class Report:
-    """One report: its model, what it read, and the facts it leaves unsaid by kind of figure."""
+    """One report: its model, what it read and timed, and the facts it leaves unsaid by kind of figure."""
 
     name: str
     model: str
     text: str
     protocol: str
     missing: Mapping[str, str]  # 'latency', 'perplexity', 'split' -> words
+    timed: str = ""  # one forward pass, the generation of a text, or the whole evaluation
+    timing: str = ""  # what the report says of how it timed, where that bears on its ratios
 
 
 @dataclass(frozen=True)
@@ -170,13 +173,21 @@ def read_file(path: Path) -> tuple[Claim, ...]:
         raise BadFile(f"{path} has schema {data.get('schema')!r}, this harness reads {SCHEMA}: upgrade it or the file")
     if data.get("report") != path.stem:
         raise BadFile(f"{path} says report = {data.get('report')!r}: write report = '{path.stem}'")
-    known = {"schema", "report", "model", "text", "protocol", "missing", "claim"}
+    known = {"schema", "report", "model", "text", "protocol", "missing", "claim", "timed", "timing"}
     try:
         _only(data, known)
-        report = Report(path.stem, data["model"], data["text"], data["protocol"], data.get("missing", {}))
+        said = (data.get("missing", {}), _timed(data), data.get("timing", ""))
+        report = Report(path.stem, data["model"], data["text"], data["protocol"], *said)
         return tuple(claim for line in data.get("claim", []) for claim in _line(report, line))
     except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
         raise BadFile(f"{path}: {_told(error)}") from error
+
+
+def _timed(data: Mapping[str, Any]) -> str:
+    timed = data.get("timed", "")
+    if timed not in TIMED:
+        raise ValueError(f"timed is one of {', '.join(map(repr, TIMED))}, not '{timed}'")
+    return str(timed)
 
 
 def _told(error: Exception) -> str:
