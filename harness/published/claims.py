@@ -27,6 +27,7 @@ MASKS = ("none", "bool a position pair and an fp32 scalar a layer")
 ROTARY = ("none", "fp32 per layer")
 ONLY = ("", "int8", "fp32")
 READINGS = ("", "port")
+TRIED = ("", "sentences", "cut texts")
 TIMED = ("", "forward", "generate", "evaluation")
 FOLDER = Path("baselines/published")
 CLONE = Path(__file__).resolve().parents[2]
@@ -90,6 +91,7 @@ class Claim:
         fault: the control of docs/pitfalls.md that yields this symptom.
         passes: how many forward passes the report divides a time by.
         dataset, text_protocol: what settles a perplexity once the weights are there.
+        tried: what weights can still tell where text or protocol is not said (`tries`).
         reading: 'port' where the source joins rows and begins windows in a way of its own (`settling`).
         slack: how far a measured figure may lie off, in the unit; "" is the printed precision.
         verdict: the reviewed word, which the pytest case holds the computed one to.
@@ -109,6 +111,7 @@ class Claim:
     passes: int = 1
     dataset: str = ""
     text_protocol: str = ""
+    tried: str = ""
     reading: str = ""
     slack: str = ""
     verdict: str = ""
@@ -205,8 +208,9 @@ def _line(report: Report, line: Mapping[str, Any]) -> list[Claim]:
             raise ValueError(f"{where}: published is text, so that its digits stay: write published = '...'")
         if figure["unit"] not in UNITS:
             raise ValueError(f"{where}: unit is one of {', '.join(UNITS)}, not '{figure['unit']}'")
-        if figure.get("reading", "") not in READINGS:
-            raise ValueError(f"{where}: reading is one of {', '.join(map(repr, READINGS))}, not '{figure['reading']}'")
+        for name, words in (("reading", READINGS), ("tried", TRIED)):
+            if figure.get(name, "") not in words:
+                raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, words))}, not '{figure[name]}'")
         Decimal(figure["published"])
         given = {"specification": line.get("specification", ""), "reference": line.get("reference", ""), **figure}
         given["convention"] = _convention(figure["convention"]) if "convention" in figure else None

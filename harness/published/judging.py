@@ -146,7 +146,7 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
             f"{about.vocabulary:,}; 8 bits with their scale keep every weight within half a step"
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
-    anchors = [other.value for other in claims if other.report.model == claim.report.model and other.dataset]
+    anchors = [other.value for other in claims if other.report.model == claim.report.model and other.text_protocol]
     if anchors and claim.value > bounds.IMPLAUSIBLE * max(anchors):
         said = (
             f"{claim.value / max(anchors):,.0f} times the largest public figure of the unquantized model on English "
@@ -154,7 +154,11 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
     missing = f"not said: {claim.report.missing['perplexity']}"
-    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, note, _control(claim), claim.remark))
+    said = _joined(missing, note, _control(claim), claim.remark)
+    if claim.tried == "sentences":  # the text is named: every reading of it can be tried
+        command = f"pytest tests/cases -m published --models {claim.report.model} --datasets {claim.dataset}:FILE"
+        return Judgement(claim, Finding.NEEDS_WEIGHTS, said, command=command)
+    return Judgement(claim, Finding.UNDERSPECIFIED, said)
 
 
 def split_judgement(claim: Claim) -> Judgement:

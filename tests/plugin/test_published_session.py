@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from harness.session import open_report
 
 if TYPE_CHECKING:
     from tests.plugin.conftest import Project
@@ -59,33 +58,29 @@ def toy(project: Project) -> Project:
     return project
 
 
-def test_figures_alone_are_a_report_of_their_own(toy: Project) -> None:
+def test_figures_alone_are_a_report_of_their_own_and_a_wrong_digit_fails(toy: Project) -> None:
+    toy.write("baselines/published/toy.toml", CLAIMS.replace("474.70", "474.71"))
     result = toy.run("-m", "published", "test_figures.py")
-    assert result.ret == 0
-    result.stdout.fnmatch_lines(["4 figures: 1 reproduced, 1 needs weights, 2 underspecified. Memory: 1 of 1*"])
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["*toy/a/fp32/memory: 474.71 MiB is refuted, not reproduced: *gives 474.70*"])
+    result.stdout.fnmatch_lines(["4 figures: 1 refuted, 1 needs weights, 2 underspecified. Memory: 0 of 1*"])
     assert "## Published figures, computed again\n\n4 figures" in toy.report()
     assert "Nothing was measured" not in toy.report()
 
 
 def test_figures_join_the_report_of_what_was_measured(toy: Project) -> None:
-    wanted = ("--methods", "absmax-int8", "--metrics", "memory.storage,latency.forward")
+    wanted = ("--methods", "absmax-int8", "--metrics", "memory.storage,latency.forward", "--repetitions", "6")
     assert toy.run(*wanted, "-m", "published or memory or latency").ret == 0
     report = toy.report()
     assert "| `absmax-int8`" in report
     assert "| toy | int8 (a) | 0.25 s | 2.500 | " in report  # the session's own ratio beside it
     assert "ours on tiny-gpt2, cpu." in report
+    folder = toy.path / "harness-report"
+    (folder / "published.json").unlink()
     assert toy.run("-m", "published", "test_figures.py").ret == 0
-    assert "| `absmax-int8`" in toy.report()  # what was measured stays
-    assert toy.run("--methods", "fp32", "--metrics", "memory.storage", "-m", "memory").ret == 0
-    assert "Published figures" not in toy.report()  # a new session starts anew
-
-
-def test_a_wrong_digit_fails_the_session(toy: Project) -> None:
-    toy.write("baselines/published/toy.toml", CLAIMS.replace("474.70", "474.71"))
-    result = toy.run("-m", "published", "test_figures.py")
-    assert result.ret == 1
-    result.stdout.fnmatch_lines(["*toy/a/fp32/memory: 474.71 MiB is refuted, not reproduced: *gives 474.70*"])
-    assert "| refuted |" in toy.report()
+    assert toy.report().split("## To reproduce")[0] == report.split("## To reproduce")[0]  # what was measured stays
+    open_report(folder, keep=False)
+    assert not (folder / "published.json").exists()  # a new session starts anew
 
 
 def test_weights_that_cannot_be_had_are_one_line(toy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,16 +88,12 @@ def test_weights_that_cannot_be_had_are_one_line(toy: Project, monkeypatch: pyte
     monkeypatch.setenv("HF_HOME", str(toy.path / "empty"))
     result = toy.run("-m", "published", "test_figures.py", "--models", "gpt2")
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["*toy/a/fp32/perplexity: missing: model 'gpt2'*"])
-    assert toy.run("-m", "published", "test_figures.py", "--models", "gpt2", "--allow-missing").ret == 0
+    result.stdout.fnmatch_lines(["toy/a/fp32/perplexity: missing: model *name a local copy as path:DIR"])
+    result.stdout.fnmatch_lines(["4 figures: *1 needs weights*"])  # the report holds it all the same
 
 
-def test_a_bad_file_of_figures_is_one_line(toy: Project) -> None:
-    assert toy.run("-m", "published", "test_figures.py").ret == 0
-    folder = toy.path / "harness-report"
-    (folder / "published.json").write_text(json.dumps({"claims": [{}]}))
-    shutil.copy(Path(__file__).parent / "__init__.py", folder / "measurements.jsonl")
-    (folder / "measurements.jsonl").write_text("no row\n")
+def test_measurements_that_do_not_read_are_one_line(toy: Project) -> None:
+    toy.write("harness-report/measurements.jsonl", "no row\n")
     result = toy.run("-m", "published", "test_figures.py")
     assert result.ret != 0
     result.stderr.fnmatch_lines(["*measurements.jsonl:1 is no measurement*"])
