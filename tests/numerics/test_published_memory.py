@@ -257,6 +257,19 @@ def test_memory_refuses_a_bad_config(
     assert isinstance(caught.value, BadFile) or "causal" in message
 
 
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("bloom", "absmax-int8"), ("gemma2", "absmax-int8"), ("mamba", "bnb-int8"), ("opt", "bnb-int8")],
+)
+def test_memory_of_models_with_other_attention_or_none(
+    kind: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))  # all else by default
+    answer = json.loads(run_memory(capsys, str(tmp_path), "--method", method, "--json")[1])
+    assert answer["linear_elements"] > 0
+    assert 8 < answer["bits_per_weight"] <= 8.5  # a scale a row; rows of 64 weights at the shortest
+
+
 @pytest.mark.parametrize("text", ["24GiB", "24 GiB", "24576MiB", "25769803776B"])
 def test_sizes(text: str) -> None:
     assert fits.parse_size(text) == 24 * 2**30
