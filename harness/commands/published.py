@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import published, report
 from harness.published.ratios import beside, of_baselines, of_rows
+from harness.published.writing import Entry
 
 HEADING = """\
 # Published figures, computed again
@@ -17,6 +19,11 @@ architectures, and the times recorded in `baselines` alone. *Reproduced* is to t
 every byte that the corresponding method of ours holds, quantization state included; the last column adds up the
 difference to the published figure.
 """
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """docs/published.md."""
+    return f"{HEADING}\n{published.section(entries)}"
 
 
 def add(subparsers: Any) -> None:
@@ -30,7 +37,7 @@ def add(subparsers: Any) -> None:
         "--report-dir",
         type=Path,
         metavar="DIR",
-        help="take the ratios of times from this session, and put the figures into its report",
+        help="put the figures into this session's report, its own ratios of times beside the published ones",
     )
     parser.set_defaults(run=run)
 
@@ -41,13 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
     directory: Path | None = arguments.report_dir
     measured = of_rows(report.read_report(directory).rows) if directory else of_baselines(folder.parent)
     entries = beside([published.entry(judgement) for judgement in published.judge(published.read(folder))], measured)
+    path = ""
     if directory:
         published.keep(directory, entries)
-        report.rewrite(directory)
+        path = str(report.rewrite(directory))
     if arguments.json:
         print(published.as_json(entries))
     elif arguments.markdown:
-        print(HEADING + "\n" + published.section(entries), end="")
+        print(page(entries), end="")
+    elif path:
+        print(f"{published.summary(entries)}\nreport: {path}")  # which holds the table
     else:
         print(published.table(entries))
     return 0

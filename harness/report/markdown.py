@@ -85,7 +85,9 @@ def _section(section: Section, images: Sequence[Figure]) -> list[str]:
     if section.texts and (further := tables.others(section, NO_TEXT)):
         parts += [f"### {code(section.model)}: further metrics", further]
     if memory := tables.memory(section):
-        parts += [f"### {code(section.model)}: memory", memory]
+        parts += [f"### {code(section.model)}: memory"]
+        parts += [_image(figure) for figure in images if figure.kind == "memory"]
+        parts += [memory]
     parts += _latency(section, images)
     if quantized := tables.census(section):
         parts += [f"### {code(section.model)}: what was quantized", quantized]
@@ -97,7 +99,7 @@ def _latency(section: Section, images: Sequence[Figure]) -> list[str]:
     if not timed:
         return []
     parts = [f"### {code(section.model)}: latency"]
-    parts += [_image(figure) for figure in images if figure.text is None]
+    parts += [_image(figure) for figure in images if figure.kind == "latency"]
     for text, name in timed:
         where = f" ({code(text[0])}, {code(text[1])})" if text != NO_TEXT else ""
         parts += [f"{code(name)}{where}:", tables.latency(section, name, text)]

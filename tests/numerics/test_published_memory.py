@@ -13,9 +13,11 @@ import torch
 from harness import architectures, catalog, fits, memory, published
 from harness.arguments import resolve
 from harness.commands import memory as memory_command
+from harness.commands import published as published_command
 from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.published import Claim, Finding, Judgement
 from harness.published.anatomy import anatomy, truth
+from harness.published.ratios import beside, of_baselines
 from harness.published.search import kinds, search
 from harness.specifications import parse
 
@@ -65,6 +67,13 @@ def test_27_of_28_memory_figures_are_reproduced() -> None:
     assert len(findings) == 28
     assert findings.count(Finding.REPRODUCED) == 27
     assert findings.count(Finding.NOT_DERIVABLE) == 1
+
+
+def test_the_page_is_what_the_command_prints() -> None:
+    entries = [published.entry(judgement) for judgement in judged().values()]
+    page = published_command.page(beside(entries, of_baselines(FOLDER.parent)))
+    kept = (FOLDER.parents[1] / "docs" / "published.md").read_text()
+    assert kept == page, "run: python -m harness published --markdown > docs/published.md"
 
 
 def test_computed_verdicts_are_the_reviewed_ones() -> None:
