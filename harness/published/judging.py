@@ -136,7 +136,7 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     about = anatomy(claim.report.model)
     if claim.dataset and claim.text_protocol:
         command = f"pytest tests/cases -m published --models {claim.report.model}"
-        note = f"{claim.dataset} under {claim.text_protocol}; {claim.remark}"
+        note = _joined(f"{claim.dataset} under {claim.text_protocol}", claim.remark, f"run: {command}")
         return Judgement(claim, Finding.NEEDS_WEIGHTS, note, command=command)
     ratio = _ratio(claim, claims)
     note = _published_ratio(ratio)
@@ -157,6 +157,7 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     said = _joined(missing, note, _control(claim), claim.remark)
     if claim.tried == "sentences":  # the text is named: every reading of it can be tried
         command = f"pytest tests/cases -m published --models {claim.report.model} --datasets {claim.dataset}:FILE"
+        said = _joined("the text is named, so every reading of it can be tried", said, f"run: {command}")
         return Judgement(claim, Finding.NEEDS_WEIGHTS, said, command=command)
     return Judgement(claim, Finding.UNDERSPECIFIED, said)
 
