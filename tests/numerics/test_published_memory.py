@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +20,7 @@ from harness.published import Claim, Finding, Judgement
 from harness.published.anatomy import anatomy, truth
 from harness.published.ratios import beside, of_baselines
 from harness.published.search import kinds, search
+from harness.report import publishing
 from harness.specifications import parse
 
 FOLDER = Path(__file__).parents[2] / "baselines" / "published"
@@ -175,6 +177,33 @@ def test_olmo_forward_needs_650_terabytes_a_second() -> None:
     note = judged()["f30b6a73be1e93ea/custom/fp32/cuda_ms"].note
     assert "at 650 TB/s" in note  # 4 * P bytes / 0.007247 ms
     assert "6.5 TB/s" in note
+
+
+def run_published(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    parser = argparse.ArgumentParser()
+    published_command.add(parser.add_subparsers())
+    parsed = parser.parse_args(["published", *arguments])
+    return published_command.run(parsed), capsys.readouterr().out
+
+
+def test_the_command_puts_the_figures_into_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "report"
+    shutil.copytree(FOLDER.parents[1] / "tests" / "unit" / "data" / "made-session", folder)
+    status, text = run_published(capsys, "--report-dir", str(folder))
+    assert status == 0
+    assert text.splitlines()[-1] == f"report: {folder / 'report.md'}"
+    report = (folder / "report.md").read_text()
+    assert "Memory: 27 of 28 figures reproduced." in report
+    assert "ours on smollm2-135m, cpu." in report  # the session's own ratios, not the recorded ones
+    assert publishing.rewrite(folder).read_text() == report
+
+
+def test_the_command_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    for arguments in (("--report-dir", str(tmp_path)), ("--claims", str(tmp_path))):
+        parser = argparse.ArgumentParser()
+        published_command.add(parser.add_subparsers())
+        with pytest.raises(MissingAsset):
+            published_command.run(parser.parse_args(["published", *arguments]))
 
 
 # harness memory, and whether it fits
