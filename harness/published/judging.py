@@ -159,6 +159,9 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
         command = f"pytest tests/cases -m published --models {claim.report.model} --datasets {claim.dataset}:FILE"
         said = _joined("the text is named, so every reading of it can be tried", said, f"run: {command}")
         return Judgement(claim, Finding.NEEDS_WEIGHTS, said, command=command)
+    if claim.tried:  # the protocol is said, the articles are not
+        command = f"pytest tests/cases -m published --models {claim.report.model}"
+        said = _joined(said, f"its protocol on {claim.dataset}, which settles nothing: {command}")
     return Judgement(claim, Finding.UNDERSPECIFIED, said)
 
 
