@@ -22,8 +22,9 @@ TINY_WIDTH, TINY_CHARACTERS = (
 INTRODUCTION = """\
 Perplexities that are infinite, or of millions, or of 20,000; a selection that changes nothing; a quantized model that
 beats its reference: reports print such figures, and each has a cause that can be built on purpose. Below, each fault
-runs beside the right version, on the same weights and text. `tests/numerics/test_controls.py` holds every one of them
-to its mark: the fault must bear it, the right version must not."""
+runs beside the right version, on the same weights and text: the fault must bear its mark, the right version must not.
+`tests/numerics/test_controls.py` runs them on the tiny models, `tests/unit/test_documents.py` holds the figures on this
+page to their marks, and `tests/numerics/test_embedded.py` runs those that need a model trained on prose."""
 
 
 def bench(model: str) -> Bench:
@@ -48,6 +49,8 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
             "vocabulary": len(where.tokenizer),
         }
         for control in CONTROLS:
+            if model not in control.models:
+                continue
             print(f"{model}: {control.name}", file=sys.stderr)
             shown = control.run(where)
             figures = {"fault": dict(shown.fault), "right": dict(shown.right), "beside": dict(shown.beside)}
@@ -78,14 +81,17 @@ def section(control: Control, results: Mapping[str, Any]) -> str:
 
 
 def overview(results: Mapping[str, Any]) -> str:
-    """Every control in one line: its first figure on the first model, under the fault and under the right version."""
+    """Every control in one line: its first figure on its first model, under the fault and under the right version."""
     rows = []
+    first = next(iter(results["models"]))
     for control in CONTROLS:
-        shown = next(iter(results["controls"][control.name].values()))
+        if not results["controls"][control.name]:
+            continue
+        model, shown = next(iter(results["controls"][control.name].items()))
         name = next(iter(shown["fault"]))
         pair = [figure(name, shown[version][name]) for version in ("fault", "right")]
-        rows.append([f"`{control.name}`", name, *pair, control.reported or writing.NOTHING])
-    first = next(iter(results["models"]))
+        where = f" (`{model}`)" * (model != first)
+        rows.append([f"`{control.name}`", name + where, *pair, control.reported or writing.NOTHING])
     return writing.table(["control", f"figure on `{first}`", "fault", "right", "reported"], rows, words=(0, 1, 4))
 
 
@@ -96,7 +102,8 @@ def render(results: Mapping[str, Any]) -> str:
         for name, facts in results["models"].items()
     ]
     table = writing.table(["model", "text", "tokens", "window", "vocabulary"], models, words=(0, 1))
-    sections = [section(control, results["controls"][control.name]) for control in CONTROLS]
+    found = results["controls"]
+    sections = [section(control, found[control.name]) for control in CONTROLS if found[control.name]]
     return "\n\n".join([INTRODUCTION, table, overview(results), *sections])
 
 

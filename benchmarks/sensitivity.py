@@ -76,7 +76,7 @@ def measure_model(model: str) -> dict[str, Any]:
     kinds = {scope: "kind" for scope in kinds_of(plain)}
     total = sum(plain.get_submodule(name).weight.numel() for name in names_in(plain))
     early, late = halves_of(plain)
-    rows, halves = [], []
+    rows, halves, parts = [], [], []
     for method in METHODS:
         kept = {}
         for scope, part in (chosen | (kinds if method == KINDS_METHOD else {})).items():
@@ -93,6 +93,11 @@ def measure_model(model: str) -> dict[str, Any]:
             )
             print(f"{model}: {method}:{scope} {rows[-1]['delta']:+.4f}", file=sys.stderr)
         halves.append({"method": method, **interval(paired_delta(kept[late], kept[early], slices))})
+        shares = {row["scope"]: row["share"] for row in rows if row["method"] == method}
+        dense = [
+            (kept[scope] - where.reference_nll) / shares[scope] for scope in ("attention", "mlp")
+        ]  # (tokens,) each
+        parts.append({"method": method, **interval(paired_delta(*dense, slices))})
     return {
         "text": where.corpus.name,
         "tokens": where.plan.tokens,
@@ -102,6 +107,7 @@ def measure_model(model: str) -> dict[str, Any]:
         "note": where.checkpoint.note,
         "rows": rows,
         "late_over_early": halves,
+        "attention_over_mlp": parts,
     }
 
 
@@ -143,27 +149,38 @@ def table(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     return writing.table(headers, body, words=(0,))
 
 
+def halves_said(pair: Mapping[str, float]) -> str:
+    """What the paired interval decides between the halves."""
+    if pair["low"] > 0:
+        return "the early half tolerates it better, as reports say"
+    if pair["high"] < 0:
+        return "the late half tolerates it better, against the reports"
+    return "halves cannot be told apart"
+
+
+def parts_said(pair: Mapping[str, float]) -> str:
+    """What the paired interval decides between attention and mlp, for equally many weights."""
+    shown = f"attention less mlp {with_interval({key: pair[key] / 100 for key in ('delta', 'low', 'high')})} nat"
+    if pair["low"] > 0 or pair["high"] < 0:
+        return f"For each percent of the weights {'attention' if pair['low'] > 0 else 'mlp'} loses more ({shown})."
+    return f"Percent for percent, attention and mlp cannot be told apart ({shown})."
+
+
 def verdict(found: Mapping[str, Any]) -> str:
     """What the intervals decide: early against late half, attention against mlp, the most and least sensitive group."""
     lines = []
-    for pair in found["late_over_early"]:
+    for pair, parts in zip(found["late_over_early"], found["attention_over_mlp"], strict=True):
         rows = [row for row in found["rows"] if row["method"] == pair["method"]]
-        groups = sorted((row for row in rows if row["part"] == "group"), key=lambda row: row["delta"])
-        parts = {row["scope"]: row for row in rows if row["part"] == "part"}
-        if pair["low"] > 0:
-            said = "the early half tolerates it better, as reports say"
-        elif pair["high"] < 0:
-            said = "the late half tolerates it better, against the reports"
-        else:
-            said = "halves cannot be told apart"
-        line = f"- `{pair['method']}`: late half less early half {with_interval(pair)} nat: {said}."
+        groups = sorted((row for row in rows if row["part"] != "kind"), key=lambda row: row["delta"])
+        groups = [row for row in groups if row["scope"].startswith("layers=")]
+        smallest = min(row["share"] for row in groups)
+        groups = [row for row in groups if row["share"] == smallest]  # of two layers the halves are the groups
+        line = f"- `{pair['method']}`: late half less early half {with_interval(pair)} nat: {halves_said(pair)}."
         if any(row["low"] > 0 for row in groups):
             line += f" Least is lost with `{groups[0]['scope']}`, most with `{groups[-1]['scope']}`."
         else:
             line += " No group of layers loses anything that these windows show."
-        densest = max(parts, key=lambda scope: parts[scope]["delta"] / parts[scope]["share"])
-        line += f" For each weight `{densest}` loses more." * (parts[densest]["low"] > 0)
-        lines.append(line)
+        lines.append(f"{line} {parts_said(parts)}")
     return "\n".join(lines)
 
 

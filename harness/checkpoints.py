@@ -179,6 +179,12 @@ def read_config(checkpoint: Checkpoint | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
 
 
+def attention_of(config: PretrainedConfig) -> str:
+    """The attention implementation that a model is built with: sdpa, or eager where its class has no other."""
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)  # None: remote code, which decides by itself
+    return ATTENTION if getattr(known, "_supports_sdpa", True) else "eager"
+
+
 def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_config: Any = None) -> nn.Module:
     """Load a model: eval mode, no gradients, on `device` ('cpu' or 'cuda').
 
@@ -202,7 +208,7 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory,
             dtype=TORCH_DTYPES[dtype],
-            attn_implementation=ATTENTION,
+            attn_implementation=attention_of(read_config(checkpoint)),
             use_safetensors=weights[0].suffix == ".safetensors",
             local_files_only=True,
             trust_remote_code=checkpoint.trust_remote_code,
@@ -222,7 +228,7 @@ def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),  # building a model writes into it
             dtype=TORCH_DTYPES[dtype],
-            attn_implementation=ATTENTION,
+            attn_implementation=attention_of(config),
             trust_remote_code=trusted,
         )
     model.tie_weights()

@@ -18,6 +18,7 @@ from harness import baselines, bounds, exact, judge, planning, probe, sharding
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
+from harness.publisher import Publisher
 from harness.records import Case, Row, Verdict
 from harness.session import Session
 from harness.settings import SETTINGS, Setting, build, read_declared
@@ -153,6 +154,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STATE] = state
     if worker is None:
         config.pluginmanager.register(Collector(state, pytest.UsageError), "harness-collector")
+        config.pluginmanager.register(Publisher(state.options, pytest.UsageError), "harness-publisher")
 
 
 def pin(index: int, count: int, state: State) -> None:

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 
 # what a session leaves in its report directory beside plots and losses
-TABLES = ("measurements.jsonl", "environments.json", "plan.json", "session.json", "shard.json", "report.md")
+TABLES = (
+    "measurements.jsonl",
+    "environments.json",
+    "plan.json",
+    "session.json",
+    "shard.json",
+    "published.json",
+    "report.md",
+)
 
 
 class Session:
@@ -143,14 +151,7 @@ def open_report(folder: Path, *, keep: bool) -> None:
         probe.touch()
         probe.unlink()
         if not keep:
-            for old in (
-                "measurements.jsonl",
-                "environments.json",
-                "plan.json",
-                "session.json",
-                "shard.json",
-                "report.md",
-            ):
+            for old in TABLES:
                 (folder / old).unlink(missing_ok=True)
             for old_file in (*(folder / "nll").iterdir(), *folder.glob("*.svg")):
                 old_file.unlink()

@@ -2,12 +2,13 @@
 
 They run where they are asked for (`-m published`, `-k published`, or this file named), so that a session that
 measures does not load torch beside its timed cases. A figure that needs weights is measured where `--models` names
-its model: `pytest -m published --models gpt2`.
+its model, or a local copy of it: `pytest -m published --models gpt2`, `--models path:DIR`.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from harness import published
 from harness.errors import HarnessError
 from harness.plugin import STATE
 from harness.published import Claim, Finding, Judgement
-from harness.published.settling import settle
+from harness.published.settling import settle, weights_for
+from harness.published.tries import tried
 
 
 @functools.cache
@@ -53,23 +55,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("published_claim", [pytest.param(claim, id=claim.id) for claim in claims])
 
 
+def can_be_measured(judgement: Judgement) -> bool:
+    """Whether weights would tell more of a figure."""
+    return judgement.finding is Finding.NEEDS_WEIGHTS or bool(judgement.claim.tried)
+
+
 @pytest.mark.published
 def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> None:
     """The computed verdict is the reviewed one; a figure whose weights are at hand is reproduced by them."""
     judgement = judgements(folder_of(request.config))[published_claim.id]
-    reviewed = published_claim.verdict
+    reviewed, absent = published_claim.verdict, ""
     options = request.config.stash[STATE].options
-    asked = any(str(model) == published_claim.report.model for model in options.models)
-    if judgement.finding is Finding.NEEDS_WEIGHTS and asked:
-        absent = ""
-        try:
-            judgement = settle(judgement, options)
-        except HarnessError as error:
-            absent = f"{published_claim.id}: missing: {error}"
-        if absent:
-            pytest.skip(absent) if options.allow_missing else pytest.fail(absent, pytrace=False)
-        reviewed = Finding.REPRODUCED
-    request.node.user_properties.append(("published_verdict", str(judgement.finding)))
+    try:
+        weights = weights_for(published_claim, options) if can_be_measured(judgement) else None
+        if weights is not None and published_claim.tried:
+            judgement = tried(judgement, options, weights)
+            reviewed = str(judgement.finding)  # what its readings give is told, not reviewed: nobody has run them yet
+        elif weights is not None:
+            judgement, reviewed = settle(judgement, options, weights), Finding.REPRODUCED
+    except HarnessError as error:
+        absent = f"{published_claim.id}: missing: {error}"
+    request.node.user_properties.append(("published_entry", json.dumps(published.entry(judgement))))
+    if absent:
+        pytest.skip(absent) if options.allow_missing else pytest.fail(absent, pytrace=False)
     if judgement.finding != reviewed:
         where = f"{published_claim.published} {published_claim.unit}"
         pytest.fail(

@@ -2,7 +2,8 @@
 
 Each control is a function that runs the fault and the right version on one model and text and gives the same figures
 of both. Its symptom is a predicate over such figures: true of the fault, false of the right version. `docs/pitfalls.md`
-shows the figures, `tests/numerics/test_controls.py` holds the predicates on the tiny models.
+shows the figures; `tests/numerics/test_controls.py` holds the predicates on the tiny models, and
+`tests/unit/test_documents.py` on the embedded model's figures as measured.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from harness.controls import scoring, sink, weights
 from harness.controls.bench import Bench, Figures, Shown
 
+EMBEDDED, TINY = "smollm2-135m", ("tiny-gpt2", "tiny-olmo")
 MUCH = 1.5  # times the reference: what no sound protocol or 8-bit code comes near
 SLIGHT = 1.02  # times the right figure, where both are of the same tokens and should be equal
 
@@ -28,7 +30,7 @@ class Control:
         run: shows fault and right version; its docstring says what goes wrong.
         symptom: whether figures bear the mark.
         mark: the same in words.
-        tied: needs a model whose head is its embedding.
+        models: it is shown on: all, but where a control needs a tied head, a model trained on prose, or its own.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Control:
     run: Callable[[Bench], Shown]
     symptom: Callable[[Figures], bool]
     mark: str
-    tied: bool = False
+    models: tuple[str, ...] = (EMBEDDED, *TINY)
 
 
 CONTROLS = (
@@ -117,9 +119,19 @@ CONTROLS = (
         "missing-bos",
         "A missing BOS",
         "",
-        sink.missing_bos,
+        scoring.missing_bos,
+        lambda found: found["perplexity"] > SLIGHT * found["with BOS"],
+        f"perplexity above {SLIGHT} times that of the same tokens behind a BOS",
+        models=(EMBEDDED,),
+    ),
+    Control(
+        "missing-bos-made",
+        "A missing BOS, in a model made to need it",
+        "",
+        sink.missing_bos_made,
         lambda found: found["perplexity"] > SLIGHT * found["without the sink head"],
         f"perplexity above {SLIGHT} times that of the model without the head that needs BOS",
+        models=("tiny-gpt2",),
     ),
     Control(
         "tied-head-twice",
@@ -128,7 +140,7 @@ CONTROLS = (
         weights.tied_head_twice,
         lambda found: found["bytes counted"] > found["bytes held"],
         "more bytes than the parameters take",
-        tied=True,
+        models=(EMBEDDED, "tiny-gpt2"),
     ),
     Control(
         "better-than-reference",
@@ -140,4 +152,4 @@ CONTROLS = (
     ),
 )
 
-__all__ = ["CONTROLS", "Bench", "Control", "Figures", "Shown"]
+__all__ = ["CONTROLS", "EMBEDDED", "TINY", "Bench", "Control", "Figures", "Shown"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from harness import protocols
 from harness.contracts import Window
 from harness.controls.bench import Bench, Shown, mean, perplexity
-from harness.stats import paired_delta
+from harness.stats import Estimate, paired_delta
 
+SHORT = 64  # tokens of a window where BOS is missed: the shorter, the larger its share in what a token can look at
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -151,6 +154,35 @@ def sentence_average(bench: Bench) -> Shown:
         "tokens scored in that sentence": len(pieces[int(means.argmax())]),
     }
     return Shown(figures(float(np.exp(means).mean())), figures(right), beside)
+
+
+def missing_bos(bench: Bench) -> Shown:
+    """Windows begin with whatever token the cut fell on, where the model was trained to see its BOS first.
+
+    Trained models park the attention that has nothing to do on the first token (attention sinks: Xiao et al. 2023,
+    arXiv 2309.17453). A window without BOS lends it a word. The right version puts the model's BOS before each window
+    and scores the same tokens. What it costs shrinks with the window, which the figures beside show.
+    """
+    model, bos = bench.open(), bench.tokenizer.bos_token_id
+    adds = protocols.leading_token(bench.tokenizer) is not None
+
+    def at(width: int) -> tuple[NDArray[np.float32], NDArray[np.float32], Estimate]:
+        plan = replace(bench, width=width).plan
+        windows = [window for window in plan.windows if window.scored]
+        led = [Window(np.concatenate([[bos], window.ids]), window.scored) for window in windows]
+        without, right = bench.nll(model, windows), bench.nll(model, led)
+        ends = np.cumsum([0, *(window.scored for window in windows)]).tolist()
+        return without, right, paired_delta(without, right, [slice(*pair) for pair in itertools.pairwise(ends)])
+
+    without, right, estimate = at(SHORT)
+
+    def figures(nll: NDArray[np.float32]) -> dict[str, float]:
+        return {"perplexity": perplexity(nll), "with BOS": perplexity(right), "tokens scored": len(nll)}
+
+    beside = {"change without BOS, nat": estimate.value, "low": estimate.low, "high": estimate.high}
+    beside |= {f"change in windows of {width}, nat": at(width)[2].value for width in (SHORT // 2, 2 * SHORT, 8 * SHORT)}
+    beside["its tokenizer adds a BOS by itself (1 yes, 0 no)"] = float(adds)
+    return Shown(figures(without), figures(right), beside, f"windows of {SHORT} tokens")
 
 
 def better_than_reference(bench: Bench) -> Shown:

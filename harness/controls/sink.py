@@ -1,9 +1,9 @@
 """A model that needs its BOS, built by hand: `tiny-olmo` with one more attention head that rests on BOS.
 
 Trained language models park the attention of heads that have nothing to do on the first token, most strongly on BOS
-(attention sinks: Xiao et al. 2023, arXiv 2309.17453). The tiny models learn no such thing, and the tokenizer of the
-embedded model adds no BOS, so the mechanism is put in: in the first layer every position asks for BOS, whose value is
-nothing; without one the same head spreads over the words, whose value is a constant that disturbs the stream.
+(attention sinks: Xiao et al. 2023, arXiv 2309.17453). The tiny models learn no such thing, so the mechanism is put in:
+in the first layer every position asks for BOS, whose value is nothing; without one the same head spreads over the
+words, whose value is a constant that disturbs the stream.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import OlmoForCausalLM
@@ -82,11 +81,11 @@ def _tiny_olmo() -> Checkpoint:
     return checkpoints.materialise(parse("tiny-olmo"), Declared(Path()))
 
 
-def missing_bos(bench: Bench) -> Shown:
-    """Windows are cut from one stream of ids without the BOS that the tokenizer would have put before each text.
+def missing_bos_made(bench: Bench) -> Shown:
+    """The same on a model made for it: one more head in `tiny-olmo`, which rests on BOS and has nowhere else to go.
 
-    Heads that rest on BOS have nowhere to go and write noise into every position. The model is made for this control:
-    see `harness.controls.sink`; how much it loses was chosen with it.
+    Without BOS it writes a constant into every position. What a trained model does a little is here done on purpose,
+    and how much it loses was chosen: see `harness.controls.sink`.
     """
     plain: Any = checkpoints.open_model(_tiny_olmo(), "fp32", "cpu")
     model = with_sink(plain)
@@ -106,19 +105,4 @@ def missing_bos(bench: Bench) -> Shown:
             "tokens scored": len(nll),
         }
 
-    return Shown(figures(tiny.tokenizer()), figures(leading_tokenizer()), _on_bench(bench))
-
-
-def _on_bench(bench: Bench) -> dict[str, float]:
-    """What BOS does to the bench's own model, whose tokenizer may add none: same tokens scored either way."""
-    bos = bench.tokenizer.bos_token_id
-    windows = [window for window in bench.plan.windows if window.scored]
-    led = [type(window)(np.concatenate([[bos], window.ids]), window.scored) for window in windows]
-    adds = protocols.leading_token(bench.tokenizer) is not None
-    name = bench.checkpoint.specification
-    model = bench.open()
-    return {
-        f"{name}: its tokenizer adds a BOS (1 yes, 0 no)": float(adds),
-        f"{name}: perplexity without BOS": perplexity(bench.reference_nll),
-        f"{name}: with its BOS before every window": perplexity(bench.nll(model, led)),
-    }
+    return Shown(figures(tiny.tokenizer()), figures(leading_tokenizer()))

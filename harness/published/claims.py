@@ -27,6 +27,8 @@ MASKS = ("none", "bool a position pair and an fp32 scalar a layer")
 ROTARY = ("none", "fp32 per layer")
 ONLY = ("", "int8", "fp32")
 READINGS = ("", "port")
+TRIED = ("", "sentences", "cut texts")
+TIMED = ("", "forward", "generate", "evaluation")
 FOLDER = Path("baselines/published")
 CLONE = Path(__file__).resolve().parents[2]
 
@@ -67,13 +69,15 @@ class Convention:
 
 @dataclass(frozen=True)
 class Report:
-    """One report: its model, what it read, and the facts it leaves unsaid by kind of figure."""
+    """One report: its model, what it read and timed, and the facts it leaves unsaid by kind of figure."""
 
     name: str
     model: str
     text: str
     protocol: str
     missing: Mapping[str, str]  # 'latency', 'perplexity', 'split' -> words
+    timed: str = ""  # one forward pass, the generation of a text, or the whole evaluation
+    timing: str = ""  # what the report says of how it timed, where that bears on its ratios
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Claim:
         fault: the control of docs/pitfalls.md that yields this symptom.
         passes: how many forward passes the report divides a time by.
         dataset, text_protocol: what settles a perplexity once the weights are there.
+        tried: what weights can still tell where text or protocol is not said (`tries`).
         reading: 'port' where the source joins rows and begins windows in a way of its own (`settling`).
         slack: how far a measured figure may lie off, in the unit; "" is the printed precision.
         verdict: the reviewed word, which the pytest case holds the computed one to.
@@ -106,6 +111,7 @@ class Claim:
     passes: int = 1
     dataset: str = ""
     text_protocol: str = ""
+    tried: str = ""
     reading: str = ""
     slack: str = ""
     verdict: str = ""
@@ -170,13 +176,21 @@ def read_file(path: Path) -> tuple[Claim, ...]:
         raise BadFile(f"{path} has schema {data.get('schema')!r}, this harness reads {SCHEMA}: upgrade it or the file")
     if data.get("report") != path.stem:
         raise BadFile(f"{path} says report = {data.get('report')!r}: write report = '{path.stem}'")
-    known = {"schema", "report", "model", "text", "protocol", "missing", "claim"}
+    known = {"schema", "report", "model", "text", "protocol", "missing", "claim", "timed", "timing"}
     try:
         _only(data, known)
-        report = Report(path.stem, data["model"], data["text"], data["protocol"], data.get("missing", {}))
+        said = (data.get("missing", {}), _timed(data), data.get("timing", ""))
+        report = Report(path.stem, data["model"], data["text"], data["protocol"], *said)
         return tuple(claim for line in data.get("claim", []) for claim in _line(report, line))
     except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
         raise BadFile(f"{path}: {_told(error)}") from error
+
+
+def _timed(data: Mapping[str, Any]) -> str:
+    timed = data.get("timed", "")
+    if timed not in TIMED:
+        raise ValueError(f"timed is one of {', '.join(map(repr, TIMED))}, not '{timed}'")
+    return str(timed)
 
 
 def _told(error: Exception) -> str:
@@ -194,8 +208,9 @@ def _line(report: Report, line: Mapping[str, Any]) -> list[Claim]:
             raise ValueError(f"{where}: published is text, so that its digits stay: write published = '...'")
         if figure["unit"] not in UNITS:
             raise ValueError(f"{where}: unit is one of {', '.join(UNITS)}, not '{figure['unit']}'")
-        if figure.get("reading", "") not in READINGS:
-            raise ValueError(f"{where}: reading is one of {', '.join(map(repr, READINGS))}, not '{figure['reading']}'")
+        for name, words in (("reading", READINGS), ("tried", TRIED)):
+            if figure.get(name, "") not in words:
+                raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, words))}, not '{figure[name]}'")
         Decimal(figure["published"])
         given = {"specification": line.get("specification", ""), "reference": line.get("reference", ""), **figure}
         given["convention"] = _convention(figure["convention"]) if "convention" in figure else None

@@ -15,7 +15,6 @@ from harness.published import bounds, memory
 from harness.published.anatomy import Truth, anatomy, truth
 from harness.published.claims import UNITS, Claim
 from harness.published.conventions import describe
-from harness.published.ratios import Ratio
 
 GB, GIB = 10**9, 2**30
 
@@ -39,6 +38,7 @@ class Judgement:
         ours: our number in the claim's unit, None where there is none.
         storage: bytes that the corresponding method of ours holds, None where there is none.
         command: what reproduces or settles it.
+        ratio: the published figure over the same report's figure for its reference, None where it has none.
     """
 
     claim: Claim
@@ -47,19 +47,18 @@ class Judgement:
     ours: Decimal | None = None
     storage: int | None = None
     command: str = ""
+    ratio: Decimal | None = None
 
 
-def judge(claims: Sequence[Claim], measured: Mapping[str, Ratio] | None = None) -> tuple[Judgement, ...]:
-    """A verdict on every claim, in order. Imports torch, reads no weights and no network.
+def judge(claims: Sequence[Claim]) -> tuple[Judgement, ...]:
+    """A verdict on every claim, in order; all of them, since some are judged beside others.
 
-    Args:
-        claims: all of them: some are judged beside others.
-        measured: latency ratios by our method's name, put beside published ones.
+    Imports torch, reads no weights and no network.
     """
-    return tuple(_judge(claim, claims, measured or {}) for claim in claims)
+    return tuple(_judge(claim, claims) for claim in claims)
 
 
-def _judge(claim: Claim, claims: Sequence[Claim], measured: Mapping[str, Ratio]) -> Judgement:
+def _judge(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     kind = claim.metric.partition(".")[0].partition("_")[0]
     if kind == "memory" or kind == "dtype":
         return memory_judgement(claim)
@@ -69,7 +68,7 @@ def _judge(claim: Claim, claims: Sequence[Claim], measured: Mapping[str, Ratio])
         return perplexity_judgement(claim, claims)
     if kind in ("cpu", "gpu"):
         return split_judgement(claim)
-    return time_judgement(claim, claims, measured)
+    return time_judgement(claim, claims)
 
 
 def memory_judgement(claim: Claim) -> Judgement:
@@ -109,11 +108,12 @@ def census_judgement(claim: Claim) -> Judgement:
     return Judgement(claim, finding, _joined(note, claim.remark), Decimal(ours))
 
 
-def time_judgement(claim: Claim, claims: Sequence[Claim], measured: Mapping[str, Ratio]) -> Judgement:
+def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     """Refuted where the weights would have to be read faster than any memory can; else not settled by anyone."""
     weights = memory.read_by_a_pass(claim)
     seconds = claim.in_base_units / claim.passes
-    note = _beside(claim, _ratio(claim, claims), measured)
+    ratio = _ratio(claim, claims)
+    note = _published_ratio(ratio)
     rate = Decimal(weights) / seconds
     if rate > bounds.BYTES_PER_SECOND:
         least = Decimal(weights) / bounds.BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
@@ -125,9 +125,10 @@ def time_judgement(claim: Claim, claims: Sequence[Claim], measured: Mapping[str,
             f"{rate / 10**12:,.0f} TB/s; no accelerator has {bounds.BYTES_PER_SECOND / 10**12:.0f} TB/s "
             f"({bounds.BANDWIDTH_SOURCE}), so it takes at least {least:.3g} {claim.unit}{reading}"
         )
-        return Judgement(claim, Finding.REFUTED, _joined(said, note, claim.remark), None)
+        return Judgement(claim, Finding.REFUTED, _joined(said, note, claim.remark), ratio=ratio)
     missing = f"not said: {claim.report.missing['latency']}"
-    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, note, claim.remark, _control(claim)))
+    said = _joined(missing, note, claim.remark, _control(claim))
+    return Judgement(claim, Finding.UNDERSPECIFIED, said, ratio=ratio)
 
 
 def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
@@ -135,17 +136,17 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     about = anatomy(claim.report.model)
     if claim.dataset and claim.text_protocol:
         command = f"pytest tests/cases -m published --models {claim.report.model}"
-        note = f"{claim.dataset} under {claim.text_protocol}; {claim.remark}"
+        note = _joined(f"{claim.dataset} under {claim.text_protocol}", claim.remark, f"run: {command}")
         return Judgement(claim, Finding.NEEDS_WEIGHTS, note, command=command)
     ratio = _ratio(claim, claims)
-    note = f"published ratio to its reference {ratio}" if ratio else ""
+    note = _published_ratio(ratio)
     if claim.value > about.vocabulary:
         said = (
             f"worse than a model that never looks at its input: {about.vocabulary:,} equally likely tokens give "
             f"{about.vocabulary:,}; 8 bits with their scale keep every weight within half a step"
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
-    anchors = [other.value for other in claims if other.report.model == claim.report.model and other.dataset]
+    anchors = [other.value for other in claims if other.report.model == claim.report.model and other.text_protocol]
     if anchors and claim.value > bounds.IMPLAUSIBLE * max(anchors):
         said = (
             f"{claim.value / max(anchors):,.0f} times the largest public figure of the unquantized model on English "
@@ -153,7 +154,15 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
     missing = f"not said: {claim.report.missing['perplexity']}"
-    return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, note, _control(claim), claim.remark))
+    said = _joined(missing, note, _control(claim), claim.remark)
+    if claim.tried == "sentences":  # the text is named: every reading of it can be tried
+        command = f"pytest tests/cases -m published --models {claim.report.model} --datasets {claim.dataset}:FILE"
+        said = _joined("the text is named, so every reading of it can be tried", said, f"run: {command}")
+        return Judgement(claim, Finding.NEEDS_WEIGHTS, said, command=command)
+    if claim.tried:  # the protocol is said, the articles are not
+        command = f"pytest tests/cases -m published --models {claim.report.model}"
+        said = _joined(said, f"its protocol on {claim.dataset}, which settles nothing: {command}")
+    return Judgement(claim, Finding.UNDERSPECIFIED, said)
 
 
 def split_judgement(claim: Claim) -> Judgement:
@@ -192,16 +201,8 @@ def _unquantized_split(claim: Claim, held: Truth, missing: str) -> Judgement:
     return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said), whole, held.storage)
 
 
-def _beside(claim: Claim, ratio: str, measured: Mapping[str, Ratio]) -> str:
-    """The published ratio, beside it ours where one was measured, and why the two may differ."""
-    if not ratio:
-        return ""
-    note = f"published ratio to its reference {ratio}"
-    name = claim.specification.partition(":")[0]
-    if name not in measured:
-        return note
-    why = "a library's kernels differ by device" if name.startswith("bnb-") else "ours dequantizes at every call"
-    return f"{note}, here {measured[name]}: another model on another device, and {why}"
+def _published_ratio(ratio: Decimal | None) -> str:
+    return f"published ratio to its reference {ratio:.3f}" if ratio is not None else ""
 
 
 def _in_unit(base: int, claim: Claim) -> Decimal:
@@ -216,12 +217,12 @@ def _control(claim: Claim) -> str:
     return f"what yields this: control {claim.fault} of docs/pitfalls.md" if claim.fault else ""
 
 
-def _ratio(claim: Claim, claims: Sequence[Claim]) -> str:
+def _ratio(claim: Claim, claims: Sequence[Claim]) -> Decimal | None:
     """The claim over the same report's figure for the reference, as a plain factor."""
     base: Mapping[str, str] = claim.beside
     before = base.get({"latency_ms": "latency_before_ms", "perplexity": "perplexity_before"}.get(claim.metric, ""), "")
     if claim.reference == "before" and before:
-        return f"{claim.value / Decimal(before):.3f}"
+        return claim.value / Decimal(before)
     metric = claim.metric.replace("latency_table_s", "latency_s")
     references = [
         other
@@ -229,4 +230,4 @@ def _ratio(claim: Claim, claims: Sequence[Claim]) -> str:
         if (other.report.name, other.method, other.metric) == (claim.report.name, claim.reference, metric)
     ]
     references.sort(key=lambda other: other.part != claim.part)  # its own part's, else the other part's
-    return f"{claim.value / references[0].value:.3f}" if references else ""
+    return claim.value / references[0].value if references else None

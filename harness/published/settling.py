@@ -12,24 +12,58 @@ from harness import corpora, models, protocols
 from harness.options import Options
 from harness.published.claims import Claim
 from harness.published.judging import Finding, Judgement
-from harness.specifications import parse
+from harness.specifications import Specification, parse
 
 if TYPE_CHECKING:  # annotations only
-    from harness.contracts import TokenPlan
+    from harness.contracts import Checkpoint, TokenPlan
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 EMPTY_ROW = " \n"  # how the port reads an empty row; other rows keep their own line ends
 
 
-def settle(judgement: Judgement, options: Options) -> Judgement:
+def weights_for(claim: Claim, options: Options) -> Specification | None:
+    """The session's model that a claim speaks of: by its name, else by its architecture (a local copy, another name).
+
+    Raises:
+        HarnessError: a model that is named as a folder or file and cannot be had.
+    """
+    wanted = claim.report.model
+    if any(str(model) == wanted for model in options.models):
+        return parse(wanted)
+    others = (model for model in options.models if str(model) not in models.KNOWN)
+    return next((model for model in others if shape_of(model, options) == shape_of(parse(wanted), options)), None)
+
+
+def shape_of(model: Specification, options: Options) -> tuple[object, ...]:
+    """What tells architectures apart: model type, widths, depth, vocabulary, positions."""
+    from harness import architectures, checkpoints
+
+    if str(model) in models.KNOWN:
+        config: Any = architectures.config_of(str(model))
+    else:
+        config = checkpoints.read_config(_checkpoint(model, options))
+    return config.model_type, *(getattr(config, name, None) for name in SHAPE)
+
+
+def _checkpoint(model: Specification, options: Options) -> Checkpoint:
+    from harness import checkpoints
+
+    return checkpoints.materialise(
+        model, options.declared, allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code
+    )
+
+
+def settle(judgement: Judgement, options: Options, weights: Specification) -> Judgement:
     """Measure a claim that needs weights; the verdict is 'reproduced' or 'refuted', by the claim's own reading.
 
     Raises:
         HarnessError: weights or text cannot be had; one line that says how.
     """
     claim = judgement.claim
+    given = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+    models.check(weights, options.declared, **given)
     corpora.check(parse(claim.dataset), options.declared)
-    models.check(parse(claim.report.model), options.declared)
-    ours, theirs = measured(claim, options)
+    ours, theirs = measured(claim, options, weights)
     agrees = within(claim, theirs)
     note = f"measured {theirs:.4f} as the source reads the text"
     if ours != theirs:
@@ -45,17 +79,12 @@ def within(claim: Claim, value: float) -> bool:
     return claim.printed(Decimal(value)) == claim.value
 
 
-def measured(claim: Claim, options: Options) -> tuple[float, float]:
+def measured(claim: Claim, options: Options, weights: Specification) -> tuple[float, float]:
     """Perplexity under our protocol, and under the source's own reading where that differs (else the same twice)."""
     from harness import checkpoints, engine
 
     device = "cpu" if options.device == "auto" else options.device
-    checkpoint = checkpoints.materialise(
-        parse(claim.report.model),
-        options.declared,
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
-    )
+    checkpoint = _checkpoint(weights, options)
     tokenizer, config = checkpoints.tokenizer(checkpoint), checkpoints.read_config(checkpoint)
     corpus = corpora.read(parse(claim.dataset), options.declared)
     protocol = protocols.parse(parse(claim.text_protocol))

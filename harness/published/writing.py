@@ -1,37 +1,50 @@
-"""Judgements as a terminal table, as JSON and as a section of markdown."""
+"""Judgements as plain entries, and entries as a terminal table, as JSON and as a section of markdown.
+
+An entry holds all that a reader is shown, so that a report can be made anew from published.json, without torch.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from harness.errors import BadFile
+from harness.files import replace_text
 from harness.published.conventions import describe
 from harness.published.judging import Finding, Judgement
-from harness.records import encode
+from harness.records import decode_number, encode
 
 MIB = 2**20
+FILE = "published.json"  # in a report directory
 NOTE_WIDTH = 72  # of the terminal's last column: the whole line stays under 200 characters
 FIGURES = 6  # significant digits of our number where the claim prints none
 HEADERS = ("part", "method", "metric", "published", "ours", "storage MiB", "verdict", "why")
 RULE = "|:--|:--|:--|--:|--:|--:|:--|:--|"
+RATIOS = ("report", "method", "published time", "ratio", "ours [95%]", "of", "why they differ")
+RATIO_RULE = "|:--|:--|--:|--:|--:|:--|:--|"
+
+Entry = Mapping[str, Any]
 
 
-def as_json(judgements: Sequence[Judgement]) -> str:
-    """`{"claims": [...]}`; numbers in the claim's unit, infinities as text, `ours` null where there is none."""
-    return json.dumps({"claims": [_entry(judgement) for judgement in judgements]}, indent=1, allow_nan=False)
-
-
-def _entry(judgement: Judgement) -> dict[str, Any]:
+def entry(judgement: Judgement) -> dict[str, Any]:
+    """One judgement; numbers in the claim's unit, infinities as text, `ours` null where there is none."""
     claim = judgement.claim
-    entry = {
+    given = {
+        "id": claim.id,
         "report": claim.report.name,
+        "model": claim.report.model,
+        "text": claim.report.text,
+        "protocol": claim.report.protocol,
+        "timed": claim.report.timed if claim.unit in ("s", "ms") else "",
+        "timing": claim.report.timing,
         "part": claim.part,
         "method": claim.method,
         "metric": claim.metric,
@@ -43,47 +56,128 @@ def _entry(judgement: Judgement) -> dict[str, Any]:
         "note": judgement.note,
         "command": judgement.command,
         "printed": claim.published,
+        "ours_printed": _ours(judgement),
         "specification": claim.specification,
         "storage_bytes": judgement.storage,
+        "published_ratio": None if judgement.ratio is None else float(judgement.ratio),
     }
-    encoded: dict[str, Any] = encode(entry)
+    encoded: dict[str, Any] = encode(given)
     return encoded
 
 
-def summary(judgements: Sequence[Judgement]) -> str:
+def as_json(entries: Sequence[Entry]) -> str:
+    """`{"claims": [...]}`, strict JSON."""
+    return json.dumps({"claims": encode(list(entries))}, indent=1, allow_nan=False)
+
+
+def keep(folder: Path, entries: Sequence[Entry]) -> None:
+    """Put entries into a report directory."""
+    try:
+        replace_text(folder / FILE, as_json(entries) + "\n")
+    except OSError as error:
+        raise BadFile(f"{folder / FILE} cannot be written: {error.strerror or error}") from error
+
+
+def kept(folder: Path) -> tuple[Entry, ...]:
+    """The entries of a report directory, none where it has no such file; BadFile where it is no such file."""
+    path = folder / FILE
+    if not path.is_file():
+        return ()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["claims"]
+        needed = (
+            "report",
+            "model",
+            "text",
+            "protocol",
+            "part",
+            "method",
+            "metric",
+            "printed",
+            "unit",
+            "verdict",
+            "note",
+        )
+        for one in found:
+            for name in needed:
+                if not isinstance(one[name], str):
+                    raise TypeError(f"{name} is no text")
+        return tuple(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise BadFile(f"{path} holds no published figures ({told}): run `pytest -m published` again") from error
+
+
+def summary(entries: Sequence[Entry]) -> str:
     """How many figures got which verdict, and the memory figures by themselves."""
-    counts = Counter(judgement.finding for judgement in judgements)
-    memory = [judgement for judgement in judgements if judgement.claim.metric == "memory"]
-    reproduced = sum(judgement.finding is Finding.REPRODUCED for judgement in memory)
+    counts = Counter(entry["verdict"] for entry in entries)
+    memory = [entry["verdict"] for entry in entries if entry["metric"] == "memory"]
     words = ", ".join(f"{counts[finding]} {finding}" for finding in Finding if counts[finding])
-    return f"{len(judgements)} figures: {words}. Memory: {reproduced} of {len(memory)} figures reproduced."
+    reproduced = memory.count(Finding.REPRODUCED)
+    return f"{len(entries)} figures: {words}. Memory: {reproduced} of {len(memory)} figures reproduced."
 
 
-def table(judgements: Sequence[Judgement]) -> str:
-    """For a terminal: one line a figure, notes wrapped, reports apart."""
+def table(entries: Sequence[Entry]) -> str:
+    """For a terminal: one line a figure, notes wrapped, reports apart; then the ratios of times."""
     parts = []
-    for name, group in groupby(judgements, key=lambda judgement: judgement.claim.report.name):
-        lines = [[*_cells(judgement), judgement.note] for judgement in group]
+    for name, group in groupby(entries, key=lambda entry: entry["report"]):
+        lines = [[*_cells(entry), entry["note"]] for entry in group]
         widths = [None, 22, None, None, None, None, None, NOTE_WIDTH]
         written = tabulate(
             lines, HEADERS, tablefmt="simple", maxcolwidths=widths, disable_numparse=True,
             colalign=("left", "left", "left", "right", "right", "right", "left", "left"),
         )  # fmt: skip
         parts.append(f"{name}\n{written}")
-    return "\n\n".join([*parts, summary(judgements)])
+    if timed := _timed(entries):
+        lines = [_ratio_cells(entry) for entry in timed]
+        widths = [None, 22, None, None, None, None, NOTE_WIDTH]
+        written = tabulate(
+            lines, RATIOS, tablefmt="simple", maxcolwidths=widths, disable_numparse=True,
+            colalign=("left", "left", "right", "right", "right", "left", "left"),
+        )  # fmt: skip
+        parts.append(f"{_where(timed)}\n{written}")
+    return "\n\n".join([*parts, summary(entries)])
 
 
-def section(judgements: Sequence[Judgement]) -> str:
-    """Markdown without a heading of its own level 2: the counts, then one table a report."""
-    parts = [summary(judgements)]
-    for name, group in groupby(judgements, key=lambda judgement: judgement.claim.report.name):
+def section(entries: Sequence[Entry]) -> str:
+    """Markdown without a heading of its own level 2: the counts, the ratios of times, then one table a report."""
+    parts = [summary(entries)]
+    if timed := _timed(entries):
+        lines = [_line([_escape(cell) for cell in _ratio_cells(entry)]) for entry in timed]
+        parts += ["### Ratios of times", _escape(_where(timed)), "\n".join([_line(RATIOS), RATIO_RULE, *lines])]
+    for name, group in groupby(entries, key=lambda entry: entry["report"]):
         found = list(group)
-        report = found[0].claim.report
-        parts.append(f"### Report {name}: {_escape(report.model)}")
-        parts.append(f"Text: {_escape(report.text)}. Protocol: {_escape(report.protocol)}.")
-        lines = [_line([_escape(cell) for cell in (*_cells(judgement), judgement.note)]) for judgement in found]
+        parts.append(f"### Report {_escape(name)}: {_escape(found[0]['model'])}")
+        parts.append(f"Text: {_escape(found[0]['text'])}. Protocol: {_escape(found[0]['protocol'])}.")
+        lines = [_line([_escape(cell) for cell in (*_cells(entry), entry["note"])]) for entry in found]
         parts.append("\n".join([_line(HEADERS), RULE, *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def _timed(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.get("our_ratio")]
+
+
+def _where(timed: Sequence[Entry]) -> str:
+    places = dict.fromkeys(entry["our_ratio"]["where"] for entry in timed)
+    return (
+        "A time belongs to its machine; a ratio to the unquantized reference on the same machine is all that can be "
+        f"compared. Beside the published ones, ours on {' and '.join(places)}."
+    )
+
+
+def _ratio_cells(entry: Entry) -> list[str]:
+    ours = entry["our_ratio"]
+    value, low, high = (float(decode_number(ours[name])) for name in ("value", "low", "high"))
+    return [
+        entry["report"],
+        f"{entry['method']} ({entry['part']})",
+        f"{float(entry['printed']):.4g} {entry['unit']}",
+        f"{float(decode_number(entry['published_ratio'])):.3f}",
+        f"{value:.3f} [{low:.3f}, {high:.3f}]",
+        ours["metric"],
+        entry["why_ratio"],
+    ]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -91,16 +185,16 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(judgement: Judgement) -> list[str]:
-    claim = judgement.claim
+def _cells(entry: Entry) -> list[str]:
+    storage = entry.get("storage_bytes")
     return [
-        claim.part,
-        claim.method,
-        claim.metric,
-        f"{claim.published} {claim.unit}",
-        _ours(judgement),
-        f"{judgement.storage / MIB:,.2f}" if judgement.storage is not None else "",
-        str(judgement.finding),
+        entry["part"],
+        entry["method"],
+        entry["metric"],
+        f"{entry['printed']} {entry['unit']}",
+        entry.get("ours_printed", ""),
+        f"{storage / MIB:,.2f}" if storage is not None else "",
+        entry["verdict"],
     ]
 
 
@@ -113,4 +207,4 @@ def _ours(judgement: Judgement) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([\\`*|\[\]<~$])", r"\\\1", text)
+    return re.sub(r"([\\`*|\[\]<~$])", r"\\\1", re.sub(r"\s", " ", text))

@@ -10,12 +10,13 @@ from harness.report.matrix import NO_TEXT, Section, Text, finite
 from harness.report.tables import quality_ratio
 
 LONGEST = 160  # characters of a file name's stem; file systems allow 255 bytes with the suffix
+SIZED = ("memory.storage", "memory.load_peak")
 TIMED = ("latency.prefill", "latency.decode", "latency.forward", "latency.generate", "latency.evaluation")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot to be drawn: `kind` is 'quality', 'latency' or 'combined'; `text` None for the whole section."""
+    """One plot to be drawn: `kind` is 'quality', 'combined', 'memory' or 'latency'; `text` None for a whole section."""
 
     kind: str
     section: Section
@@ -25,7 +26,7 @@ class Figure:
 
 
 def figures(section: Section) -> tuple[Figure, ...]:
-    """The plots for which a section has data: quality against memory and the combined one a text, latency once."""
+    """The plots for which a section has data: quality against memory and the combined one a text, the others once."""
     found = []
     for text in section.texts:
         names = [method for method in section.methods if drawable(section, method, text)]
@@ -36,6 +37,9 @@ def figures(section: Section) -> tuple[Figure, ...]:
         if any(finite(section.value(method, "perplexity", text)) for method in section.methods):
             caption = f"Perplexity, memory and latency by method (lower is better): {where}"
             found.append(Figure("combined", section, text, filename("combined", section, text), caption))
+    if sized(section):
+        caption = f"Memory by method (lower is better): {section.model} on {section.device}"
+        found.append(Figure("memory", section, None, filename("memory", section, NO_TEXT), caption))
     if timed(section):
         caption = f"Latency by method (median, quartiles; lower is better): {section.model} on {section.device}"
         found.append(Figure("latency", section, None, filename("latency", section, NO_TEXT), caption))
@@ -46,6 +50,11 @@ def drawable(section: Section, method: str, text: Text) -> bool:
     """Whether a method has a place in the plane of storage and loss."""
     ratio = 1.0 if method == section.reference else quality_ratio(section, method, text)
     return finite(ratio) and finite(section.value(method, "memory.storage"))
+
+
+def sized(section: Section) -> tuple[str, ...]:
+    """The sizes worth a panel: what a model needs to run, and what loading it takes."""
+    return tuple(name for name in SIZED if any(finite(section.value(method, name)) for method in section.methods))
 
 
 def timed(section: Section) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from harness import published
 from harness.records import Case, Row
 from harness.report import account, tables
 from harness.report.figures import Figure, figures
@@ -34,6 +35,7 @@ def render(
     title: str = "Quantization report",
     command: str = "",
     with_plots: bool = True,
+    published_figures: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The whole report as markdown.
 
@@ -45,26 +47,37 @@ def render(
         title: the first heading.
         command: what made the report, for the section on reproducing it; "" derives one from the plan.
         with_plots: embed the images that `plots` of the same rows gives.
+        published_figures: entries of `harness.published`, for a section of their own.
     """
     found = complete(rows, planned)
-    parts = [f"# {escape(title)}", account.headline(found, planned)]
+    alone = bool(published_figures) and not found  # nothing was to be measured
+    parts = [f"# {escape(title)}"] + [account.headline(found, planned)] * (not alone)
     if notes:
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
     if found:
         parts += ["## How to read it", READING]
     for section in sections(found):
         parts += _section(section, figures(section) if with_plots else ())
-    parts += ["## Planned, ran, missing", account.account(found, planned)]
+    if not alone:
+        parts += _session(found, planned)
+    if published_figures:
+        parts += ["## Published figures, computed again", published.section(published_figures).rstrip()]
+    if not alone:
+        parts += ["## Environment", account.environments(found, environments)]
+    if command or planned:
+        parts += ["## To reproduce", code_block(command or derived_command(planned))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _session(found: Sequence[Row], planned: Sequence[Case]) -> list[str]:
+    parts = ["## Planned, ran, missing", account.account(found, planned)]
     if told := verdicts(found):
         parts += ["## Verdicts, case by case", told]
     parts += ["## Baselines", account.baselines(found)]
     parts += ["## Protocols, tokens, weights", account.protocols(found)]
     if revisions := account.revisions(found):
         parts.append("Weights, by commit or content:\n\n" + revisions)
-    parts += ["## Environment", account.environments(found, environments)]
-    if command or planned:
-        parts += ["## To reproduce", code_block(command or derived_command(planned))]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return parts
 
 
 def _section(section: Section, images: Sequence[Figure]) -> list[str]:
@@ -80,7 +93,9 @@ def _section(section: Section, images: Sequence[Figure]) -> list[str]:
     if section.texts and (further := tables.others(section, NO_TEXT)):
         parts += [f"### {code(section.model)}: further metrics", further]
     if memory := tables.memory(section):
-        parts += [f"### {code(section.model)}: memory", memory]
+        parts += [f"### {code(section.model)}: memory"]
+        parts += [_image(figure) for figure in images if figure.kind == "memory"]
+        parts += [memory]
     parts += _latency(section, images)
     if quantized := tables.census(section):
         parts += [f"### {code(section.model)}: what was quantized", quantized]
@@ -92,7 +107,7 @@ def _latency(section: Section, images: Sequence[Figure]) -> list[str]:
     if not timed:
         return []
     parts = [f"### {code(section.model)}: latency"]
-    parts += [_image(figure) for figure in images if figure.text is None]
+    parts += [_image(figure) for figure in images if figure.kind == "latency"]
     for text, name in timed:
         where = f" ({code(text[0])}, {code(text[1])})" if text != NO_TEXT else ""
         parts += [f"{code(name)}{where}:", tables.latency(section, name, text)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.records import Case, Row
 from harness.report import labels, writing
-from harness.report.figures import Figure, drawable, figures, timed
+from harness.report.figures import Figure, drawable, figures, sized, timed
 from harness.report.matrix import NO_TEXT, Section, Text, complete, finite, sections
 from harness.report.tables import interval, quality_ratio
 
@@ -70,7 +70,7 @@ def _style() -> Iterator[None]:
 
 def draw(figure: Figure) -> Canvas:
     """The figure as a matplotlib one, laid out."""
-    canvas = {"quality": _quality, "latency": _latency, "combined": _combined}[figure.kind](figure)
+    canvas = {"quality": _quality, "memory": _memory, "latency": _latency, "combined": _combined}[figure.kind](figure)
     _freeze(canvas)
     return canvas
 
@@ -186,6 +186,16 @@ def _label(
         if math.dist(edge, (x, y)) > 2 * labels.GAP:
             leader = axes.transData.inverted().transform([(x, y), edge])
             axes.plot(*leader.T, color=GREY, lw=0.6, zorder=1)
+
+
+def _memory(figure: Figure) -> Canvas:
+    section = figure.section
+    metrics = sized(section)
+    canvas, panels = _canvas(1.3 + BAR_INCHES * len(section.methods), figure.caption, len(metrics), sharey=True)
+    for axes, metric in zip(panels, metrics, strict=True):
+        name = metric.partition(".")[2].replace("_", " ")
+        _bars(axes, section, metric, NO_TEXT, 1 / writing.MIB, writing.mib, f"{name}, MiB (2^20 bytes)")
+    return canvas
 
 
 def _latency(figure: Figure) -> Canvas:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import bounds
+from harness import bounds, published
 from harness.errors import BadFile
 from harness.files import replace_text
 from harness.records import Case, Row
@@ -55,7 +55,8 @@ def _publish(
     for name, text in plots(rows, planned).items():
         _put(directory / name, text)
     path = directory / "report.md"
-    _put(path, render(rows, planned, environments, notes=notes, command=command))
+    figures = published.kept(directory)
+    _put(path, render(rows, planned, environments, notes=notes, command=command, published_figures=figures))
     return path
 
 

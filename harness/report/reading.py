@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import published
 from harness.errors import BadFile, MissingAsset
 from harness.records import Case, Row
 
@@ -41,6 +42,9 @@ def read_report(path: Path) -> Session:
     """
     lines = path / "measurements.jsonl" if path.is_dir() else path
     if not lines.is_file():
+        if published.kept(path):  # a session of published figures alone
+            told = _json(path / "session.json", dict) or {}
+            return Session((), (), command=str(told.get("command", "")), folder=path)
         raise MissingAsset(f"{path} holds no measurements: name a report directory or a measurements.jsonl file")
     rows, notes = read_rows(lines)
     if not path.is_dir():

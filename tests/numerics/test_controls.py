@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from harness import checkpoints, corpora, engine, protocols, published, quantized, tiny
-from harness.controls import CONTROLS, Bench, Control, scoring, sink, weights
+from harness.controls import CONTROLS, TINY, Bench, Control, scoring, sink, weights
 from harness.controls.bench import in_fp32, mean, perplexity
 from harness.options import Declared
 from harness.specifications import parse
 
-MODELS = ("tiny-gpt2", "tiny-olmo")
 CLAIMS = Path(__file__).parents[2] / "baselines" / "published"
 
 
@@ -29,12 +28,11 @@ def bench(model: str) -> Bench:
 
 
 def pairs() -> list[Any]:
-    tied = {"tiny-gpt2"}
     return [
         pytest.param(control, model, id=f"{control.name}-{model}")
         for control in CONTROLS
-        for model in MODELS
-        if not control.tied or model in tied
+        for model in TINY
+        if model in control.models
     ]
 
 

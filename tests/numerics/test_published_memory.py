@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from harness import architectures, catalog, fits, memory, published
 from harness.arguments import resolve
 from harness.commands import memory as memory_command
+from harness.commands import published as published_command
 from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.published import Claim, Finding, Judgement
 from harness.published.anatomy import anatomy, truth
+from harness.published.ratios import beside, of_baselines
 from harness.published.search import kinds, search
+from harness.report import publishing
 from harness.specifications import parse
 
 FOLDER = Path(__file__).parents[2] / "baselines" / "published"
@@ -65,6 +69,13 @@ def test_27_of_28_memory_figures_are_reproduced() -> None:
     assert len(findings) == 28
     assert findings.count(Finding.REPRODUCED) == 27
     assert findings.count(Finding.NOT_DERIVABLE) == 1
+
+
+def test_the_page_is_what_the_command_prints() -> None:
+    entries = [published.entry(judgement) for judgement in judged().values()]
+    page = published_command.page(beside(entries, of_baselines(FOLDER.parent)))
+    kept = (FOLDER.parents[1] / "docs" / "published.md").read_text()
+    assert kept == page, "run: python -m harness published --markdown > docs/published.md"
 
 
 def test_computed_verdicts_are_the_reviewed_ones() -> None:
@@ -168,6 +179,33 @@ def test_olmo_forward_needs_650_terabytes_a_second() -> None:
     assert "6.5 TB/s" in note
 
 
+def run_published(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    parser = argparse.ArgumentParser()
+    published_command.add(parser.add_subparsers())
+    parsed = parser.parse_args(["published", *arguments])
+    return published_command.run(parsed), capsys.readouterr().out
+
+
+def test_the_command_puts_the_figures_into_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "report"
+    shutil.copytree(FOLDER.parents[1] / "tests" / "unit" / "data" / "made-session", folder)
+    status, text = run_published(capsys, "--report-dir", str(folder))
+    assert status == 0
+    assert text.splitlines()[-1] == f"report: {folder / 'report.md'}"
+    report = (folder / "report.md").read_text()
+    assert "Memory: 27 of 28 figures reproduced." in report
+    assert "ours on smollm2-135m, cpu." in report  # the session's own ratios, not the recorded ones
+    assert publishing.rewrite(folder).read_text() == report
+
+
+def test_the_command_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    for arguments in (("--report-dir", str(tmp_path)), ("--claims", str(tmp_path))):
+        parser = argparse.ArgumentParser()
+        published_command.add(parser.add_subparsers())
+        with pytest.raises(MissingAsset):
+            published_command.run(parser.parse_args(["published", *arguments]))
+
+
 # harness memory, and whether it fits
 
 
@@ -255,6 +293,19 @@ def test_memory_refuses_a_bad_config(
         run_memory(capsys, str(tmp_path), "--method", "nf4")
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, BadFile) or "causal" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("bloom", "absmax-int8"), ("gemma2", "absmax-int8"), ("mamba", "bnb-int8"), ("opt", "bnb-int8")],
+)
+def test_memory_of_models_with_other_attention_or_none(
+    kind: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))  # all else by default
+    answer = json.loads(run_memory(capsys, str(tmp_path), "--method", method, "--json")[1])
+    assert answer["linear_elements"] > 0
+    assert 8 < answer["bits_per_weight"] <= 8.5  # a scale a row; rows of 64 weights at the shortest
 
 
 @pytest.mark.parametrize("text", ["24GiB", "24 GiB", "24576MiB", "25769803776B"])

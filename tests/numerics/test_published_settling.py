@@ -9,10 +9,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
+from harness import architectures
+from harness.corpora import Corpus
 from harness.errors import MissingAsset
 from harness.options import Declared, Options
 from harness.published import Claim, Finding, Judgement, Report
-from harness.published.settling import settle
+from harness.published.settling import settle, weights_for
+from harness.published.tries import cut_pages, text_of, tried
+from harness.specifications import Specification, parse
 
 WORDS = tuple("abcdefgh")
 TEXT = "a b c d e f g h a c e g b d f h a a b b c c d d e e"
@@ -40,8 +44,12 @@ def judgement(folder: Path, **changes: object) -> Judgement:
     return Judgement(replace(claim, **changes), Finding.NEEDS_WEIGHTS, "why")  # type: ignore[arg-type]
 
 
-def options(folder: Path) -> Options:
-    return Options(declared=Declared(folder))
+def options(folder: Path, *models: str) -> Options:
+    return Options(declared=Declared(folder), models=tuple(parse(model) for model in models or ("smollm2-135m",)))
+
+
+def weights(folder: Path) -> Specification:
+    return parse(f"path:{folder}")
 
 
 def by_hand(folder: Path, lead: int | None = None) -> float:
@@ -61,21 +69,20 @@ def by_hand(folder: Path, lead: int | None = None) -> float:
 
 def test_weights_settle_a_claim(folder: Path) -> None:
     right = by_hand(folder)
-    settled = settle(judgement(folder, published=f"{right:.3f}"), options(folder))
+    settled = settle(judgement(folder, published=f"{right:.3f}"), options(folder), weights(folder))
     assert settled.finding is Finding.REPRODUCED
     assert float(settled.ours or 0) == pytest.approx(right, rel=1e-5)
-    wrong = settle(judgement(folder, published=f"{right + 0.01:.3f}"), options(folder))
+    wrong = settle(judgement(folder, published=f"{right + 0.01:.3f}"), options(folder), weights(folder))
     assert wrong.finding is Finding.REFUTED
-    assert settle(judgement(folder, published=f"{right + 0.01:.3f}", slack="0.02"), options(folder)).finding is (
-        Finding.REPRODUCED
-    )
+    loose = judgement(folder, published=f"{right + 0.01:.3f}", slack="0.02")
+    assert settle(loose, options(folder), weights(folder)).finding is Finding.REPRODUCED
 
 
 def test_the_sources_own_reading_decides(folder: Path) -> None:
     """The port overwrites the first token of every window; ours is told beside it."""
     ports, ours = by_hand(folder, lead=len(WORDS)), by_hand(folder)
     assert ports != pytest.approx(ours, rel=1e-4)
-    settled = settle(judgement(folder, published=f"{ports:.3f}", reading="port"), options(folder))
+    settled = settle(judgement(folder, published=f"{ports:.3f}", reading="port"), options(folder), weights(folder))
     assert settled.finding is Finding.REPRODUCED
     assert settled.ours is not None
     assert abs(settled.ours - Decimal(ports)) < Decimal("0.001")
@@ -84,5 +91,79 @@ def test_the_sources_own_reading_decides(folder: Path) -> None:
 
 def test_missing_text_is_one_line(folder: Path) -> None:
     with pytest.raises(MissingAsset) as caught:
-        settle(judgement(folder, dataset=f"text:{folder / 'nothing.txt'}"), options(folder))
+        settle(judgement(folder, dataset=f"text:{folder / 'nothing.txt'}"), options(folder), weights(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_local_copy_is_known_by_its_shape(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = replace(judgement(folder).claim, report=Report("r", "gpt2", "a text", "named", {}))
+    local = f"path:{folder}"
+    assert weights_for(claim, options(folder)) is None  # the session's default model is another
+    assert weights_for(claim, options(folder, "olmo-1b", "gpt2")) == parse("gpt2")
+    assert weights_for(claim, options(folder, local)) is None  # a GPT-2 of another size
+    config = GPT2Config.from_pretrained(folder).to_dict()
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {"gpt2": config})
+    assert weights_for(claim, options(folder, "tiny-gpt2", local)) == parse(local)
+
+
+def test_a_folder_that_is_not_there_is_one_line(folder: Path) -> None:
+    with pytest.raises(MissingAsset) as caught:
+        weights_for(judgement(folder).claim, options(folder, "path:nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+LINES = ("a b c d e", "f", "g h a b", "c c d e f g h a b")
+
+
+def sentence_losses(folder: Path, lead: int | None = None) -> list[torch.Tensor]:
+    """Losses of each line alone, in nats; behind `lead` every token of a line is scored."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = []
+    for line in LINES:
+        ids = torch.tensor([WORDS.index(word) for word in line.split()])
+        fed = ids if lead is None else torch.cat([torch.tensor([lead]), ids])
+        if len(fed) > 1:
+            with torch.inference_mode():
+                logits = model(fed[None]).logits[0, :-1]
+            found.append(torch.nn.functional.cross_entropy(logits, fed[1:], reduction="none"))
+    return found
+
+
+def test_a_named_text_is_read_in_every_way(folder: Path) -> None:
+    (folder / "lines.txt").write_text("\n".join(LINES) + "\n")
+    losses = sentence_losses(folder)
+    over_perplexities = float(torch.stack([piece.mean().exp() for piece in losses]).mean())
+    changes = {"dataset": f"text:{folder / 'lines.txt'}", "text_protocol": "", "tried": "sentences"}
+    changes |= {"specification": "fp32", "published": f"{over_perplexities:.4f}"}
+    found = tried(judgement(folder, **changes), options(folder), weights(folder))
+    assert found.finding is Finding.REPRODUCED
+    assert "each sentence alone, over perplexities gives" in found.note
+    led = float(torch.cat(sentence_losses(folder, lead=len(WORDS))).mean().exp())
+    assert f"each sentence behind a leading token, over tokens {led:.3f}" in found.note
+    means = torch.stack([piece.mean() for piece in losses])
+    assert f"each sentence alone, over mean losses {float(means.mean().exp()):.3f}" in found.note
+    other = tried(judgement(folder, **changes | {"published": "99.9"}), options(folder), weights(folder))
+    assert other.finding is Finding.NOT_DERIVABLE
+    assert "no reading gives it within 0.2%; read as: each sentence alone, over tokens" in other.note
+
+
+def test_a_protocol_runs_on_articles_that_can_be_had(folder: Path) -> None:
+    changes = {"text_protocol": "", "tried": "cut texts", "specification": "fp32"}
+    found = tried(
+        replace(judgement(folder, **changes), finding=Finding.UNDERSPECIFIED), options(folder), weights(folder)
+    )
+    assert found.finding is Finding.UNDERSPECIFIED  # other articles settle nothing
+    assert "not the report's articles: its protocol (pages cut to 512 characters, alone)" in found.note
+
+
+def test_pages_are_cut_by_characters() -> None:
+    rows = (" = A = \n", " " + "x" * 600 + "\n", " = B = \n", " short \n")
+    cut = cut_pages(Corpus("w", "wikitext-2", rows, "wikitext", "rev")).joined("sentence").texts
+    assert cut == ("= A = " + "x" * 503, "= B = short")
+
+
+def test_a_text_that_nobody_may_ship_is_asked_for(folder: Path) -> None:
+    claim = replace(judgement(folder).claim, dataset="ptb", tried="sentences")
+    with pytest.raises(MissingAsset, match="name it as ptb:FILE with --datasets"):
+        text_of(claim, options(folder))
+    assert text_of(claim, replace(options(folder), datasets=(parse("ptb:f.txt"),))) == parse("ptb:f.txt")

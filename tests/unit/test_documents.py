@@ -18,6 +18,7 @@ import torch
 from harness import catalog, documents
 from harness.arguments import resolve
 from harness.contracts import Arguments
+from harness.controls import CONTROLS, EMBEDDED
 from harness.documents import Document
 from harness.errors import BadFile
 from harness.specifications import parse
@@ -99,6 +100,25 @@ def test_a_changed_figure_changes_the_page(name: str) -> None:
         place[path[-1]] = 1.25 * kept + 0.25 if math.isfinite(kept) else 3.0
         assert documents.page(made, data) != before, path
         place[path[-1]] = kept
+
+
+def test_every_control_bears_its_mark_on_the_page() -> None:
+    """On the embedded model where it is shown there; the figures are those that the command measured."""
+    found = documents.read(DOCS / "data" / "pitfalls.json")["results"]["controls"]
+    assert list(found) == [control.name for control in CONTROLS]
+    for control in CONTROLS:
+        shown = found[control.name]
+        assert EMBEDDED in shown or EMBEDDED not in control.models, control.name
+        assert shown, control.name
+        for model, figures in shown.items():
+            assert control.symptom(figures["fault"]), (control.name, model)
+            assert not control.symptom(figures["right"]), (control.name, model)
+
+
+@pytest.mark.parametrize("name", ["nf4", "sensitivity", "pitfalls"])
+def test_a_page_holds_the_embedded_model(name: str) -> None:
+    results = documents.read(DOCS / "data" / f"{name}.json")["results"]
+    assert EMBEDDED in results["losses" if name == "nf4" else "models"]
 
 
 def test_plots_are_drawn_from_the_data() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from harness.published import Claim, Finding, Judgement, Report
 from harness.published.anatomy import Anatomy, Tensor
 from harness.published.claims import Convention, Group
 from harness.published.conventions import count, describe, layer_of, read_by_a_pass
-from harness.published.ratios import ratios, read_rows
+from harness.published.ratios import beside, of_baselines, of_rows
 from harness.published.settling import as_port, led_by, within
 from harness.records import Row
 
@@ -83,6 +85,7 @@ def test_reads_a_file_with_its_digits(tmp_path: Path) -> None:
         ('method = "m"', 'method = "m"\ncolour = 1', "unknown key 'colour'"),
         ('unit = "MiB"', 'unit = "MiB"\nconvention = { remainder = "fp8" }', "remainder is one of 'fp32', 'fp16'"),
         ('unit = "MiB"', 'unit = "MiB"\nreading = "odd"', "reading is one of"),
+        ('text = "t"', 'text = "t"\ntimed = "lunch"', "timed is one of"),
         ("schema = 1", "schema", "is no TOML"),
     ],
 )
@@ -168,8 +171,12 @@ def judgements() -> list[Judgement]:
     ]
 
 
+def entries() -> list[dict[str, Any]]:
+    return [published.entry(judgement) for judgement in judgements()]
+
+
 def test_json_is_strict_and_complete() -> None:
-    first, second = json.loads(published.as_json(judgements()))["claims"]
+    first, second = json.loads(published.as_json(entries()))["claims"]
     assert set(first) >= {
         "report", "part", "method", "metric", "published", "unit", "convention", "ours", "verdict", "note", "command",
     }  # fmt: skip
@@ -179,35 +186,81 @@ def test_json_is_strict_and_complete() -> None:
 
 def test_table_and_section_count_and_escape() -> None:
     counted = "2 figures: 1 reproduced, 1 refuted. Memory: 1 of 1 figures reproduced."
-    table, section = published.table(judgements()), published.section(judgements())
+    table, section = published.table(entries()), published.section(entries())
     assert table.endswith(counted)
     assert section.startswith(counted)
     assert r"a \| b \*c\*" in section
     assert "1.50 MiB" in table
+    assert "Ratios of times" not in section
 
 
-def test_ratios_prefer_a_full_forward(tmp_path: Path) -> None:
-    def row(metric: str, method: str, ratio: float) -> Row:
-        logs = {"log_ratio": np.log(ratio), "log_ratio_low": np.log(ratio / 2), "log_ratio_high": np.log(ratio * 2)}
-        return Row("tiny", method, metric, "cpu", "fp32", value=1.0, unit="s", detail=logs)
-
-    rows = [
-        row("latency.prefill", "nf4", 3.0),
-        row("latency.forward", "nf4:block=128", 2.0),
-        row("latency.decode", "fp4", 9.0),
-    ]
-    (tmp_path / "measurements.jsonl").write_text("".join(item.to_json() + "\n" for item in rows))
-    found = ratios(read_rows(tmp_path))
-    assert set(found) == {"nf4"}
-    assert str(found["nf4"]) == "2.000 [1.000, 4.000] on tiny, latency.forward, cpu"
+def test_entries_survive_a_report_directory(tmp_path: Path) -> None:
+    assert published.kept(tmp_path) == ()
+    published.keep(tmp_path, entries())
+    assert published.section(published.kept(tmp_path)) == published.section(entries())
 
 
-def test_rows_that_are_not_there_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(MissingAsset, match="name a report directory"):
-        read_rows(tmp_path)
-    (tmp_path / "measurements.jsonl").write_text("{}\n")
-    with pytest.raises(BadFile, match="line 1"):
-        read_rows(tmp_path)
+@pytest.mark.parametrize("text", ["{", "[]", '{"claims": [{}]}', '{"claims": [{"report": 1}]}'])
+def test_a_bad_file_of_entries_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "published.json").write_text(text)
+    with pytest.raises(BadFile, match="run `pytest -m published` again") as caught:
+        published.kept(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def row(metric: str, method: str, ratio: float) -> Row:
+    logs = {"log_ratio": np.log(ratio), "log_ratio_low": np.log(ratio / 2), "log_ratio_high": np.log(ratio * 2)}
+    return Row("tiny", method, metric, "cpu", "fp32", value=1.0, unit="s", detail=logs)
+
+
+def timed(timed: str, specification: str, ratio: str, **changes: object) -> dict[str, Any]:
+    """The entry of a time whose published ratio to its reference is `ratio`."""
+    report = replace(REPORT, timed=timed)
+    found = claim(report=report, specification=specification, metric="latency_s", published="8", unit="s", **changes)
+    return published.entry(Judgement(found, Finding.UNDERSPECIFIED, "why", ratio=Decimal(ratio)))
+
+
+def test_ratios_stand_beside_what_the_report_timed() -> None:
+    measured = of_rows(
+        [
+            row("latency.forward", "nf4:attention", 5.0),
+            row("latency.forward", "nf4", 2.0),
+            row("latency.prefill", "nf4", 3.0),
+            row("latency.decode", "fp4", 9.0),
+            row("latency.generate", "fp4", math.nan),
+        ]
+    )
+    forward, generate, other = beside(
+        [timed("forward", "nf4", "2.1"), timed("generate", "fp4:names=*.x", "0.5"), timed("forward", "fp4", "1")],
+        measured,
+    )
+    assert (forward["our_ratio"]["value"], forward["our_ratio"]["metric"]) == (pytest.approx(2), "latency.forward")
+    assert forward["why_ratio"] == "alike"
+    assert generate["our_ratio"]["metric"] == "latency.decode"
+    assert "faster there, slower here" in generate["why_ratio"]
+    assert "latency.decode stands in for the report's generate" in generate["why_ratio"]
+    assert "ours with every projection quantized" in generate["why_ratio"]
+    assert other["our_ratio"] is None  # fp4 was not timed over a forward
+    section = published.section([forward, generate, other])
+    assert r"| 8 s | 2.100 | 2.000 \[1.000, 4.000\] | latency.forward | alike |" in section
+    assert "tiny, cpu" in section
+    assert section.count("latency.decode") == 2
+
+
+def test_a_reason_says_which_way_and_how_far() -> None:
+    measured = of_rows([row("latency.forward", "bnb-nf4", 8.0)])
+    slower, refuted = timed("forward", "bnb-nf4", "1.5"), timed("forward", "bnb-nf4", "0.5")
+    told = beside([slower, {**refuted, "verdict": "refuted"}], measured)
+    assert told[0]["why_ratio"].startswith("slower in both, 5.3 times the published ratio here; bitsandbytes")
+    assert "break the hardware's arithmetic" in told[1]["why_ratio"]
+
+
+def test_ratios_of_recorded_figures() -> None:
+    found = of_baselines(FOLDER.parent)
+    assert {("absmax-int8", "latency.prefill"), ("bnb-nf4", "latency.decode")} <= set(found)
+    assert all(ratio.low <= ratio.value <= ratio.high for ratio in found.values())
+    assert "smollm2-135m" in found["bnb-nf4", "latency.decode"].where
+    assert of_baselines(FOLDER) == {}
 
 
 def test_within_holds_to_the_printed_digits_or_the_slack() -> None:

@@ -332,7 +332,7 @@ def test_rewriting_gives_the_same_report_and_every_linked_plot_exists(tmp_path: 
     )
     first = path.read_text()
     links = re.findall(r"!\[.*?\]\((.*?)\)", first)
-    assert len(links) == 3
+    assert len(links) == 4
     assert all((tmp_path / link.replace("%2B", "+")).is_file() for link in links)
     assert rewrite(tmp_path).read_text() == first
     told = json.loads((tmp_path / "session.json").read_text())

@@ -31,10 +31,15 @@ def kinds(rows: list[Row]) -> list[str]:
     return [figure.kind for section in sections(rows) for figure in figures(section)]
 
 
-def test_the_made_up_session_has_its_three_plots_as_clean_svg() -> None:
+def test_the_made_up_session_has_its_four_plots_as_clean_svg() -> None:
     session = read_report(MADE)
     found = plots(session.rows, session.planned)
-    assert sorted(name.partition("--")[0] for name in found) == ["combined", "latency", "quality-memory"]
+    assert sorted(name.partition("--")[0] for name in found) == [
+        "combined",
+        "latency",
+        "memory",
+        "quality-memory",
+    ]
     for text in found.values():
         assert ElementTree.fromstring(text).tag.endswith("svg")
         assert "dc:date" not in text
@@ -64,8 +69,9 @@ def test_only_plots_with_data_exist() -> None:
     assert kinds(perplexities) == ["combined"]
     assert kinds([row("fp32", "latency.decode", 0.1)]) == ["latency"]
     stored = [row("fp32", "memory.storage", 8.0), row("nf4", "memory.storage", 2.0)]
-    assert kinds([*perplexities, stored[0]]) == ["combined"]
-    assert kinds([*perplexities, *stored]) == ["quality", "combined"]
+    assert kinds(stored) == ["memory"]
+    assert kinds([*perplexities, stored[0]]) == ["combined", "memory"]
+    assert kinds([*perplexities, *stored]) == ["quality", "combined", "memory"]
 
 
 def test_values_that_cannot_be_drawn_do_not_stop_the_others() -> None:
@@ -74,7 +80,7 @@ def test_values_that_cannot_be_drawn_do_not_stop_the_others() -> None:
     for metric, good in (("perplexity", 20.0), ("memory.storage", 8e6), ("latency.decode", 0.1)):
         rows += [row("fp32", metric, good), row("fp4", metric, good / 2)]
         rows += [row(name, metric, value) for name, value in broken.items()]
-    assert len(plots(rows)) == 3
+    assert len(plots(rows)) == 4
 
 
 def test_hostile_names_are_drawn_as_they_are() -> None:
@@ -82,7 +88,7 @@ def test_hostile_names_are_drawn_as_they_are() -> None:
     rows = [row(name, "perplexity", 20.0 + index) for index, name in enumerate(["fp32", *names])]
     rows += [row(name, "memory.storage", 1e6 * (index + 1)) for index, name in enumerate(["fp32", *names])]
     found = plots(rows)
-    assert len(found) == 2
+    assert len(found) == 3
     for text in found.values():
         ElementTree.fromstring(text)
         assert "\x1b" not in text
