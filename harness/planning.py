@@ -38,10 +38,9 @@ def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     for device in devices(options, cuda_visible):
         for specification, method in methods:
             arguments.resolve(specification, method, device)
-        for model, (specification, _), member in itertools.product(options.models, methods, members):
-            own = specification == options.reference
-            if (member.paired and own) or (options.stop_early and member.needs_whole_text and not own):
-                continue  # the reference differs from itself by nothing; a stopped text has no perplexity
+        for model, (specification, method), member in itertools.product(options.models, methods, members):
+            if not applies(member, method, options, own=specification == options.reference):
+                continue
             rest = (member.name, device, str(options.reference))
             for dataset, protocol in texts if member.textual else ():
                 if not member.protocols or protocol.name in member.protocols:
@@ -49,6 +48,14 @@ def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
             if not member.textual:
                 found[Case(str(model), str(specification), "", "", *rest)] = None
     return tuple(found)
+
+
+def applies(member: Member, method: Method, options: Options, *, own: bool) -> bool:
+    """Whether a member exists for a method; `own`: it is the session's reference."""
+    if member.needs_file and method.file_bytes is None:
+        return False
+    # the reference differs from itself by nothing; a stopped text has no perplexity
+    return not (member.paired and own) and (own or not (options.stop_early and member.needs_whole_text))
 
 
 def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
