@@ -104,6 +104,8 @@ class Method:
     batch_invariant: bool = True  # False: activations quantized with statistics across rows; measured at batch 1
     grid: str = ""  # 'affine4:32' where the codes can represent such a grid exactly
     core: bool = True  # planned by default
+    calibrated: bool = False  # looks at a text: `load` leaves on the model, as `calibration`, what a row records of it
+    reloads: bool = True  # False: what a state_dict holds of it cannot be loaded by load_state_dict (bitsandbytes)
     file_bytes: Callable[[nn.Module], int] | None = None  # of the file that a loaded model was read from, where one is
 
 

@@ -85,7 +85,7 @@ def write(checkpoint: Checkpoint, kind: str, destination: Path) -> int:
     family = gguf_families.of_config(model.config)
     rows = model.get_input_embeddings().weight.shape[0]
     facts = {
-        "general.name": checkpoint.specification,
+        "general.name": Path(checkpoint.specification.partition(":")[2] or checkpoint.specification).name,
         "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": QUANTIZATION_VERSION,
         **gguf_families.metadata(family, model.config),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, exact, judge, planning, probe
+from harness import baselines, door, exact, judge, planning, probe
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -30,6 +30,7 @@ MARKS = {
     "memory": "bytes, predicted and measured",
     "latency": "timed cases; each runs with nothing beside it",
     "published": "figures of published reports",
+    "contract": "promises that every method keeps, on small random models",
     "invariant": "behaviour that must hold whatever the version",
 }
 STATE = pytest.StashKey["State"]()
@@ -89,6 +90,7 @@ class State:
         regenerate = "all" if config.getoption("regen_all", False) else ""
         regenerate = regenerate or ("force" if config.getoption("force_regen", False) else "")
         _, declared = read_declared(config.rootpath)
+        door.open_to(declared)
         self.options: Options = build(
             given,
             declared,

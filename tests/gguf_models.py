@@ -112,14 +112,15 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Callable[[], PreTrainedTokenizerFa
 }
 
 
-def save(name: str, folder: Path, *, spoil: bool = False, **shape: Any) -> Checkpoint:
-    """A random model of a family as a plain folder; `spoil` puts one NaN into its embedding."""
+def save(name: str, folder: Path, *, spoil: bool = False, sharpen: float = 1, **shape: Any) -> Checkpoint:
+    """A random model of a family as a plain folder; `spoil` puts a NaN into it, `sharpen` scales its head."""
     torch.manual_seed(0)
     build, tokenizer = FAMILIES[name]
     model = build(**shape)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, so that a forgotten one shows
             parameter += 0.05 * torch.randn_like(parameter)
+        model.get_output_embeddings().weight.mul_(sharpen)
         if spoil:
             model.get_input_embeddings().weight[0, 0] = float("nan")
     model.save_pretrained(folder)

@@ -24,20 +24,21 @@ LEVELS = (
     "errors records specifications contracts options files",
     "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors "
     "engine divergence sequential devices timing models checkpoints gguf_weights gguf_file gguf_families gguf_blocks "
-    "gguf_tokenizers gguf_write gguf_method "
+    "gguf_tokenizers gguf_write gguf_method admission calibration gptq "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording",
-    "planning child group runner session report judge trial drift baselines bounds published fits controls documents",
+    "door planning child group runner session report judge contract trial drift baselines bounds published fits "
+    "controls documents",
     "plugin collector commands",
     "cases __main__",
 )  # a package stands for all of its modules
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
-    "errors records specifications contracts options files catalog methods metrics arguments protocols corpora "
-    "models stats environment probe architectures planning runner session report judge baselines bounds "
-    "published plugin recorded exact wording trial drift".split()
+    "errors records specifications contracts options files catalog admission calibration door methods metrics "
+    "arguments protocols corpora models stats environment probe architectures planning runner session report judge "
+    "baselines bounds published plugin recorded exact wording trial drift".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "cases"}
