@@ -7,7 +7,7 @@ can be named instead; a plan that measures on it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts import Arguments, Parameter
