@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from harness.report import writing
 
 KINDS = ("f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 TOLERANCE = {"f32": 0.05, "other": 0.5}  # percent of the perplexity
-WIDTH, TOKENS = 512, 2048  # of a window; of the embedded model's text
+WIDTH, TOKENS = 512, 4096  # of a window; of the embedded model's text
 GREEDY = 20  # tokens
 PROMPTS = ("The capital of France is", "Once upon a time there was", "To measure a perplexity, one")
 SHARPENING = 3.0  # of the random models' heads: their raw logits are so flat that every file would agree
@@ -46,7 +47,7 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
 
 
 def one_model(name: str, folder: Path) -> dict[str, Any]:
-    """One model in every format."""
+    """One model in every format; 'NAME@FILE' reads another text."""
     from harness import catalog, checkpoints, gguf_write
     from harness.contracts import Arguments
 
@@ -58,10 +59,13 @@ def one_model(name: str, folder: Path) -> dict[str, Any]:
         gguf_write.write(checkpoint, kind.upper(), path)
         model = catalog.methods()[f"gguf-{kind}"].load(checkpoint, Arguments("fp32"), "cpu")
         ours, theirs = our_nll(model, windows), their_nll(path, windows)
+        with rounded_inputs(model, kind):
+            alike = our_nll(model, windows)
         result["formats"][kind] = {
             "ours": math.exp(ours.mean()),
+            "ours, inputs rounded": math.exp(alike.mean()),
             "llama.cpp": math.exp(theirs.mean()),
-            "largest": float(abs(ours - theirs).max()),
+            "largest": float(abs(alike - theirs).max()),
             "tokens": len(ours),
         }
         if kind == "f32":
@@ -72,6 +76,35 @@ def one_model(name: str, folder: Path) -> dict[str, Any]:
     return result
 
 
+@contextlib.contextmanager
+def rounded_inputs(model: Any, kind: str) -> Iterator[None]:
+    """Within, every product of a packed matrix rounds its inputs as llama.cpp's kernels for CPUs do.
+
+    fp16 numbers for F16; else int8 codes in blocks of 32 of a row, whose step is rounded to fp16 after the codes are
+    found (ggml's Q8_0 and Q8_1).
+    """
+    import torch
+
+    from harness import quantized
+
+    def hook(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = given[0]
+        if kind == "f16":
+            return (x.half().float(), *given[1:])
+        blocks = x.unflatten(-1, (-1, 32))
+        step = blocks.abs().amax(dim=-1, keepdim=True) / 127
+        codes = torch.where(step == 0, 0.0, blocks / step).round()
+        return ((codes * step.half().float()).flatten(-2), *given[1:])
+
+    layers = [module for module in model.modules() if isinstance(module, quantized.QuantizedLinear)]
+    hooks = [layer.register_forward_pre_hook(hook) for layer in layers] if kind != "f32" else []
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 def opened(name: str, folder: Path) -> Any:
     """The checkpoint behind a row of the page."""
     from harness import checkpoints
@@ -80,7 +113,7 @@ def opened(name: str, folder: Path) -> Any:
 
     kind, _, family = name.partition(" ")
     if kind != "random":
-        return checkpoints.materialise(parse(name), Declared(Path()))
+        return checkpoints.materialise(parse(name.partition("@")[0]), Declared(Path()))
     from tests.gguf_models import save
 
     # llama.cpp looks for Phi-3's own special tokens where a model's name says so, and made-up tokenizers lack them
@@ -101,7 +134,9 @@ def texts(name: str, checkpoint: Any) -> Any:
     if name.startswith("random"):
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (16, width))
         return [Window(row.astype(np.int64), width - 1) for row in ids]
-    corpus = corpora.read(parse("synthetic" if name.startswith("tiny") else "lee"), Declared(Path()))
+    own = "synthetic" if name.startswith("tiny") else "lee"
+    file = name.partition("@")[2]
+    corpus = corpora.read(parse(f"text:{file}" if file else own), Declared(Path()))
     protocol = protocols.parse(parse(f"chunk:{width}"))
     tokenizer = checkpoints.tokenizer(checkpoint)
     return protocols.plan(corpus, protocol, tokenizer, context=width, max_tokens=TOKENS).windows
@@ -227,7 +262,7 @@ def render(results: Mapping[str, Any]) -> str:
         ]
         tokens = next(iter(result["formats"].values()))["tokens"]
         tables += [
-            f"### {name}\n\n{SHOWN[name]}. {tokens:,} scored tokens; tokenizer: {result['tokenizer']}.",
+            f"### {name}\n\n{SHOWN.get(name, 'another text')}. {tokens:,} scored tokens; tokenizer: {result['tokenizer']}.",
             writing.table(["method", "ours", "llama.cpp", "difference", "allowed", "largest nat"], rows),
         ]
     continued = [

@@ -28,10 +28,10 @@ from harness import (
 )
 from harness.contracts import Member, Method, TokenPlan
 from harness.devices import open_device
-from harness.errors import HarnessError
+from harness.errors import HarnessError, MissingPackage
 from harness.files import locked, replace_text, sha256_file
 from harness.messages import Job, Reply, Stop
-from harness.planning import member_of, method_of
+from harness.planning import member_of, method_of, missing_packages
 from harness.records import Case, Figure, Row, digest
 from harness.specifications import parse
 
@@ -108,6 +108,8 @@ class Group:
     def model(self) -> nn.Module:
         """The model under the method; predicted first, so that a death while loading can say what it needed."""
         if self._model is None:
+            for name in missing_packages(self.method):
+                raise MissingPackage(name, f"the method '{self.method.name}'")
             predicted = memory.predict(self.config, self.method, self.arguments)
             self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
             self.connection.send(Reply("predicted", data=self.predicted))
