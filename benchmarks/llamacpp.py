@@ -262,7 +262,8 @@ def render(results: Mapping[str, Any]) -> str:
         ]
         tokens = next(iter(result["formats"].values()))["tokens"]
         tables += [
-            f"### {name}\n\n{SHOWN.get(name, 'another text')}. {tokens:,} scored tokens; tokenizer: {result['tokenizer']}.",
+            f"### {name}\n\n{SHOWN.get(name, 'another text')}. {tokens:,} scored tokens; "
+            f"tokenizer: {result['tokenizer']}.",
             writing.table(["method", "ours", "llama.cpp", "difference", "allowed", "largest nat"], rows),
         ]
     continued = [

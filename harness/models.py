@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from types import MappingProxyType
 
-from harness import hubmodels, weightfiles
+from harness import hubmodels, prequantized, weightfiles
 from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.files import cache_dir, replace_text, sha256_file
 from harness.options import Declared
@@ -146,6 +146,7 @@ def locate(
     if path.is_file():
         raise MissingAsset(f"{model}: {path} is no model folder and no .gguf file")
     weightfiles.check_folder(path, model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    prequantized.check(path, model)
     return Located("folder", path)
 
 

@@ -23,7 +23,7 @@ def quanto_method(name: str, summary: str, bits: float, kind: str) -> Method:
         quanto.quantize(holder, weights=getattr(quanto, kind))
         quanto.freeze(holder)
         replaced: nn.Module = holder[0]
-        replaced.__class__ = _outside_inference_mode(type(replaced))
+        replaced.__class__ = _outside_inference_mode(type(replaced))  # type: ignore[arg-type]
         return replaced
 
     return library_method(
