@@ -79,7 +79,9 @@ def unpack(directory: Path, destination: Path, *, trust_remote_code: bool = Fals
         directory, dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True, **unpacking, **options
     )
     weightfiles.require_match(report, f"the weights in {directory}")
-    state = plain_state(loaded)
+    if found["quant_method"] == "bitsandbytes":
+        loaded = loaded.dequantize()
+    state = {name: tensor.float() for name, tensor in loaded.state_dict().items()}
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )
@@ -90,19 +92,3 @@ def unpack(directory: Path, destination: Path, *, trust_remote_code: bool = Fals
     fresh.save_pretrained(destination)
     AutoTokenizer.from_pretrained(directory, **options).save_pretrained(destination)
     return {"note": described(found)}
-
-
-def plain_state(model: Any) -> dict[str, Any]:
-    """Every weight of a loaded model in fp32, packed ones unpacked, by the unquantized model's names."""
-    from harness import bnb
-
-    packed = {weight.name: weight.dequantize for weight in bnb.quantized(model)}
-    state: dict[str, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        own = {
-            f"{name}.{key}" if name else key: value for key, value in module._parameters.items() if value is not None
-        }
-        if name in packed:
-            own[f"{name}.weight"] = packed[name]()
-        state |= {key: value.detach().float() for key, value in own.items()}
-    return state

@@ -251,6 +251,4 @@ except ImportError:
 
 def test_a_chain_is_followed_through_packages() -> None:
     assert loaded_by("harness.devices")["torch"] == ["harness.devices", "torch"]
-    assert " ".join(loaded_by("harness.catalog")["harness.records"]) == (
-        "harness.catalog harness.contracts harness.records"
-    )
+    assert " ".join(loaded_by("harness.bnb")["harness.records"]) == "harness.bnb harness.contracts harness.records"
