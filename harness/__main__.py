@@ -11,9 +11,11 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from harness import commands
+from harness import commands, door
 from harness.errors import HarnessError
+from harness.settings import read_declared
 
 USAGE = 2
 
@@ -26,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(f"harness.commands.{info.name}").add(subparsers)
     parsed = parser.parse_args(arguments)
     try:
+        door.open_to(read_declared(Path.cwd())[1])
         status: int = parsed.run(parsed)
     except HarnessError as error:
         print(f"python -m harness {parsed.command}: {error}", file=sys.stderr)

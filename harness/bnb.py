@@ -80,6 +80,7 @@ def method(name: str, summary: str, format: Format) -> Method:
         parameters={"threshold": THRESHOLD} if format.int8 else {"compute": COMPUTE},
         requires=("bitsandbytes", "accelerate"),
         batch_invariant=not format.int8,
+        reloads=False,  # its quantization states are no buffers
     )
 
 

@@ -1,22 +1,64 @@
-"""Lists a folder of methods or metrics: the file's existence is the registration.
+"""Lists methods and metrics: of the harness's own folders, of files that a project declares, of installed packages.
 
-A file that fails to import, or holds no METHOD or METRIC, stops the run with its path. Installed packages add
-more through the entry points `harness.methods` and `harness.metrics`. Nothing here imports torch.
+In the folders a file's existence is the registration. A project adds files of its own under `[tool.harness]`
+(`methods = ["quant/mine.py"]`, `metrics = [...]`), a package through the entry points `harness.methods` and
+`harness.metrics`. Whatever fails to import, breaks a contract or takes a name that is taken stops the run in one line
+that says where it comes from. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import pkgutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Generic, TypeVar
 
+from harness import admission
 from harness.contracts import Method, Metric
 from harness.errors import HarnessError
+from harness.files import sha256_file
+from harness.options import Declared
+from harness.records import digest
 
 T = TypeVar("T", Method, Metric)
+_declared: dict[str, tuple[Path, ...]] = {"METHOD": (), "METRIC": ()}
+
+
+@dataclass(frozen=True)
+class Listed(Generic[T]):
+    """One catalogued thing and where it comes from, in words."""
+
+    value: T
+    origin: str
+    own: bool = False  # of the harness itself
+
+
+def declare(declared: Declared) -> None:
+    """Take the files that a project declares into the catalogue of this process, in place of those before."""
+    before = dict(_declared)
+    _declared["METHOD"] = tuple(declared.root / path for path in declared.methods)
+    _declared["METRIC"] = tuple(declared.root / path for path in declared.metrics)
+    if _declared != before:
+        listed_methods.cache_clear()
+        listed_metrics.cache_clear()
+
+
+def outside_code() -> str:
+    """A digest of the declared files and of the installed packages' versions; '' where there are none."""
+    files = {str(path): sha256_file(path) for paths in _declared.values() for path in paths if path.is_file()}
+    points = [
+        [point.group, point.name, point.value, point.dist.version if point.dist else ""]
+        for group in ("harness.methods", "harness.metrics")
+        for point in entry_points(group=group)
+    ]
+    return digest([files, points]) if files or points else ""
 
 
 def _attribute(module: ModuleType, name: str, kind: type[T]) -> T:
@@ -26,50 +68,97 @@ def _attribute(module: ModuleType, name: str, kind: type[T]) -> T:
     return value
 
 
-def _folder(package: str, attribute: str, kind: type[T]) -> dict[str, T]:
+def _folder(package: str, attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
     home = importlib.import_module(package)
-    found = {}
     for info in sorted(pkgutil.iter_modules(home.__path__), key=lambda info: info.name):
         if info.name.startswith("_"):
             continue
+        origin = f"{home.__path__[0]}/{info.name}.py"
         try:
             module = importlib.import_module(f"{package}.{info.name}")
         except Exception as error:
-            raise HarnessError(f"{home.__path__[0]}/{info.name}.py fails to import: {error!r}") from error
-        found[info.name] = _attribute(module, attribute, kind)
-    return found
+            raise HarnessError(f"{origin} fails to import: {error!r}") from error
+        yield Listed(_attribute(module, attribute, kind), origin, own=True)
 
 
-def _installed(group: str, kind: type[T]) -> dict[str, T]:
-    found = {}
+def _files(attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
+    for path in _declared[attribute]:
+        where = f"{path} (declared under [tool.harness])"
+        if not path.is_file():
+            raise HarnessError(f"{where} is not there")
+        name = f"harness_declared_{digest(str(path))[:12]}"  # two files of one name stay apart
+        specification = importlib.util.spec_from_file_location(name, path)
+        if specification is None or specification.loader is None:
+            raise HarnessError(f"{where} is no Python file")
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[name] = module  # dataclasses and pickles look their module up
+        try:
+            specification.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise HarnessError(f"{where} fails to import: {error!r}") from error
+        yield Listed(_attribute(module, attribute, kind), str(path))
+
+
+def _installed(group: str, kind: type[T]) -> Iterator[Listed[T]]:
     for point in entry_points(group=group):
+        where = f"entry point {group}: {point.name} = {point.value}"
         try:
             value = point.load()
         except Exception as error:
-            raise HarnessError(f"entry point {group}: {point.name} = {point.value} fails: {error!r}") from error
+            raise HarnessError(f"{where} fails: {error!r}") from error
         if not isinstance(value, kind):
-            raise HarnessError(f"entry point {group}: {point.name} = {point.value} is no {kind.__name__}")
-        found[point.name] = value
-    return found
+            raise HarnessError(f"{where} is no {kind.__name__}")
+        yield Listed(value, where)
+
+
+def _joined(found: Iterable[Listed[T]], kind: str, name_of: str) -> dict[str, Listed[T]]:
+    """By name; each held to its contract, no name twice."""
+    names: dict[str, Listed[T]] = {}
+    for item in found:
+        for fault in admission.faults(item.value):
+            raise HarnessError(f"{item.origin} breaks its contract: {fault}")
+        name = getattr(item.value, name_of)
+        if name in names:
+            raise HarnessError(f"{item.origin}: '{name}' is already a {kind} of the harness ({names[name].origin})")
+        names[name] = item
+    return names
 
 
 @functools.cache
+def listed_methods() -> dict[str, Listed[Method]]:
+    """Every method by name, with where it comes from: the folder's, then declared files', then installed ones."""
+    return _joined(
+        (
+            *_folder("harness.methods", "METHOD", Method),
+            *_files("METHOD", Method),
+            *_installed("harness.methods", Method),
+        ),
+        "method",
+        "name",
+    )
+
+
+@functools.cache
+def listed_metrics() -> dict[str, Listed[Metric]]:
+    """Every metric by family, with where it comes from."""
+    found = _joined(
+        (
+            *_folder("harness.metrics", "METRIC", Metric),
+            *_files("METRIC", Metric),
+            *_installed("harness.metrics", Metric),
+        ),
+        "metric",
+        "family",
+    )
+    return found
+
+
 def methods() -> dict[str, Method]:
-    """Every method by name: the folder's in order of their core list, then installed ones."""
-    found = {method.name: method for method in _folder("harness.methods", "METHOD", Method).values()}
-    for name, method in _installed("harness.methods", Method).items():
-        if name in found:
-            raise HarnessError(f"entry point harness.methods: '{name}' is already a method of the harness")
-        found[name] = method
-    return found
+    """Every method by name."""
+    return {name: item.value for name, item in listed_methods().items()}
 
 
-@functools.cache
 def metrics() -> dict[str, Metric]:
     """Every metric family by name."""
-    found = {metric.family: metric for metric in _folder("harness.metrics", "METRIC", Metric).values()}
-    for name, metric in _installed("harness.metrics", Metric).items():
-        if name in found:
-            raise HarnessError(f"entry point harness.metrics: '{name}' is already a metric of the harness")
-        found[name] = metric
-    return found
+    return {name: item.value for name, item in listed_metrics().items()}

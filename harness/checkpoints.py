@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from harness import hubmodels, models, weightfiles
+from harness import hubmodels, models, prequantized, weightfiles
 from harness.contracts import Checkpoint
 from harness.errors import HarnessError
 from harness.files import cache_dir, locked, sha256_file
@@ -65,12 +66,27 @@ def materialise(
         if found.snapshot.directory is None:
             say(f"fetching {found.snapshot.repository} at {found.snapshot.commit[:12]}")
         directory = hubmodels.download(found.snapshot)
-        return Checkpoint(name, directory, found.snapshot.commit, **allowed)
+        return _plain(Checkpoint(name, directory, found.snapshot.commit, **allowed), say)
     if found.kind == "folder":
         revision = weightfiles.revision(found.path, f"model '{name}'", allow_pickle=allow_pickle)
-        return Checkpoint(name, found.path, revision, **allowed)
+        return _plain(Checkpoint(name, found.path, revision, **allowed), say)
     directory, record = _tiny(found.tiny, say) if found.tiny else _converted(found, say)
     return Checkpoint(name, directory, record["revision"], record.get("note", ""), record.get("grid", ""), **allowed)
+
+
+def _plain(checkpoint: Checkpoint, say: Say) -> Checkpoint:
+    """The checkpoint, unpacked into the cache where it is quantized already."""
+    prequantized.check(checkpoint.directory, f"model '{checkpoint.specification}'")
+    if prequantized.configuration(checkpoint.directory) is None:
+        return checkpoint
+
+    def build(folder: Path) -> dict[str, str]:
+        say(f"unpacking the quantized {checkpoint.specification} to fp32 (once)")
+        with quiet():
+            return prequantized.unpack(checkpoint.directory, folder, trust_remote_code=checkpoint.trust_remote_code)
+
+    directory, record = built(f"unpacked-{checkpoint.revision[:16]}-v{prequantized.VERSION}", build)
+    return replace(checkpoint, directory=directory, revision=record["revision"], note=record["note"])
 
 
 def _converted(found: models.Located, say: Say) -> tuple[Path, dict[str, Any]]:

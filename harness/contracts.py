@@ -104,6 +104,9 @@ class Method:
     batch_invariant: bool = True  # False: activations quantized with statistics across rows; measured at batch 1
     grid: str = ""  # 'affine4:32' where the codes can represent such a grid exactly
     core: bool = True  # planned by default
+    calibrated: bool = False  # looks at a text: `load` leaves on the model, as `calibration`, what a row records of it
+    reloads: bool = True  # False: what a state_dict holds of it cannot be loaded by load_state_dict (bitsandbytes)
+    file_bytes: Callable[[nn.Module], int] | None = None  # of the file that a loaded model was read from, where one is
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Member:
     paired: bool = False  # needs the reference's NLL on the same tokens
     protocols: tuple[str, ...] = ()  # protocol names under which it exists; () means all
     needs_whole_text: bool = False  # not planned with --stop-early, but for the reference
+    needs_file: bool = False  # planned for methods with `file_bytes` alone
     core: bool = True  # planned when the family is named; False: only when the member itself is, or 'all'
 
 

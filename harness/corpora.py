@@ -220,6 +220,8 @@ def installed() -> dict[str, str]:
             raise HarnessError(f"{where} fails: {error!r}") from error
         if not isinstance(value, str):
             raise HarnessError(f"{where} is no specification as a string")
+        if point.name in found or point.name in DATASETS:
+            raise HarnessError(f"{where}: '{point.name}' is already a dataset's name: choose another")
         found[point.name] = value
     return found
 

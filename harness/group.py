@@ -18,6 +18,7 @@ from harness import (
     census,
     checkpoints,
     corpora,
+    door,
     engine,
     environment,
     memory,
@@ -27,10 +28,10 @@ from harness import (
 )
 from harness.contracts import Member, Method, TokenPlan
 from harness.devices import open_device
-from harness.errors import HarnessError
+from harness.errors import HarnessError, MissingPackage
 from harness.files import locked, replace_text, sha256_file
 from harness.messages import Job, Reply, Stop
-from harness.planning import member_of, method_of
+from harness.planning import member_of, method_of, missing_packages
 from harness.records import Case, Figure, Row, digest
 from harness.specifications import parse
 
@@ -46,6 +47,7 @@ class Group:
 
     def __init__(self, job: Job, connection: Connection) -> None:
         self.job, self.connection, options = job, connection, job.options
+        door.open_to(options.declared)
         self.method: Method = method_of(parse(job.method), catalog.methods())
         self.arguments = arguments.resolve(parse(job.method), self.method, job.device)
         self.batch_size = options.batch_size if self.method.batch_invariant else 1
@@ -106,6 +108,8 @@ class Group:
     def model(self) -> nn.Module:
         """The model under the method; predicted first, so that a death while loading can say what it needed."""
         if self._model is None:
+            for name in missing_packages(self.method):
+                raise MissingPackage(name, f"the method '{self.method.name}'")
             predicted = memory.predict(self.config, self.method, self.arguments)
             self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
             self.connection.send(Reply("predicted", data=self.predicted))
@@ -175,7 +179,8 @@ class Group:
         """What --resume compares: equal keys mean that measuring again would repeat the same work."""
         self.case = case
         plan = (self.plan.protocol_id, self.plan.token_hash) if case.dataset else ()
-        parts = [case.id, self.checkpoint.revision, self.method_id, *plan, *self.world]
+        outside = catalog.outside_code()
+        parts = [case.id, self.checkpoint.revision, self.method_id, *plan, *self.world, *([outside] if outside else [])]
         return digest([*parts, self.repetitions if member_of(case).timed else 0])
 
     def measure(self, case: Case, stop: Stop | None = None) -> Row:
@@ -186,11 +191,12 @@ class Group:
         assert self.model is not None  # load outside the metric, so that a failure to load reads as one
         figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
         texts = self._text_facts(member, "tokens_used" not in figure.detail) if case.dataset else {}
+        calibrated = {"calibration": self.model.calibration} if self.method.calibrated else {}
         grid = self.method.grid and self.method.grid == self.checkpoint.grid
         notes = {"model_note": self.checkpoint.note} if self.checkpoint.note else {}
         proof = {"proof": self.proof} if self.proof else {}
         aligned = {"grid_aligned": True} if grid else {}
-        detail = {**figure.detail, **notes, **proof, **aligned, **texts.pop("detail", {})}
+        detail = {**figure.detail, **calibrated, **notes, **proof, **aligned, **texts.pop("detail", {})}
         return Row.of(
             case,
             revision=self.checkpoint.revision,

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from types import MappingProxyType
 
-from harness import hubmodels, weightfiles
+from harness import hubmodels, prequantized, weightfiles
 from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.files import cache_dir, replace_text, sha256_file
 from harness.options import Declared
@@ -52,15 +52,19 @@ class Located:
 
 
 @functools.cache
-def _installed() -> Mapping[str, str]:
+def installed() -> Mapping[str, str]:
+    """Names that installed packages add: entry points `harness.models`, each a specification as a string."""
     found: dict[str, str] = {}
     for point in entry_points(group="harness.models"):
         try:
             value = point.load()
         except Exception as error:
             raise HarnessError(f"entry point harness.models: {point.name} = {point.value} fails: {error!r}") from error
+        where = f"entry point harness.models: {point.name} = {point.value}"
         if not isinstance(value, str):
-            raise HarnessError(f"entry point harness.models: {point.name} = {point.value} is no specification text")
+            raise HarnessError(f"{where} is no specification text")
+        if point.name in found or point.name in KNOWN or point.name in SOURCES:
+            raise HarnessError(f"{where}: '{point.name}' is already a model's name: choose another")
         found[point.name] = value
     return MappingProxyType(found)
 
@@ -72,7 +76,7 @@ def declared_source(specification: Specification, declared: Declared) -> Specifi
     """
     if specification.name in SOURCES:
         return _source(specification, Path.cwd())
-    names = {**_installed(), **declared.models, **KNOWN}
+    names = {**installed(), **declared.models, **KNOWN}
     name = specification.name
     if name not in names:
         if Path(name).is_dir():
@@ -142,6 +146,7 @@ def locate(
     if path.is_file():
         raise MissingAsset(f"{model}: {path} is no model folder and no .gguf file")
     weightfiles.check_folder(path, model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    prequantized.check(path, model)
     return Located("folder", path)
 
 

@@ -20,6 +20,8 @@ class Declared:
     models: dict[str, str] = field(default_factory=dict)  # name -> specification
     datasets: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()  # files, relative to `root`, that hold a METHOD
+    metrics: tuple[str, ...] = ()  # the same with a METRIC
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import Any
+from typing import Any, TypeVar
 
-from harness import arguments, catalog, corpora, models, protocols
+from harness import arguments, calibration, catalog, corpora, models, protocols
 from harness.contracts import Member, Method
 from harness.errors import BadSpecification, UnknownName
 from harness.options import DEVICES, Options
@@ -22,6 +22,7 @@ CORE = (
     "fp32 bf16 fp16 absmax-int8 absmax-int8-tensor zeropoint-int8 linear-int4 linear-int4-affine nf4 fp4 "
     "bnb-int8 bnb-fp4 bnb-nf4 bnb-nf4-dq"
 ).split()  # the order of tables; core methods of other packages follow by name
+T = TypeVar("T")
 ALL_INSTALLED = Specification("all-installed")
 MEMORY_FIRST = {"memory": 0, "perplexity": 1, "divergence": 2, "latency": 4}  # peaks before anything else is loaded
 
@@ -38,11 +39,12 @@ def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     found: dict[Case, None] = {}  # a set that keeps its order
     for device in devices(options, cuda_visible):
         for specification, method in methods:
-            arguments.resolve(specification, method, device)
-        for model, (specification, _), member in itertools.product(options.models, methods, members):
-            own = specification == options.reference
-            if (member.paired and own) or (options.stop_early and member.needs_whole_text and not own):
-                continue  # the reference differs from itself by nothing; a stopped text has no perplexity
+            calibration.refuse_evaluation_text(
+                arguments.resolve(specification, method, device), options.datasets, str(specification)
+            )
+        for model, (specification, method), member in itertools.product(options.models, methods, members):
+            if not applies(member, method, options, own=specification == options.reference):
+                continue
             rest = (member.name, device, str(options.reference))
             for dataset, protocol in texts if member.textual else ():
                 if not member.protocols or protocol.name in member.protocols:
@@ -50,6 +52,14 @@ def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
             if not member.textual:
                 found[Case(str(model), str(specification), "", "", *rest)] = None
     return tuple(found)
+
+
+def applies(member: Member, method: Method, options: Options, *, own: bool) -> bool:
+    """Whether a member exists for a method; `own`: it is the session's reference."""
+    if member.needs_file and method.file_bytes is None:
+        return False
+    # the reference differs from itself by nothing; a stopped text has no perplexity
+    return not (member.paired and own) and (own or not (options.stop_early and member.needs_whole_text))
 
 
 def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
@@ -91,14 +101,25 @@ def core_names(methods: Iterable[Method]) -> list[str]:
     return ordered(method.name for method in methods if method.core)
 
 
+def ordered_items(found: Mapping[str, T]) -> list[tuple[str, T]]:
+    """The items of a mapping by method name, in the order of `ordered`."""
+    return [(name, found[name]) for name in ordered(found)]
+
+
+def missing_packages(method: Method) -> list[str]:
+    """Distributions that the method needs and that are not installed."""
+    missing = []
+    for name in method.requires:
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
 def installed(method: Method) -> bool:
     """Whether every distribution that the method needs is there."""
-    try:
-        for name in method.requires:
-            distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    return not missing_packages(method)
 
 
 def chosen_members(asked: Iterable[str]) -> list[Member]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, bounds, exact, judge, planning, probe, sharding
+from harness import baselines, bounds, door, exact, judge, planning, probe, sharding
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -31,6 +31,7 @@ MARKS = {
     "memory": "bytes, predicted and measured",
     "latency": "timed cases; each runs with nothing beside it",
     "published": "figures of published reports",
+    "contract": "promises that every method keeps, on small random models",
     "invariant": "behaviour that must hold whatever the version",
 }
 STATE = pytest.StashKey["State"]()
@@ -91,6 +92,7 @@ class State:
         regenerate = regenerate or ("force" if config.getoption("force_regen", False) else "")
         _, declared = read_declared(config.rootpath)
         self.selected: tuple[Case, ...] = ()  # of this process: they share the session's error rate
+        door.open_to(declared)
         self.options: Options = build(
             given,
             declared,

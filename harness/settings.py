@@ -89,15 +89,23 @@ def read_declared(root: Path) -> tuple[bool, Declared]:
     if table is None:
         return False, Declared(root)
     _check_shape(path, table)
-    return True, Declared(root, table.get("models", {}), table.get("datasets", {}), table.get("options", {}))
+    names, files = ("models", "datasets", "options"), ("methods", "metrics")
+    return True, Declared(
+        root, *(table.get(name, {}) for name in names), *(tuple(table.get(kind, ())) for kind in files)
+    )
 
 
 def _check_shape(path: Path, table: Mapping[str, Any]) -> None:
     known = {"models": "name = specification", "datasets": "name = specification", "options": "option = value"}
+    files = ("methods", "metrics")
     flags = {setting.flag for setting in SETTINGS}
     for kind, value in table.items():
+        if kind in files:
+            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+                raise BadFile(f"{path}: [tool.harness] {kind} must be a list of files, ['my_{kind[:-1]}.py']")
+            continue
         if kind not in known:
-            raise BadFile(f"{path}: [tool.harness] has no '{kind}' (known: {', '.join(known)})")
+            raise BadFile(f"{path}: [tool.harness] has no '{kind}' (known: {', '.join((*known, *files))})")
         if not isinstance(value, dict):
             raise BadFile(f"{path}: [tool.harness.{kind}] must be a table of {known[kind]}")
         for key, text in value.items():

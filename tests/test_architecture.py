@@ -23,11 +23,13 @@ HOME = Path(harness.__file__).parent
 LEVELS = (
     "errors records specifications contracts options sharding files",
     "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors "
-    "engine divergence sequential devices timing models checkpoints gguf_weights gguf_file "
+    "engine divergence sequential devices timing models checkpoints gguf_weights gguf_file gguf_families gguf_blocks "
+    "gguf_tokenizers gguf_write gguf_method admission calibration gptq "
+    "libraries torchao_layers quanto_layers prequantized "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording",
-    "planning child group runner session report judge family trial drift baselines bounds "
+    "door planning child group runner session report judge contract family trial drift baselines bounds "
     "published fits controls documents rebaselining merging",
     "plugin collector publisher commands",
     "cases __main__",
@@ -35,9 +37,9 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
-    "errors records specifications contracts options files catalog methods metrics arguments protocols corpora "
-    "models stats environment probe architectures planning runner session report judge baselines bounds "
-    "published plugin recorded exact wording trial drift family rebaselining sharding merging".split()
+    "errors records specifications contracts options files catalog admission calibration door methods metrics "
+    "arguments protocols corpora models stats environment probe architectures planning runner session report judge "
+    "baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding merging".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}
@@ -249,6 +251,4 @@ except ImportError:
 
 def test_a_chain_is_followed_through_packages() -> None:
     assert loaded_by("harness.devices")["torch"] == ["harness.devices", "torch"]
-    assert " ".join(loaded_by("harness.catalog")["harness.records"]) == (
-        "harness.catalog harness.contracts harness.records"
-    )
+    assert " ".join(loaded_by("harness.bnb")["harness.records"]) == "harness.bnb harness.contracts harness.records"

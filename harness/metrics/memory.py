@@ -9,6 +9,7 @@ scales, zero points), each storage once | yes |
 | `memory.storage_after` | `memory.storage` after a forward | no |
 | `memory.load_peak` | highest memory of the process from before the first weight is read to the loaded model | no |
 | `memory.run_peak` | highest memory during one forward over 512 tokens (fewer if the context is shorter) | no |
+| `memory.file` | size of the file that holds the model whole, tokenizer and metadata too (methods `gguf-*` only) | no |
 
 Direction: lower is better. Unit: bytes (reports convert to MiB = 2^20 bytes).
 
@@ -27,7 +28,8 @@ the peak resident set of the group's own process (so the interpreter and torch's
 reading a memory-mapped file counts); `detail["note"]` tells where the mark could not be reset: the peak is then that of
 the process since its start. The reference is dropped before `run_peak`. No key-value cache is kept.
 
-Left out: swap, file caches, other processes, gradients. Disk size is not memory: it is no member.
+Left out: swap, file caches, other processes, gradients. Disk size is not memory; it is a member of methods whose
+product is a file.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ def measure(subject: Subject, member: Member) -> Figure:
     model = subject.model  # loaded here at the latest, which fills `before` and `predicted`
     if member.exact:
         return _exact(subject, member.name)
+    if member.needs_file:
+        assert subject.method.file_bytes is not None  # else not planned
+        return Figure(subject.method.file_bytes(model), "B")
     if member.name == "memory.load_peak":
         return _peak(subject.before, subject.device)
     if member.name == "memory.run_peak":
@@ -112,6 +117,7 @@ METRIC = Metric(
         _member("storage_after", core=False),
         _member("load_peak", core=False),
         _member("run_peak", core=False),
+        Member("memory.file", "B", "lower", textual=False, needs_file=True),
     ),
     measure,
 )

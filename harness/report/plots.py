@@ -42,7 +42,7 @@ def plots(rows: Sequence[Row], planned: Sequence[Case] = ()) -> dict[str, str]:
 
 def svg(figure: Figure) -> str:
     """One figure as SVG text."""
-    with _style():
+    with style():
         buffer = io.StringIO()
         metadata = {"Date": None, "Creator": None, "Title": writing.visible(figure.caption)}
         draw(figure).savefig(buffer, format="svg", metadata=metadata)
@@ -51,14 +51,14 @@ def svg(figure: Figure) -> str:
 
 def png(figure: Figure) -> bytes:
     """One figure as PNG, for places that show no SVG."""
-    with _style():
+    with style():
         buffer = io.BytesIO()
         draw(figure).savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Our style over matplotlib's own defaults, whatever the user's matplotlibrc says; put back afterwards."""
     import matplotlib
 
@@ -91,7 +91,8 @@ def plain(text: str) -> str:
     return "".join(char if ord(char) < 0x500 or char in "…–†" else "?" for char in text).replace("$", r"\$")
 
 
-def _canvas(height: float, title: str, panels: int = 1, **options: Any) -> tuple[Canvas, list[Axes]]:
+def canvas_of(height: float, title: str, panels: int = 1, **options: Any) -> tuple[Canvas, list[Axes]]:
+    """An empty figure of the page's width with its title and panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as MatplotlibFigure
 
@@ -111,7 +112,7 @@ def _quality(figure: Figure) -> Canvas:
     ratios = [1.0 if name == section.reference else quality_ratio(section, name, text) or 1.0 for name in names]
     storage = [(section.value(name, "memory.storage") or 0) / writing.MIB for name in names]
     loss = [100 * (ratio - 1) for ratio in ratios]  # percent
-    canvas, (axes,) = _canvas(5.2, figure.caption)
+    canvas, (axes,) = canvas_of(5.2, figure.caption)
     front = pareto(storage, loss)
     axes.step(*zip(*[(storage[i], loss[i]) for i in front], strict=True), where="post", color=GREY, ls="--", lw=1)
     steps = [((storage[i], loss[i]), (storage[j], loss[i])) for i, j in itertools.pairwise(front)]
@@ -132,7 +133,7 @@ def _quality(figure: Figure) -> Canvas:
     axes.set_ylabel("perplexity above the reference, % (lower is better)")
     axes.margins(x=0.12, y=0.12)
     _legend(axes, section)
-    _label(canvas, axes, [plain(name) for name in names], list(zip(storage, loss, strict=True)), steps)
+    label(canvas, axes, [plain(name) for name in names], list(zip(storage, loss, strict=True)), steps)
     return canvas
 
 
@@ -160,7 +161,7 @@ def pareto(sizes: Sequence[float], losses: Sequence[float]) -> list[int]:
     return front
 
 
-def _label(
+def label(
     canvas: Canvas,
     axes: Axes,
     names: Sequence[str],
@@ -201,7 +202,7 @@ def _memory(figure: Figure) -> Canvas:
 def _latency(figure: Figure) -> Canvas:
     section = figure.section
     metrics = timed(section)
-    canvas, panels = _canvas(1.3 + BAR_INCHES * len(section.methods), figure.caption, len(metrics), sharey=True)
+    canvas, panels = canvas_of(1.3 + BAR_INCHES * len(section.methods), figure.caption, len(metrics), sharey=True)
     for axes, metric in zip(panels, metrics, strict=True):
         _bars(axes, section, metric, NO_TEXT, 1000, writing.milliseconds, f"{metric.partition('.')[2]}, ms")
     return canvas
@@ -218,7 +219,7 @@ def _combined(figure: Figure) -> Canvas:
         name = metrics[-1]  # decode where it is: what a reader of generated text waits for
         panels.append((name, NO_TEXT, 1000, writing.milliseconds, f"{name.partition('.')[2]} latency, ms"))
     height = 1.3 + BAR_INCHES * len(section.methods)
-    canvas, drawn = _canvas(height, figure.caption, len(panels), sharey=True)
+    canvas, drawn = canvas_of(height, figure.caption, len(panels), sharey=True)
     for axes, (metric, where, scale, write, title) in zip(drawn, panels, strict=True):
         _bars(axes, section, metric, where, scale, write, title)
     return canvas

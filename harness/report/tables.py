@@ -12,7 +12,7 @@ from harness.report.writing import NOTHING, code, escape, table
 
 MISSING = "missing"
 ALIGNED, NO_INTERVAL = "†", "‡"  # footnote marks
-MEMORY = ("parameters", "footprint", "storage", "storage_after", "load_peak", "run_peak")
+MEMORY = ("parameters", "footprint", "storage", "storage_after", "load_peak", "run_peak", "file")
 IN_MAIN = ("perplexity", "perplexity.delta")  # shown in the main table, not among the others
 
 Column = tuple[str, Callable[[str], str]]  # header, and the cell of a method

@@ -246,11 +246,11 @@ def write_gguf(path: Path, architecture: str, *, kind: str = "Q4_1", whole: bool
     """A small random GGUF file of a Llama (with grouped heads) or a GPT-2; returns the tensors as stored."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_vocab_size(96)
-    # transformers does not carry a GPT-2's context over from GGUF: only its default, 1024, can be read
+    # transformers does not carry a GPT-2's context over from GGUF: only its default, 1024, can be read there
     context = 1024 if architecture == "gpt2" and whole else 64
     writer.add_context_length(context)
     writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
+    writer.add_feed_forward_length(256 if architecture == "gpt2" else 128)
     writer.add_block_count(2)
     writer.add_head_count(4)
     generator = np.random.default_rng(0)
@@ -350,7 +350,10 @@ def test_the_converted_tokenizer_splits_digits(tmp_path: Path, cache: Path) -> N
     assert len(tokenizer) == 96
 
 
-def test_other_architectures_go_through_transformers(tmp_path: Path, cache: Path) -> None:
+def test_other_architectures_go_through_transformers(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_weights, "family_of", lambda file: None)
     path = tmp_path / "small.gguf"
     written = write_gguf(path, "gpt2", kind="Q8_0")
     checkpoint = checkpoints.materialise(parse(f"path:{path}"), Declared(tmp_path))
@@ -360,7 +363,10 @@ def test_other_architectures_go_through_transformers(tmp_path: Path, cache: Path
     assert not hasattr(checkpoints.read_config(checkpoint), "quantization_config")
 
 
-def test_what_transformers_reads_wrongly_is_one_line(tmp_path: Path, cache: Path) -> None:
+def test_what_transformers_reads_wrongly_is_one_line(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_weights, "family_of", lambda file: None)
     path = tmp_path / "small.gguf"
     write_gguf(path, "gpt2", whole=False)
     with pytest.raises(BadFile, match=r"have other shapes for transformer\.wpe\.weight") as caught:

@@ -99,7 +99,10 @@ def test_walking_a_cycle_ends() -> None:
 def test_the_metrics_members() -> None:
     exact = [name for name, member in MEMBERS.items() if member.exact]
     assert exact == list(memory.EXACT)
-    assert list(MEMBERS) == [*memory.EXACT, "memory.storage_after", "memory.load_peak", "memory.run_peak"]
+    assert list(MEMBERS) == [
+        *memory.EXACT,
+        *("memory.storage_after", "memory.load_peak", "memory.run_peak", "memory.file"),
+    ]
     assert {(member.unit, member.better, member.textual) for member in METRIC.members} == {("B", "lower", False)}
     assert all(f"`{name}`" in str(specification) for name in MEMBERS)
 

@@ -28,7 +28,7 @@ def own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hubmodels._ask.cache_clear()
-    models._installed.cache_clear()
+    models.installed.cache_clear()
 
 
 def declared(root: Path, **names: str) -> Declared:
@@ -114,7 +114,7 @@ def test_installed_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(models, "entry_points", lambda group: points)
     assert "'house' is declared as 'little'" in complaint(BadSpecification, "house", declared(tmp_path))
     points[0] = EntryPoint("house", "sys:maxsize", "harness.models")
-    models._installed.cache_clear()
+    models.installed.cache_clear()
     assert "house = sys:maxsize is no specification text" in complaint(HarnessError, "house", declared(tmp_path))
     points[0] = EntryPoint("house", "sys:no_such_thing", "harness.models")
     assert "house = sys:no_such_thing fails: AttributeError" in complaint(HarnessError, "house", declared(tmp_path))

@@ -1,0 +1,138 @@
+"""The methods `gguf-*`: a model written as a real GGUF file, read back, and run from its blocks.
+
+Loading writes the whole file (hyperparameters, tokenizer, weights) into the cache's scratch folder, reads it with
+`harness.gguf_file`, and puts its blocks as they are into the model; each forward unpacks them, so what is measured is
+what the file holds. Which tensor is of which format says `harness.gguf_write`; vectors are fp32 in the file and in the
+model's dtype here. The file itself is deleted, its size is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.contracts import Arguments, Checkpoint, Method, QuantizedWeight
+from harness.files import cache_dir
+
+if TYPE_CHECKING:  # annotations only: methods are listed without torch
+    from torch import Tensor, nn
+
+    from harness import quantized
+    from harness.gguf_file import GgufFile
+
+
+def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
+    """The method of a block format; `grid` as `Method.grid`. No scope: a file is quantized whole."""
+    return Method(
+        name=f"gguf-{kind.lower()}",
+        summary=summary,
+        bits=bits,
+        load=functools.partial(load, kind),
+        sketch=functools.partial(sketch, kind),
+        quantized=weights,
+        targets=targets,
+        requires=("gguf",),
+        grid=grid,
+        core=False,
+        file_bytes=file_bytes,
+    )
+
+
+def load(kind: str, checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
+    """The checkpoint through a file of this format; eval mode, on `device`."""
+    from harness import checkpoints, gguf_write
+    from harness.gguf_file import GgufFile
+
+    scratch = cache_dir() / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        path = Path(folder) / "model.gguf"
+        size = gguf_write.write(checkpoint, kind, path)
+        model: Any = checkpoints.open_model(checkpoint, arguments.dtype, "cpu")
+        fill(model, GgufFile(path), kind)
+    model.gguf_file_bytes = size
+    return model.to(device)  # type: ignore[no-any-return]
+
+
+def file_bytes(model: Any) -> int:
+    """Size of the file that `load` read this model from, bytes."""
+    return int(model.gguf_file_bytes)
+
+
+def sketch(kind: str, model: nn.Module, arguments: Arguments) -> None:
+    """Room for the blocks in place of every matrix, on the device where the model lies (meta too)."""
+    from harness import quantized
+
+    for own, names in formats(model, kind).items():
+        quantized.apply(model, recipe(own), names)
+
+
+def recipe(kind: str) -> quantized.Recipe:
+    """What `harness.quantized` needs: room for a matrix's blocks, to be filled from the file, and how they are read."""
+    from harness import gguf_blocks, quantized
+
+    def room(weight: Tensor) -> dict[str, Tensor]:
+        import torch
+
+        size = gguf_blocks.row_bytes(kind, weight.shape[1])
+        return {"blocks": torch.empty(weight.shape[0], size, dtype=torch.uint8, device=weight.device)}
+
+    def read(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return gguf_blocks.dequantize(stored["blocks"], kind)
+
+    return quantized.Recipe(f"gguf-{kind.lower()}", room, read)
+
+
+def fill(model: Any, file: GgufFile, kind: str) -> None:
+    """Put every tensor of a file into a model of the same shapes; its matrices stay packed."""
+    import numpy as np
+    import torch
+
+    from harness import gguf_families, gguf_weights, quantized
+
+    family = gguf_families.of_config(model.config)
+    config = model.config
+    sketch(kind, model, Arguments("fp32"))
+    with torch.no_grad():
+        for name, tensor in file.tensors.items():
+            module_name, _, suffix = name.rpartition(".")
+            module = model.get_submodule(family.module(module_name))
+            store = quantized.store_of(module) if suffix == "weight" else None
+            if store is None:
+                values = gguf_weights.in_layout(tensor.dequantize(), name, family, config)
+                getattr(module, suffix).copy_(torch.from_numpy(np.array(values, order="C")))
+            else:
+                rows = tensor.data.reshape(tensor.shape[0], -1)  # (out, bytes a row)
+                if heads := family.heads(name, config):
+                    rows = gguf_weights.halves_apart(rows, heads)
+                store.get_buffer("blocks").copy_(torch.from_numpy(np.array(rows, order="C")))
+
+
+def formats(model: Any, kind: str) -> dict[str, list[str]]:
+    """Format -> the modules whose matrix it takes, each matrix once under its first name."""
+    from harness import gguf_families, gguf_write, quantized
+
+    family = gguf_families.of_config(model.config)
+    found: dict[str, list[str]] = {}
+    for first in quantized.weight_owners(model):
+        module = model.get_submodule(first)
+        store = quantized.store_of(module)
+        dimensions = len(store.layout) if store else module.weight.dim()
+        if own := gguf_write.kind_of(f"{family.gguf_module(first)}.weight", dimensions, kind):
+            found.setdefault(own, []).append(first)
+    return found
+
+
+def targets(model: Any, arguments: Arguments) -> list[str]:
+    """Every matrix once, under its first name, learned positions left out."""
+    return [name for names in formats(model, "F32").values() for name in names]
+
+
+def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
+    """Each matrix as it lies in the file."""
+    from harness import quantized
+
+    return quantized.weights(model)

@@ -1,0 +1,54 @@
+"""optimum-quanto's QLinear layers, frozen."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from harness.contracts import Method
+from harness.libraries import Layers, library_method
+
+if TYPE_CHECKING:  # annotations only
+    from torch import Tensor, nn
+
+
+def quanto_method(name: str, summary: str, bits: float, kind: str) -> Method:
+    """The method of one of the library's weight types."""
+
+    def replace(layer: nn.Linear) -> nn.Module:
+        from optimum import quanto
+        from torch import nn
+
+        holder = nn.Sequential(layer)
+        quanto.quantize(holder, weights=getattr(quanto, kind))
+        quanto.freeze(holder)
+        replaced: nn.Module = holder[0]
+        replaced.__class__ = _outside_inference_mode(type(replaced))  # type: ignore[arg-type]
+        return replaced
+
+    return library_method(
+        name=name,
+        summary=summary,
+        bits=bits,
+        requires=("optimum-quanto",),
+        layers=Layers(replace, lambda layer: [layer.weight], read),
+    )
+
+
+@functools.cache
+def _outside_inference_mode(kind: Any) -> Any:
+    """The layer's class, its forward run without inference mode, in which the library's packed tensors fail."""
+    import torch
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            found: Tensor = kind.forward(self, x.clone())  # a clone is no inference tensor
+        return found
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+
+
+def read(layer: Any) -> Tensor:
+    """(out, in)."""
+    found: Tensor = layer.weight.dequantize()
+    return found

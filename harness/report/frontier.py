@@ -1,0 +1,205 @@
+"""Which methods are worth having: the Pareto front of quality, bytes and speed, and what the data cannot tell apart.
+
+Quality is the paired difference of log perplexity to the reference. Two methods are compared on it token by token where
+both sides' per-token losses are at hand, else by their intervals; on speed by the intervals of their time over the
+reference's; bytes are exact. An axis on which an interval holds 0 (or two intervals overlap) is *not separated*.
+
+A method is **dominated** where another is better on one axis and worse on none, every axis being separated or equal.
+It stays **undecided** where that holds only if what is not separated counts as equal. The others are the front.
+Intervals are of 95% each, not corrected for the number of pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import pairwise
+
+from harness.records import Row, decode_number
+from harness.report import writing
+from harness.report.matrix import Section, Text
+from harness.report.reading import Nll
+from harness.report.writing import code, table
+
+SPEED = "latency.decode"
+Span = tuple[float, float]
+CENTRE: Span = (0.0, 0.0)
+
+
+class Relation(IntEnum):
+    """How one method stands to another on one axis."""
+
+    BETTER = -1
+    EQUAL = 0
+    WORSE = 1
+    NOT_SEPARATED = 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method's three figures."""
+
+    method: str
+    delta: float | None  # nat; None where it was not measured
+    interval: Span | None
+    bytes: float | None
+    seconds: float | None
+    slowdown: Span | None  # interval of the log of its time over the reference's
+    row: Row | None  # the quality row
+
+
+@dataclass
+class Standing:
+    """A method's place."""
+
+    point: Point
+    dominated_by: list[str] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)  # would dominate it if what is not separated were equal
+    ranks: tuple[int, int] = (1, 1)  # by quality: the best and worst place that the data allow
+
+    @property
+    def words(self) -> str:
+        """As a table says it."""
+        if self.dominated_by:
+            return "dominated by " + ", ".join(map(code, self.dominated_by[:2]))
+        return "undecided: " + ", ".join(map(code, self.undecided[:2])) if self.undecided else "front"
+
+
+def points(section: Section, text: Text) -> list[Point]:
+    """Every method with a quality figure, the reference first."""
+    found = []
+    for method in section.methods:
+        row = section.row(method, "perplexity.delta", text)
+        reference = method == section.reference
+        speed = section.row(method, SPEED)
+        slowdown = _slowdown(speed)
+        delta = 0.0 if reference else row.value if row is not None else None
+        if delta is None or not math.isfinite(delta):
+            continue
+        found.append(
+            Point(
+                method,
+                delta,
+                CENTRE if reference else _span(row.interval) if row is not None else None,
+                section.value(method, "memory.storage"),
+                section.value(method, SPEED),
+                CENTRE if reference and speed is not None and speed.value is not None else slowdown,
+                section.row(method, "perplexity", text) if reference else row,
+            )
+        )
+    return found
+
+
+def _slowdown(row: Row | None) -> Span | None:
+    """The interval of the log of a method's time over the reference's, where it may decide anything."""
+    if row is None or not row.detail.get("log_ratio_usable"):
+        return None
+    ends = [decode_number(row.detail.get(f"log_ratio_{end}")) for end in ("low", "high")]
+    return _span(ends)
+
+
+def _span(value: Sequence[float] | None) -> Span | None:
+    if value is None or len(value) != 2 or not all(math.isfinite(end) for end in value):
+        return None
+    return float(value[0]), float(value[1])
+
+
+def apart(ours: Span | None, theirs: Span | None) -> Relation:
+    """Two intervals, lower being better."""
+    if ours is None or theirs is None:
+        return Relation.NOT_SEPARATED
+    if ours[1] < theirs[0]:
+        return Relation.BETTER
+    return Relation.WORSE if theirs[1] < ours[0] else Relation.NOT_SEPARATED
+
+
+def exactly(ours: float | None, theirs: float | None) -> Relation:
+    """Two exact figures, lower being better."""
+    if ours is None or theirs is None:
+        return Relation.NOT_SEPARATED
+    return Relation((ours > theirs) - (ours < theirs))
+
+
+def quality(ours: Point, theirs: Point, nll: Nll) -> Relation:
+    """Token by token where both are at hand, else by intervals."""
+    from harness.stats import paired_delta  # local: a report renders without numpy
+
+    a, b = ours.row, theirs.row
+    if a is not None and b is not None and a.nll and b.nll and a.token_hash == b.token_hash:
+        if a.nll == b.nll:
+            return Relation.EQUAL
+        left, right = nll(a.nll), nll(b.nll)
+        counts = a.detail.get("window_counts") or b.detail.get("window_counts")
+        if left is not None and right is not None and counts and len(left) == len(right):
+            ends = [0]
+            for count in counts:
+                ends.append(ends[-1] + count)
+            found = paired_delta(left, right, [slice(start, end) for start, end in pairwise(ends)])
+            return apart((found.low, found.high) if found.usable else None, CENTRE)
+    return apart(ours.interval, theirs.interval)
+
+
+def standings(found: Sequence[Point], nll: Nll) -> list[Standing]:
+    """Every point's place, the best quality first."""
+    axes: list[Callable[[Point, Point], Relation]] = [lambda a, b: quality(a, b, nll)]
+    if sum(point.bytes is not None for point in found) > 1:
+        axes.append(lambda a, b: exactly(a.bytes, b.bytes))
+    if sum(point.slowdown is not None for point in found) > 1:
+        axes.append(lambda a, b: apart(a.slowdown, b.slowdown))
+    places = [Standing(point) for point in sorted(found, key=lambda point: point.delta or 0.0)]
+    for place in places:
+        better = worse = 0
+        for other in places:
+            if other is place:
+                continue
+            relations = [axis(other.point, place.point) for axis in axes]
+            better += relations[0] is Relation.BETTER
+            worse += relations[0] is Relation.WORSE
+            _compare(place, other.point.method, relations)
+        place.ranks = (1 + better, len(places) - worse)
+    return places
+
+
+def _compare(place: Standing, other: str, relations: Sequence[Relation]) -> None:
+    """Note what `relations` of another method to this one mean for its place."""
+    if Relation.WORSE in relations:
+        return
+    open_ones = relations.count(Relation.NOT_SEPARATED)
+    if not open_ones and Relation.BETTER in relations:
+        place.dominated_by.append(other)
+    elif open_ones and (Relation.BETTER in relations):
+        place.undecided.append(other)
+
+
+def render(section: Section, text: Text, places: Sequence[Standing]) -> str:
+    """The table of one model, text and device."""
+    rows = []
+    for place in places:
+        point, (best, worst) = place.point, place.ranks
+        low, high = point.interval or (None, None)
+        delta = f"{point.delta:+.4f}" if point.delta is not None else writing.NOTHING
+        span = "" if low is None or high is None or point.interval == CENTRE else f" [{low:+.4f}, {high:+.4f}]"
+        name = code(point.method) + (" (reference)" if point.method == section.reference else "")
+        if section.aligned(point.method):
+            name += " †"
+        rows.append(
+            [
+                name,
+                f"{best}" if best == worst else f"{best}–{worst}",
+                delta + span,
+                writing.mib(point.bytes),
+                writing.milliseconds(point.seconds),
+                place.words,
+            ]
+        )
+    headers = ["method", "rank", "Δ ln PPL, nat [95%]", "storage MiB", "decode ms", "standing"]
+    kept = [index for index in range(len(headers)) if index in (0, 2, 5) or any(row[index] != "–" for row in rows)]
+    shown = table([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
+    notes = [f"Device {section.device}; text {code(text[0])}, protocol {code(text[1])}."]
+    if not any(point.seconds is not None for point in (place.point for place in places)):
+        notes.append(f"No speeds: `{SPEED}` was not measured, so the front is of quality and bytes.")
+    if any(section.aligned(place.point.method) for place in places):
+        notes.append("† Its codes can represent the grid on which the model's weights were stored before.")
+    return "\n\n".join([f"## {code(section.model)}", " ".join(notes), shown])

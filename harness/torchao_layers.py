@@ -1,0 +1,56 @@
+"""torchao's tensor subclasses in nn.Linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from harness.contracts import Method, Parameter
+from harness.libraries import Layers, library_method
+
+if TYPE_CHECKING:  # annotations only
+    from torch import Tensor, nn
+
+
+def torchao_method(
+    name: str, summary: str, bits: float, config: str, parameters: Mapping[str, Parameter] | None = None
+) -> Method:
+    """The method of one of the library's configurations, by its class's name."""
+
+    def replace(layer: nn.Linear, **values: Any) -> nn.Module:
+        from torch import nn
+        from torchao import quantization
+
+        chosen = getattr(quantization, config)(**_options(values))
+        holder = nn.Sequential(layer)
+        quantization.quantize_(holder, chosen)
+        layer.__class__ = _own_class()  # no plain nn.Linear any more: nothing may take its weight for a plain one
+        return layer
+
+    layers = Layers(replace, lambda layer: [layer.weight], read)
+    return library_method(
+        name=name, summary=summary, bits=bits, requires=("torchao",), layers=layers, parameters=parameters
+    )
+
+
+def _options(values: Mapping[str, Any]) -> dict[str, Any]:
+    if "group" not in values:
+        return {}
+    import torch
+    from torchao.quantization import PerGroup
+
+    return {"weight_dtype": torch.int4, "granularity": PerGroup(int(values["group"]))}  # type: ignore[attr-defined]
+
+
+def _own_class() -> type[nn.Linear]:
+    """A subclass of nn.Linear with the same forward."""
+    from torch import nn
+
+    return type("TorchaoLinear", (nn.Linear,), {"__module__": __name__})
+
+
+def read(layer: nn.Linear) -> Tensor:
+    """(out, in)."""
+    weight: Any = layer.weight
+    found: Tensor = weight.dequantize()
+    return found
