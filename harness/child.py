@@ -18,7 +18,7 @@ import transformers.integrations.bitsandbytes
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, checkpoints, tiny  # noqa: F401  tiny for the same reason
+from harness import bnb, checkpoints, tiny, turns  # noqa: F401  tiny for the same reason
 from harness.errors import HarnessError
 from harness.group import Group
 from harness.messages import Job, Reply
@@ -73,6 +73,8 @@ def serve(job: Job, connection: Connection) -> None:
                     group = group or Group(job, connection)
                     if verb == "key":
                         reply = Reply("key", text=group.key(argument))
+                    elif verb == "turn":
+                        reply = turns.answer(group, argument)
                     else:
                         row = group.measure(*argument)
                         reply = Reply("row", row=row, data=group.environment.to_dict())
