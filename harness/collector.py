@@ -48,14 +48,15 @@ class Collector:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Without xdist: the collected items are the selected plan."""
         parameters = [getattr(item, "callspec", None) for item in session.items]
-        cases = [spec.params["harness_case"] for spec in parameters if spec and "harness_case" in spec.params]
+        found = [spec.params.get("harness_case") for spec in parameters if spec]
+        cases = [case for case in found if case is not None]
         self.select(cases, session.config)
 
     @hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """With xdist: the first worker's node ids are."""
         if not self.selected:
-            plan = {case.id: case for case in self.state.plan}
+            plan = {case.id: case for case in (*self.state.plan, *self.state.invariants)}
             named = (case_id(nodeid) for nodeid in ids)
             self.select([plan[name] for name in named if name in plan], node.config)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 
-from harness import arguments, catalog, corpora, models, protocols
+from harness import arguments, catalog, corpora, invariants, models, protocols
 from harness.contracts import Member, Method
 from harness.errors import BadSpecification, UnknownName
 from harness.options import DEVICES, Options
@@ -48,6 +48,22 @@ def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
                     found[Case(str(model), str(specification), str(dataset), str(protocol), *rest)] = None
             if not member.textual:
                 found[Case(str(model), str(specification), "", "", *rest)] = None
+    return tuple(found)
+
+
+def invariant_plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
+    """Every invariant of the methods asked for, on a layer and on the tiny models; a process's cases together."""
+    members = {member.name: member for member in catalog.metrics()["invariant"].members}
+    found: list[Case] = []
+    for device in devices(options, cuda_visible):
+        for model in (invariants.LAYER, *invariants.MODELS):
+            for specification, method in chosen_methods(options):
+                arguments.resolve(specification, method, device)
+                names = [invariants.metric(check) for check in invariants.CHECKS if check.runs(model, method)]
+                found += [
+                    Case(model, str(specification), "", "", members[name].name, device, str(options.reference))
+                    for name in names
+                ]
     return tuple(found)
 
 
@@ -104,10 +120,11 @@ def chosen_members(asked: Iterable[str]) -> list[Member]:
     """The members named, a family standing for its core members and 'all' for every one; peaks first, timing last."""
     families = catalog.metrics()
     members = {member.name: member for metric in families.values() for member in metric.members}
+    apart = {member.name for metric in families.values() if metric.apart for member in metric.members}
     chosen: dict[str, Member] = {}
     for name in asked:
         if name == "all":
-            chosen |= members
+            chosen |= {name: member for name, member in members.items() if name not in apart}
         elif name in families:
             chosen |= {member.name: member for member in families[name].members if member.core}
         elif name in members:

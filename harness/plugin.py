@@ -108,6 +108,13 @@ class State:
         return planning.plan(self.options, bool(self.gpus))
 
     @functools.cached_property
+    def invariants(self) -> tuple[Case, ...]:
+        """Every invariant's case; () where the command line does not speak of invariants."""
+        said = (self.config.option.markexpr, self.config.option.keyword, *self.config.args)
+        asked = any("invariant" in str(text) for text in said)
+        return planning.invariant_plan(self.options, bool(self.gpus)) if asked else ()
+
+    @functools.cached_property
     def session(self) -> Session:
         """The session, made at the first case."""
         return Session(self.options, threads())
@@ -166,9 +173,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "harness_case" not in metafunc.fixturenames:
         return
     try:
-        plan = metafunc.config.stash[STATE].plan
+        state = metafunc.config.stash[STATE]
+        apart = metafunc.definition.get_closest_marker("invariant") is not None
+        plan = state.invariants if apart else state.plan
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
+    if apart and not plan:
+        unasked = pytest.param(None, id="all", marks=pytest.mark.skip(reason="run with -m invariant"))
+        metafunc.parametrize("harness_case", [unasked])
+        return
     parameters = [
         pytest.param(
             case,

@@ -25,9 +25,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("sides", nargs="+", metavar="SIDE", help="NAME==VERSION, a wheel, or a source directory")
     for setting in (setting for setting in SETTINGS if setting.name in TAKEN):
         default = DEFAULTS.get(setting.name, setting.default)
-        parser.add_argument(
-            f"--{setting.flag}", metavar=setting.metavar, help=f"{setting.help} (default: {default})"
-        )
+        parser.add_argument(f"--{setting.flag}", metavar=setting.metavar, help=f"{setting.help} (default: {default})")
     parser.set_defaults(run=run)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.records import Case, Row
-from harness.report import account, tables
+from harness.report import account, behaviour, tables
 from harness.report.figures import Figure, figures
 from harness.report.matrix import NO_TEXT, Section, complete, sections
 from harness.report.writing import code, code_block, escape
@@ -51,8 +51,10 @@ def render(
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
     if found:
         parts += ["## How to read it", READING]
-    for section in sections(found):
+    for section in sections([row for row in found if row.case.family != behaviour.FAMILY]):
         parts += _section(section, figures(section) if with_plots else ())
+    if behaved := behaviour.section(found):
+        parts += ["## Invariants", behaved]
     parts += ["## Planned, ran, missing", account.account(found, planned)]
     parts += ["## Baselines", account.baselines(found)]
     parts += ["## Protocols, tokens, weights", account.protocols(found)]

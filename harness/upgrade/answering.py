@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness import report
+from harness.environment import Environment
+from harness.errors import BadFile
 from harness.files import replace_text
 from harness.options import Options
 from harness.upgrade import driver, sides
 
-STATUS_SEVERITY = (1, 3, 0)  # harm, undecided, fine
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -24,23 +28,47 @@ class Done:
     status: int
 
 
-def pairs(count: int) -> list[tuple[int, int]]:
-    """Which sides are compared: every step, and with more than one step the whole way."""
-    steps = list(itertools.pairwise(range(count)))
-    return steps + ([(0, count - 1)] if count > 2 else [])
-
-
-def run(texts: Sequence[str], options: Options, command: str, say: Callable[[str], None]) -> Done:
+def run(texts: Sequence[str], options: Options, command: str, say: Say) -> Done:
     """Measure the sides and compare them; the report lies in `options.report_dir`/upgrade.md."""
     parsed = sides.parse_all(texts)
     cases = driver.plan(options)
     live = driver.measure(parsed, options, cases, command, say)
-    compared = [
-        (live[a], live[b], report.compare_paths(live[a].folder, live[b].folder, options.baselines))
-        for a, b in pairs(len(live))
-    ]
-    status = min((one.status for _, _, one in compared), key=STATUS_SEVERITY.index)
-    text = "\n".join(report.render_comparison(c, name_a=a.side.label, name_b=b.side.label) for a, b, c in compared)
+    text, status = report_on([one.folder for one in live], options.baselines, command)
     path = options.report_dir / "upgrade.md"
     replace_text(path, text)
+    say(f"report: {os.path.relpath(path)}")
     return Done(text, path, status)
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """Which sides are compared: every step, and with more than one step the whole way, last."""
+    steps = list(itertools.pairwise(range(count)))
+    return steps + ([(0, count - 1)] if count > 2 else [])
+
+
+def report_on(folders: Sequence[Path], baselines: Path, command: str) -> tuple[str, int]:
+    """The report over the sides' directories, in order, and its exit status; nothing is measured."""
+    facts = [read_side(folder) for folder in folders]
+    steps = [report.Step(a, b, report.compare_paths(folders[a], folders[b], baselines)) for a, b in pairs(len(folders))]
+    return report.render_upgrade(facts, steps, where=place(folders), command=command), report.worst(steps)
+
+
+def read_side(folder: Path) -> report.SideFacts:
+    """One side's report directory; BadFile where it is none."""
+    try:
+        told = json.loads((folder / "side.json").read_text(encoding="utf-8"))
+        label, packages, trouble = str(told["label"]), dict(told["packages"]), str(told["trouble"])
+    except (OSError, ValueError, KeyError) as error:
+        raise BadFile(f"{folder} is no side of an upgrade ({error}): measure it again") from error
+    rows = {row.case: row for row in report.read_report(folder).rows}
+    return report.SideFacts(label, packages, trouble, rows)
+
+
+def place(folders: Sequence[Path]) -> str:
+    """The machine that measured, in words."""
+    for folder in folders:
+        for world in report.read_report(folder).environments.values():
+            here = Environment.from_dict(world)
+            name = here.gpu or here.cpu
+            return f"{name} ({here.device_class}), {here.threads} threads, Python {here.python}"
+    return "a machine that measured nothing"

@@ -98,8 +98,9 @@ class Live:
 
 
 def plan(options: Options) -> tuple[Case, ...]:
-    """Every case of each side, in the order of measuring."""
-    return planning.plan(options, bool(probe.cuda_devices()))
+    """Every case of each side, in the order of measuring: the invariants first, which cost little."""
+    visible = bool(probe.cuda_devices())
+    return (*planning.invariant_plan(options, visible), *planning.plan(options, visible))
 
 
 def measure(sides: Sequence[Side], options: Options, cases: Sequence[Case], command: str, say: Say) -> list[Live]:
@@ -135,7 +136,6 @@ def _start(one: Live, options: Options, cases: Sequence[Case], say: Say) -> None
     replace_text(one.folder / "plan.json", json.dumps([vars(case) for case in cases], indent=0))
     try:
         one.built = environments.build(one.side, say)
-        replace_text(one.folder / "packages.json", json.dumps(dict(one.built.packages), indent=1) + "\n")
         own = replace(options, report_dir=one.folder)
         threads = len(os.sched_getaffinity(0))
         one.remote = Remote(one.built.python, own, threads, one.folder / "side.log")
@@ -150,7 +150,7 @@ def _empty(folder: Path) -> None:
     try:
         shutil.rmtree(folder / "nll", ignore_errors=True)
         (folder / "nll").mkdir(parents=True)
-        for name in ("measurements.jsonl", "environments.json", "packages.json", "session.json", "trouble.log"):
+        for name in ("measurements.jsonl", "environments.json", "side.json", "session.json", "trouble.log"):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise HarnessError(f"--report-dir {folder} cannot be written: {error.strerror or error}") from error
@@ -172,5 +172,7 @@ def _write(one: Live, cases: Sequence[Case]) -> None:
             one.fail(case, one.trouble or "not reached: the upgrade stopped before it")
     rows = [one.rows[case] for case in cases]
     replace_text(one.folder / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
+    facts = {"label": one.side.label, "trouble": one.trouble, "packages": dict(one.built.packages) if one.built else {}}
+    replace_text(one.folder / "side.json", json.dumps(facts, indent=1) + "\n")
     notes = [f"This is the side {one.side.label} of an upgrade; its times are paired with the other sides'."]
     report.write(one.folder, rows, cases, one.worlds, notes=notes, command=one.command)

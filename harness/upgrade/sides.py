@@ -1,4 +1,4 @@
-"""What stands on one side of an upgrade: a release, a wheel file or a source directory of one distribution. No torch."""
+"""What stands on one side of an upgrade: a release, a wheel or a source directory of one distribution. No torch."""
 
 from __future__ import annotations
 
