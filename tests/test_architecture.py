@@ -26,8 +26,9 @@ LEVELS = (
     "engine divergence sequential devices timing models checkpoints gguf_weights gguf_file "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
-    "windows stats environment probe settings messages recorded exact wording",
-    "planning child group runner session report judge trial drift baselines bounds published fits controls documents",
+    "windows stats environment probe settings messages recorded exact wording invariants",
+    "planning child group layergroup turns faults upgrade "
+    "runner session report judge trial drift baselines bounds published fits controls documents",
     "plugin collector commands",
     "cases __main__",
 )  # a package stands for all of its modules
@@ -36,7 +37,7 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "mat
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
     "errors records specifications contracts options files catalog methods metrics arguments protocols corpora "
     "models stats environment probe architectures planning runner session report judge baselines bounds "
-    "published plugin recorded exact wording trial drift".split()
+    "published plugin recorded exact wording trial drift faults upgrade".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "cases"}

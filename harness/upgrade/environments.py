@@ -8,6 +8,7 @@ on the disk once. Nothing is taken from this environment but its packages: no st
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -116,7 +117,7 @@ def reason_of(output: str) -> str:
     lines = [re.sub(r"\s+", " ", line).strip() for line in output.splitlines()]
     if "The conflict is caused by:" in lines:
         start = lines.index("The conflict is caused by:") + 1
-        conflict = [line for line in lines[start : start + 4] if line]
+        conflict = itertools.takewhile(bool, lines[start:])
         return ("it conflicts with the lock: " + "; ".join(conflict))[:REASON_CHARACTERS]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     found = next((line for line in errors if line.startswith("No matching distribution")), "") or " ".join(errors[:1])
