@@ -109,13 +109,13 @@ class Pip:
 def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
     found = Pip()
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(environments.subprocess, "run", found)
+    monkeypatch.setattr("harness.upgrade.environments.subprocess.run", found)
 
     def create(folder: Path, **_: Any) -> None:
         (folder / "bin").mkdir(parents=True)
         environments._own_packages(folder).mkdir(parents=True)
 
-    monkeypatch.setattr(environments.venv, "create", create)
+    monkeypatch.setattr("harness.upgrade.environments.venv.create", create)
     return found
 
 
