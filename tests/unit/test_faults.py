@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from harness import __main__ as commands
 from harness import judge
 from harness.environment import Environment
 from harness.errors import BadFile
@@ -153,3 +154,16 @@ def test_the_state_dict_fault_holds_the_range_that_two_machines_saw() -> None:
     assert all(fault.figure[0] <= seen <= fault.figure[1] for seen in (1.143, 1.144, 1.125))
     assert not fault.figure[0] <= 0.093 <= fault.figure[1]
     assert [fault.reaches(world) for world in (HERE, OLD, PLAIN)] == [True, False, False]
+
+
+@pytest.mark.parametrize(("world", "count"), [(HERE, 11), (OLD, 1)])
+def test_doctor_names_the_faults_that_apply_here(
+    world: Environment, count: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.commands.doctor.capture", lambda device, threads: world)
+    monkeypatch.setattr("harness.commands.doctor.MODELS", ())
+    monkeypatch.setattr("harness.commands.doctor.DATASETS", ())
+    assert commands.main(["doctor", "--baselines", str(ROOT / "baselines")]) == 0
+    said = capsys.readouterr().out
+    assert f"known faults that apply here: {count}" in said
+    assert "  skip-list-replaces-defaults: " in said
