@@ -199,6 +199,7 @@ def _recordable(row: Row) -> bool:
     finite = row.value is not None and math.isfinite(row.value)
     return (
         finite
+        and row.case.family != "invariant"  # held to its own limit and to known faults, never to a record
         and compared
         and "tokens_used" not in row.detail
         and row.verdict_reference is not Verdict.OUT_OF_BOUND

@@ -84,6 +84,12 @@ def method(name: str, summary: str, format: Format) -> Method:
     )
 
 
+def format_of(method: Method) -> Format | None:
+    """The format of a method of this library, None of any other's."""
+    load_ = method.load
+    return load_.args[0] if isinstance(load_, functools.partial) and load_.func is load else None
+
+
 def options(format: Format, arguments: Arguments, skip: list[str]) -> dict[str, Any]:
     """Every option of `BitsAndBytesConfig`; those of the other width are given the values they are ignored at."""
     compute = str(arguments.values.get("compute", AS_MODEL))

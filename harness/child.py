@@ -11,14 +11,17 @@ import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, checkpoints, tiny  # noqa: F401
+from harness import bnb, checkpoints, tiny, turns  # noqa: F401
 from harness.errors import HarnessError
 from harness.group import Group
+from harness.invariants import LAYER
+from harness.layergroup import LayerGroup
 from harness.messages import Job, Reply
 from harness.records import Case
 from harness.specifications import parse
@@ -33,7 +36,7 @@ def prepare(job: Job, cases: list[Case], connection: Connection) -> None:
         connection.send(Reply("said", text=line))
 
     options = job.options
-    for model in dict.fromkeys(case.model for case in cases):
+    for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
         checkpoints.materialise(
             parse(model),
             options.declared,
@@ -47,6 +50,15 @@ def prepare(job: Job, cases: list[Case], connection: Connection) -> None:
             group.plan_of(dataset, protocol)
 
 
+def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
+    """What a living group answers: a key, one turn of a timing, or a row."""
+    if verb == "key":
+        return Reply("key", text=group.key(argument))
+    if verb == "turn" and isinstance(group, Group):
+        return turns.answer(group, argument)
+    return Reply("row", row=group.measure(*argument), data=group.environment.to_dict())
+
+
 def serve(job: Job, connection: Connection) -> None:
     """The process's main loop: (verb, argument) in, `Reply` out, until 'close' or the other end is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the fork server
@@ -56,7 +68,7 @@ def serve(job: Job, connection: Connection) -> None:
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
-    group: Group | None = None
+    group: Group | LayerGroup | None = None
     with bnb.quiet():
         while True:
             try:
@@ -70,12 +82,8 @@ def serve(job: Job, connection: Connection) -> None:
                     prepare(job, argument, connection)
                     reply = Reply("done")
                 else:
-                    group = group or Group(job, connection)
-                    if verb == "key":
-                        reply = Reply("key", text=group.key(argument))
-                    else:
-                        row = group.measure(*argument)
-                        reply = Reply("row", row=row, data=group.environment.to_dict())
+                    group = group or (LayerGroup(job) if job.model == LAYER else Group(job, connection))
+                    reply = answered(group, verb, argument)
             except HarnessError as error:
                 reply = Reply("error", text=str(error))
             except (MemoryError, torch.OutOfMemoryError) as error:

@@ -54,7 +54,7 @@ class Collector:
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """With xdist: the first worker's node ids are."""
         if not self.selected:
-            plan = {case.id: case for case in self.state.plan}
+            plan = {case.id: case for case in (*self.state.plan, *self.state.invariants)}
             named = (case_id(nodeid) for nodeid in ids)
             self.select([plan[name] for name in named if name in plan], node.config)
 

@@ -133,6 +133,9 @@ class Metric:
     family: str
     members: tuple[Member, ...]
     measure: Callable[[Subject, Member], Figure]
+    work: Callable[[Subject, Member], tuple[dict[str, int], Callable[[nn.Module], Any]]] | None = None  # of timed ones:
+    # the token counts, and a model -> one repetition (`harness.timing.Work`), for whoever times models in turn
+    apart: bool = False  # planned by its own name alone, never by 'all'
 
 
 @dataclass(frozen=True)

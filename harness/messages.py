@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.options import Options
-from harness.records import Row
+from harness.records import Case, Figure, Row
 from harness.sequential import ALPHA
 
 
@@ -36,10 +36,19 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of a timing that several processes take in turn: `lead` untimed repetitions, then a timed one."""
+
+    case: Case
+    lead: int = 0
+    figure: Figure | None = None  # what came of all turns: answered by the row that holds it
+
+
+@dataclass(frozen=True)
 class Reply:
     """One answer: a row, a key, predicted bytes, or why there is none."""
 
-    kind: str  # 'row', 'key', 'predicted', 'said', 'done', 'error' (one line) or 'bug' (a traceback)
+    kind: str  # 'row', 'key', 'seconds', 'predicted', 'said', 'done', 'error' (one line) or 'bug' (a traceback)
     row: Row | None = None
     text: str = ""
     data: Mapping[str, Any] | None = None

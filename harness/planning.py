@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any, TypeVar
 
-from harness import arguments, calibration, catalog, corpora, models, protocols
+from harness import arguments, calibration, catalog, corpora, invariants, models, protocols
 from harness.contracts import Member, Method
 from harness.errors import BadSpecification, UnknownName
 from harness.options import DEVICES, Options
 from harness.records import Case
+from harness.sharding import Shard, partition
 from harness.specifications import Specification
 
 CORE = (
@@ -60,6 +61,22 @@ def applies(member: Member, method: Method, options: Options, *, own: bool) -> b
         return False
     # the reference differs from itself by nothing; a stopped text has no perplexity
     return not (member.paired and own) and (own or not (options.stop_early and member.needs_whole_text))
+
+
+def invariant_plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
+    """Every invariant of the methods asked for, on a layer and on the tiny models; a process's cases together."""
+    members = {member.name: member for member in catalog.metrics()["invariant"].members}
+    found: list[Case] = []
+    for device in devices(options, cuda_visible):
+        for model in (invariants.LAYER, *invariants.MODELS):
+            for specification, method in chosen_methods(options):
+                arguments.resolve(specification, method, device)
+                names = [invariants.metric(check) for check in invariants.CHECKS if check.runs(model, method)]
+                found += [
+                    Case(model, str(specification), "", "", members[name].name, device, str(options.reference))
+                    for name in names
+                ]
+    return tuple(found)
 
 
 def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
@@ -126,10 +143,11 @@ def chosen_members(asked: Iterable[str]) -> list[Member]:
     """The members named, a family standing for its core members and 'all' for every one; peaks first, timing last."""
     families = catalog.metrics()
     members = {member.name: member for metric in families.values() for member in metric.members}
+    apart = {member.name for metric in families.values() if metric.apart for member in metric.members}
     chosen: dict[str, Member] = {}
     for name in asked:
         if name == "all":
-            chosen |= members
+            chosen |= {name: member for name, member in members.items() if name not in apart}
         elif name in families:
             chosen |= {member.name: member for member in families[name].members if member.core}
         elif name in members:
@@ -148,7 +166,20 @@ def chosen_members(asked: Iterable[str]) -> list[Member]:
 def selected(items: Iterable[Any]) -> tuple[Case, ...]:
     """The cases of pytest's collected items, each once."""
     found = (getattr(item, "callspec", None) for item in items)
-    return tuple(dict.fromkeys(spec.params["harness_case"] for spec in found if spec and "harness_case" in spec.params))
+    cases = (spec.params.get("harness_case") for spec in found if spec)
+    return tuple(dict.fromkeys(case for case in cases if case is not None))
+
+
+def cut(items: Iterable[T], whole: Sequence[Case], shard: Shard) -> tuple[list[T], list[T]]:
+    """Pytest's items of this shard, and those left; what measures no case belongs to the first."""
+    mine = set(partition(whole, shard.count)[shard.index - 1])
+    kept: list[T] = []
+    left: list[T] = []
+    for item in items:
+        case = selected([item])
+        here = case[0] in mine if case else shard.index == 1
+        (kept if here else left).append(item)
+    return kept, left
 
 
 def member_of(case: Case) -> Member:

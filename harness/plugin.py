@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, bounds, door, exact, judge, planning, probe, sharding
+from harness import baselines, bounds, door, exact, judge, planning, probe
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -119,6 +119,13 @@ class State:
         return bounds.load(self.options.baselines)
 
     @functools.cached_property
+    def invariants(self) -> tuple[Case, ...]:
+        """Every invariant's case; () where the command line does not speak of invariants."""
+        said = (self.config.option.markexpr, self.config.option.keyword, *self.config.args)
+        asked = any("invariant" in str(text) for text in said)
+        return planning.invariant_plan(self.options, bool(self.gpus)) if asked else ()
+
+    @functools.cached_property
     def session(self) -> Session:
         """The session, made at the first case."""
         return Session(self.options, threads(), self.selected)
@@ -178,9 +185,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "harness_case" not in metafunc.fixturenames:
         return
     try:
-        plan = metafunc.config.stash[STATE].plan
+        state = metafunc.config.stash[STATE]
+        apart = metafunc.definition.get_closest_marker("invariant") is not None
+        plan = state.invariants if apart else state.plan
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
+    if apart and not plan:
+        unasked = pytest.param(None, id="all", marks=pytest.mark.skip(reason="run with -m invariant"))
+        metafunc.parametrize("harness_case", [unasked])
+        return
     parameters = [
         pytest.param(
             case,
@@ -199,18 +212,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --shard, keep this part of what -m, -k and node ids left; tests that measure no case are in the first."""
     state = config.stash[STATE]
-    shard = state.options.shard
-    if shard is None:
+    if (shard := state.options.shard) is None:
         return
     state.whole = planning.selected(items)
-    mine = set(sharding.partition(state.whole, shard.count)[shard.index - 1])
-    kept, left = [], []
-    for item in items:
-        case = planning.selected([item])
-        here = case[0] in mine if case else shard.index == 1
-        (kept if here else left).append(item)
+    items[:], left = planning.cut(items, state.whole, shard)
     config.hook.pytest_deselected(items=left)
-    items[:] = kept
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

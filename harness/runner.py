@@ -139,6 +139,14 @@ class Runner:
             return missing(case, reply.text + more), ""
         return missing(case, reply.text.strip().splitlines()[-1]), reply.text
 
+    def ask(self, case: Case, verb: str, argument: Any) -> Reply:
+        """One request to the process of the case's group, started if need be; `Died` when it ends instead."""
+        try:
+            return self._process_for(case).ask(verb, argument)
+        except Died:
+            self.close()
+            raise
+
     def _process_for(self, case: Case) -> Process:
         if self._process is None or self._group != case.group:
             self.close()

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import baselines, bounds, corpora, exact, family, judge, models, nllfiles, report, sequential
+from harness import baselines, bounds, corpora, exact, family, faults, judge, models, nllfiles, report, sequential
 from harness.environment import Environment, capture
 from harness.errors import HarnessError
 from harness.files import cache_dir
+from harness.invariants import LAYER
 from harness.messages import Stop
 from harness.planning import member_of
 from harness.records import Case, Row, Verdict
@@ -45,6 +46,7 @@ class Session:
     def __init__(self, options: Options, threads: int, cases: Sequence[Case] = ()) -> None:
         self.options = options
         self.bounds = bounds.load(options.baselines)
+        self.faults = faults.load(options.baselines)
         self.baselines = baselines.Baselines(options.baselines)
         self.tests = family.tests(cases, self.bounds, stop_early=options.stop_early)
         # machine-wide: a latency measured in one session must not run beside another session's cases
@@ -58,7 +60,7 @@ class Session:
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> None:
         """Check assets here, without torch, then make checkpoints and token plans in a process of their own."""
         declared = self.options.declared
-        for model in dict.fromkeys(case.model for case in cases):
+        for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
             models.check(
                 parse(model),
                 declared,
@@ -90,6 +92,8 @@ class Session:
     def judged(self, row: Row) -> Row:
         """The row with its verdicts, against the reference and against the record."""
         world = self.environment(row)
+        if row.case.family == "invariant":
+            return faults.judge(row, self.faults, world)
         recorded = self.baselines.find(row.case, world)
         slices = None
         if counts := row.detail.get("window_counts"):
@@ -130,7 +134,7 @@ class Session:
 
     def facts(self, row: Row) -> dict[str, Any]:
         """The exact facts a row brings, to be held with pytest-regressions."""
-        return exact.exact_facts(row, member_of(row.case))
+        return {} if row.case.family == "invariant" else exact.exact_facts(row, member_of(row.case))
 
     def close(self) -> None:
         """End the group's process."""

@@ -28,9 +28,9 @@ LEVELS = (
     "libraries torchao_layers quanto_layers prequantized "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
-    "windows stats environment probe settings messages recorded exact wording",
-    "door planning child group runner session report judge contract family trial drift baselines bounds "
-    "published fits controls documents rebaselining merging",
+    "windows stats environment probe settings messages recorded exact wording invariants",
+    "door planning child group layergroup turns faults upgrade runner session report judge contract family trial drift "
+    "baselines bounds published fits controls documents rebaselining merging",
     "plugin collector publisher commands",
     "cases __main__",
 )  # a package stands for all of its modules
@@ -39,7 +39,8 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "mat
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
     "errors records specifications contracts options files catalog admission calibration door methods metrics "
     "arguments protocols corpora models stats environment probe architectures planning runner session report judge "
-    "baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding merging".split()
+    "baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding merging faults "
+    "upgrade".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}

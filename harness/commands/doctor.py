@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from harness import corpora, models, probe
+from harness import corpora, faults, models, probe
 from harness.environment import capture
 from harness.errors import HarnessError
 from harness.files import cache_dir
@@ -49,4 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"{kind} {name}: at hand")
             except HarnessError as error:
                 print(f"{kind} {name}: {error}")
+    found = faults.applying(arguments.baselines, world)
+    print(f"known faults that apply here: {len(found)}")
+    for fault in found:
+        print(f"  {fault.id}: {fault.summary} ({fault.package} {getattr(world, fault.package)}; {fault.reference})")
     return 0

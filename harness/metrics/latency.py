@@ -72,7 +72,7 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
     if member.name in LONG_WARMUP:
         blocks, limit = min(blocks, LONG_BLOCKS), LONG_WARMUP[member.name]
     with torch.inference_mode():
-        lengths, build = _work(subject, member)
+        lengths, build = work(subject, member)
         candidate_work, reference_work = build(model), build(reference)
         timing = measure(candidate_work, reference_work, subject.device.time, blocks, limit=limit, slow=SLOW_SECONDS)
         apart = _device_seconds(subject, candidate_work, reference_work)
@@ -82,7 +82,7 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
     return Figure(summary.p50, "s", len(timing.candidate), summary.iqr, samples=timing.candidate, detail=detail)
 
 
-def _work(subject: Subject, member: Member) -> tuple[dict[str, int], Callable[[nn.Module], Work]]:
+def work(subject: Subject, member: Member) -> tuple[dict[str, int], Callable[[nn.Module], Work]]:
     """The lengths used, and how to make a model's work out of them."""
     kind = member.name.partition(".")[2]
     if kind == "evaluation":
@@ -222,4 +222,5 @@ METRIC = Metric(
         Member("latency.evaluation", "s", "lower", timed=True, protocols=("chunk",), core=False),
     ),
     measure=measure_latency,
+    work=work,
 )

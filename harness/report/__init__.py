@@ -10,11 +10,14 @@ from harness.report.markdown import render
 from harness.report.plots import plots
 from harness.report.publishing import compare_paths, rewrite, write
 from harness.report.reading import Session, nll_reader, read_report
+from harness.report.upgrading import SideFacts, Step, render_upgrade, worst
 
 __all__ = [
     "Comparison",
     "Entry",
     "Session",
+    "SideFacts",
+    "Step",
     "compare",
     "compare_paths",
     "nll_reader",
@@ -22,6 +25,8 @@ __all__ = [
     "read_report",
     "render",
     "render_comparison",
+    "render_upgrade",
     "rewrite",
+    "worst",
     "write",
 ]

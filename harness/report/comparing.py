@@ -18,6 +18,7 @@ from harness.contracts import Member
 from harness.errors import HarnessError
 from harness.records import Case, Row, Verdict
 from harness.report.account import flatten
+from harness.report.behaviour import FAMILY, behaved
 from harness.report.decisions import (
     Entry,
     absent,
@@ -186,6 +187,8 @@ class _Judge:
         member = self.members.get(a.metric)
         if a.metric in ("perplexity", "perplexity.delta"):
             return self._perplexity(blank, a.value, b.value)
+        if a.case.family == FAMILY:
+            return behaved(blank)
         if a.case.family == "latency" or (member is not None and member.timed):
             return timed(blank, self.bounds.allowance(blank.case))
         return valued(blank, member, self.bounds.allowance(blank.case), a.value, b.value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.contracts import Member
 from harness.records import Case, Row, Verdict, decode_number
+from harness.stats import hodges_lehmann_ratio
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def timed(blank: Entry, allowance: float) -> Entry:
     larger of the A/A floors and `allowance` (a ratio) is noise; an interval across that limit is too wide to decide.
     """
     a, b = blank.a, blank.b
+    if a.detail.get("turns") and a.detail.get("turns") == b.detail.get("turns"):
+        return turned(blank, allowance)
     if blank.case.method == blank.case.reference:
         times = moved(a.value or 0.0, b.value or 0.0, blank.case.metric)
         return replace(blank, reason="the reference's own time is shown, not judged", **times)
@@ -105,6 +108,23 @@ def timed(blank: Entry, allowance: float) -> Entry:
     if verdict is Verdict.WITHIN_NOISE and (low < -floor or high > floor):
         return replace(found, verdict=Verdict.UNUSABLE, reason=f"the ratio's interval is too wide to decide; {limit}")
     return replace(found, verdict=verdict, reason=f"ratio to the reference; {limit}")
+
+
+def turned(blank: Entry, allowance: float) -> Entry:
+    """Times that both sides took in turn in one session, paired block by block; the reference's own is judged too."""
+    a, b = blank.a, blank.b
+    if len(a.samples) != len(b.samples) or not a.samples:
+        return replace(blank, verdict=Verdict.UNUSABLE, reason="the two sides have not equally many repetitions")
+    ratio = hodges_lehmann_ratio(b.samples, a.samples)
+    floor = max(math.log(allowance), *(_number(row.detail.get("aa_floor")) or 0.0 for row in (a, b)))
+    found = replace(blank, change=ratio.value, low=ratio.low, high=ratio.high)
+    limit = f"over {ratio.count} blocks; noise up to {100 * math.expm1(floor):.3g}%"
+    if not ratio.usable:
+        return replace(found, verdict=Verdict.UNUSABLE, reason=f"no interval {limit}")
+    verdict = decide(ratio.low, ratio.high, floor)
+    if verdict is Verdict.WITHIN_NOISE and (ratio.low < -floor or ratio.high > floor):
+        return replace(found, verdict=Verdict.UNUSABLE, reason=f"the interval is too wide to decide {limit}")
+    return replace(found, verdict=verdict, reason=f"taken in turn {limit}")
 
 
 def _log_ratio(row: Row) -> tuple[float, float, float] | None:

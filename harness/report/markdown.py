@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from harness import published
 from harness.records import Case, Row
-from harness.report import account, tables
+from harness.report import account, behaviour, tables
 from harness.report.figures import Figure, figures
 from harness.report.matrix import NO_TEXT, Section, complete, sections
 from harness.report.verdicts import verdicts
@@ -56,8 +56,10 @@ def render(
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
     if found:
         parts += ["## How to read it", READING]
-    for section in sections(found):
+    for section in sections([row for row in found if row.case.family != behaviour.FAMILY]):
         parts += _section(section, figures(section) if with_plots else ())
+    if behaved := behaviour.section(found):
+        parts += ["## Invariants", behaved]
     if not alone:
         parts += _session(found, planned)
     if published_figures:

@@ -192,7 +192,7 @@ def label(
 def _memory(figure: Figure) -> Canvas:
     section = figure.section
     metrics = sized(section)
-    canvas, panels = _canvas(1.3 + BAR_INCHES * len(section.methods), figure.caption, len(metrics), sharey=True)
+    canvas, panels = canvas_of(1.3 + BAR_INCHES * len(section.methods), figure.caption, len(metrics), sharey=True)
     for axes, metric in zip(panels, metrics, strict=True):
         name = metric.partition(".")[2].replace("_", " ")
         _bars(axes, section, metric, NO_TEXT, 1 / writing.MIB, writing.mib, f"{name}, MiB (2^20 bytes)")

@@ -1,0 +1,65 @@
+r"""Invariants: behaviour that must hold whatever the version, each a figure and whether it holds.
+
+Weights W are (1024, 256) Gaussian with log-normal row scales, inputs x are (rows, 256) Gaussian, both seeded; y is the
+module's output in eval mode. |a - b| / |b| is in Frobenius norm, summed in fp64. On a tiny model y are the logits of 32
+seeded tokens and the check goes through transformers.
+
+| member | figure | holds where |
+|---|---|---|
+| `product.DTYPE` | largest \|y - x W'^T\| / \|x W'^T\| over 1, 8, 64, 512 rows, W' the dequantized weight as loaded; \
+on a model over every quantized module at 8 rows | at most 1e-5 (fp32), 4e-3 (bf16), 5e-4 (fp16); LLM.int8 2e-2 |
+| `scale` | least-squares gain of y on x W^T, less 1 | within 0.0075 |
+| `saved_before` | \|y - y'\| / \|y\|, y' of the copy saved before any forward and loaded | equal bits |
+| `state_dict` | \|y - x W^T\| / \|x W^T\| behind forward, `state_dict()`, forward; `before` is the first one's \
+| both forwards have equal bits |
+| `saved_after` | as `saved_before`, saved behind a forward | equal bits |
+| `rows` | largest difference of a row alone to the same row in a batch with an outlier in another row | at most 1e-5 |
+| `eval_again` | difference of outputs before and after train() and eval() | equal bits |
+| `run_twice` | difference of two runs | equal bits |
+| `moved` | difference of outputs before and after a move to the case's device behind a forward | equal bits |
+| `double_before`, `double_after` | storage with double quantization over that without, before and after a forward | \
+below 1 |
+| `shape.INxOUT` | \|y - x W^T\| / \|x W^T\| of a layer of that shape | it loads and runs, at most 0.2 |
+| `misspelt` | misspelt options that the harness takes | 0 |
+| `skip_list` | output embeddings that a skip list of the user's own leaves quantized | 0 |
+
+Unit: none. Direction: lower is better. `detail`: `holds`, `limit` in words, and `exception` (type and first line) where
+the library raises, which makes the figure infinite. Layer limits: fp32 sums of 256 products differ by some 1e-7 in
+another order; one rounding to bf16 or fp16 costs 2e-3 or 2e-4; LLM.int8 rounds activations to 8 bits, 8e-3; an absmax
+code lies below its Gaussian by up to 0.6%.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from harness.contracts import Member, Metric, Subject
+from harness.errors import HarnessError
+from harness.invariants import CHECKS, LAYER, metric
+from harness.records import Figure
+
+WORDS = 200  # characters of an exception's first line
+
+
+def measure(subject: Subject, member: Member) -> Figure:
+    """Run one check; what the library raises is its finding."""
+    from harness.invariants import layers, models
+
+    checks: dict[str, Callable[[Subject], Figure]] = layers.CHECKS if subject.case.model == LAYER else models.CHECKS
+    try:
+        return checks[member.name.partition(".")[2]](subject)
+    except HarnessError:
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        exception = f"{type(error).__name__}: {said[0][:WORDS] if said else ''}".rstrip(": ")
+        return Figure(math.inf, "", detail={"holds": False, "exception": exception})
+
+
+METRIC = Metric(
+    "invariant",
+    tuple(Member(metric(check), "", "lower", textual=False) for check in CHECKS),
+    measure,
+    apart=True,
+)
