@@ -200,7 +200,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
     An fp32 sum of INT8_DEPTH products of int8 is exact, since 1023 * 128^2 < 2^24; longer rows are summed in int32.
     """
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32)
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
     for start in range(0, a.shape[1], INT8_DEPTH):
         piece = slice(start, start + INT8_DEPTH)
         total += (a[:, piece].float() @ b[piece].float()).to(torch.int32)
