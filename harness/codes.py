@@ -23,6 +23,13 @@ def divide(weight: Tensor, scale: Tensor) -> Tensor:
     return weight / scale.masked_fill(scale == 0, 1.0)
 
 
+def quantize_rows(weight: Tensor) -> dict[str, Tensor]:
+    """Symmetric int8 a row: (out, in) fp32 -> codes (out, in) int8, scale (out, 1) fp32 = max|row| / 127."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    codes = divide(weight, scale).round_().clamp_(-127, 127).char()
+    return {"codes": codes, "scale": scale}
+
+
 def blocks(weight: Tensor, block: int) -> Tensor:
     """Cut a weight into rows of `block`; the last value fills up a partial block, which moves no extremum.
 

@@ -1,6 +1,6 @@
 """The hot path: the NLL of every scored token of a list of windows under a causal model.
 
-The backbone gives hidden states; the head runs on scored positions alone, in slices of at most 64 MiB of fp32 logits,
+The backbone gives hidden states; the head runs on scored positions alone, in slices of at most 32 MiB of fp32 logits,
 so the memory of an evaluation does not grow with vocabulary times window. Softmax is in fp32. A model whose logits are
 not `head(hidden)` (scaled, soft-capped) is found by a probe, and then asked for whole logits, a window at a time.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from harness.contracts import Window
 
-LOGITS_BYTES = 64 * 2**20  # fp32 logits held at once: large enough that a slice fills the cores, small beside a model
+LOGITS_BYTES = 32 * 2**20  # fp32 logits held at once: fills the cores, and glibc keeps blocks up to this for reuse
 PROBE_TOKENS = 16  # enough to show a scaled or capped head, and no work
 NATIVE = {  # instruction sets with products in a half precision; without them torch's half GEMM is 5 to 10 times slower
     torch.float16: frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
@@ -101,8 +101,17 @@ def sliced_nll(rows: Tensor, targets: Tensor, head: Any) -> NDArray[np.float32]:
         piece = rows[start : start + step]
         logits = (piece if head is None else head(piece)).float()  # (n, V)
         picked = logits.gather(-1, targets[start : start + step, None])[:, 0]  # (n,)
-        found.append((logits.logsumexp(-1) - picked).cpu())
+        found.append((_logsumexp(logits, spent=head is not None) - picked).cpu())
     return torch.cat(found).numpy()
+
+
+def _logsumexp(logits: Tensor, *, spent: bool) -> Tensor:
+    """Compute `logits.logsumexp(-1)`, to the bit, in the logits' own memory where they are `spent`: (n, V) -> (n,)."""
+    if not spent:
+        return logits.logsumexp(-1)
+    largest = logits.amax(-1, keepdim=True)  # (n, 1)
+    offset = largest.masked_fill(largest.abs() == torch.inf, 0.0)  # as torch has it: no inf - inf
+    return logits.sub_(offset).exp_().sum(-1).log_().add_(offset[:, 0])
 
 
 def vocabulary(head: Any, rows: Tensor) -> int:
@@ -200,7 +209,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
     An fp32 sum of INT8_DEPTH products of int8 is exact, since 1023 * 128^2 < 2^24; longer rows are summed in int32.
     """
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32)
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
     for start in range(0, a.shape[1], INT8_DEPTH):
         piece = slice(start, start + INT8_DEPTH)
         total += (a[:, piece].float() @ b[piece].float()).to(torch.int32)

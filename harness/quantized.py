@@ -82,8 +82,8 @@ class StoredWeight(KeepsDtype):
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, tables too, by name."""
-        both = {**self._buffers, **self.tables._buffers}
-        return {name: tensor for name, tensor in both.items() if tensor is not None}
+        both: dict[str, Any] = {**self._buffers, **self._modules["tables"]._buffers}  # type: ignore[union-attr]
+        return both  # neither module registers an absent buffer
 
     def dequantize(self) -> Tensor:
         """(out, in) fp32."""
@@ -131,10 +131,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The recipe's product where it has one, else a dequantized weight in the dtype of x."""
-        recipe, bias = self.store.recipe, self.bias
+        store: Any = self._modules["store"]  # past __getattr__, which a token's 200 layers would feel
+        recipe, bias = store.recipe, self._parameters["bias"]
         if recipe.product is not None:
-            return recipe.product(x, self.store.tensors(), self.store.matrix, bias, **recipe.values)
-        return F.linear(x, self.store.dequantize().to(x.dtype), bias)
+            found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
+            return found
+        return F.linear(x, store.dequantize().to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Shape and method, for print(model)."""

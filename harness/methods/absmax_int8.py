@@ -2,6 +2,10 @@
 
 s = max|w| / 127, q = round(w / s) in -127..127, w' = q s (LLM.int8's weights, arXiv 2208.07339, section 2.1). Ties
 round to even. |w - w'| <= s / 2.
+
+Weights only (w8a16). On a processor with bf16 products in tiles (AMX) the product reads the codes as they lie: there
+activations and sums are rounded to bf16 (8 bits of significand), and nothing is quantized besides the weights.
+Elsewhere, and in fp16, the weight is dequantized at every call and the product is that of the activations' dtype.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness.codes import divide
+from harness.codes import quantize_rows
 from harness.weightmethod import weight_method
 
 if TYPE_CHECKING:
@@ -18,14 +22,21 @@ if TYPE_CHECKING:
 
 def quantize(weight: Tensor) -> dict[str, Tensor]:
     """(out, in) fp32 -> codes (out, in) int8, scale (out, 1) fp32."""
-    scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    codes = divide(weight, scale).round_().clamp_(-127, 127).char()
-    return {"codes": codes, "scale": scale}
+    return quantize_rows(weight)
 
 
 def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """(out, in) fp32."""
     return stored["codes"].float().mul_(stored["scale"])
+
+
+def product(x: Tensor, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """(..., in) -> (..., out)."""
+    from harness import products
+
+    if products.quick(x):
+        return products.in_bf16(x, stored["codes"], stored["scale"], bias)
+    return products.dequantized(x, dequantize(stored, shape), bias)
 
 
 METHOD = weight_method(
@@ -34,4 +45,5 @@ METHOD = weight_method(
     bits=8,
     quantize=quantize,
     dequantize=dequantize,
+    product=product,
 )

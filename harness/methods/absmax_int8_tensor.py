@@ -1,6 +1,7 @@
 """Symmetric int8, one scale a tensor: s = max|w| / 127, q = round(w / s) in -127..127, w' = q s.
 
 One outlier coarsens the whole tensor, which is what the per-channel scale of absmax-int8 is for. Ties round to even.
+Weights only: the product is that of absmax-int8, activations in bf16 where the processor has such products in tiles.
 """
 
 from __future__ import annotations
@@ -27,10 +28,20 @@ def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     return stored["codes"].float().mul_(stored["scale"])
 
 
+def product(x: Tensor, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """(..., in) -> (..., out)."""
+    from harness import products
+
+    if products.quick(x):
+        return products.in_bf16(x, stored["codes"], stored["scale"], bias)
+    return products.dequantized(x, dequantize(stored, shape), bias)
+
+
 METHOD = weight_method(
     name="absmax-int8-tensor",
     summary="symmetric int8, one scale a tensor",
     bits=8,
     quantize=quantize,
     dequantize=dequantize,
+    product=product,
 )

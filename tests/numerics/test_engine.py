@@ -246,3 +246,13 @@ def test_only_a_cpu_without_int8_products_is_helped(
     with engine.quick_int8_products():
         assert (torch._int_mm is not library) is replaced
     assert torch._int_mm is library
+
+
+@pytest.mark.parametrize("rows", [[0.5, -3.0, 88.0], [-torch.inf] * 3, [torch.inf, 1.0, 2.0], [torch.nan, 1.0, 2.0]])
+def test_logsumexp_in_place_is_torchs_to_the_bit(rows: list[float]) -> None:
+    logits = torch.stack((torch.tensor(rows), torch.randn(3, generator=torch.Generator().manual_seed(0)) * 30))
+    wanted = logits.logsumexp(-1)
+    kept = logits.clone()
+    assert torch.equal(engine._logsumexp(kept, spent=False).nan_to_num(7.0), wanted.nan_to_num(7.0))
+    assert torch.equal(kept.nan_to_num(7.0), logits.nan_to_num(7.0))
+    assert torch.equal(engine._logsumexp(kept, spent=True).nan_to_num(7.0), wanted.nan_to_num(7.0))

@@ -1,0 +1,140 @@
+"""Products with int8 codes: within their stated roundings, and untouched where a processor lacks the instructions."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from harness import engine, memory, products
+from harness.contracts import Arguments, Method, Scope
+from harness.methods import absmax_int8, absmax_int8_tensor, absmax_int8_w8a8
+
+SHAPES = [
+    (1, 64, 96),
+    (3, 50, 63),
+    (2, 48, 50),
+    (1, 40, 32),
+    (4, 576, 32),
+    (5, 576, 32),
+    (130, 63, 50),
+]  # rows, in, out
+TILED, PLAIN = frozenset({"avx512f", "amx_bf16", "amx_int8"}), frozenset({"avx512f"})
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def case(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    x = normal(rows, inputs, seed=1) * torch.logspace(0, 2, inputs)
+    return x, absmax_int8.quantize(normal(outputs, inputs, seed=2)), normal(outputs, seed=3)
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.double() @ weight.double().T + bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_bf16_products_are_within_their_roundings(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    x, stored, bias = case(rows, inputs, outputs)
+    x = x.to(dtype)
+    weight = absmax_int8.dequantize(stored, (outputs, inputs))
+    found = products.in_bf16(x[None], stored["codes"], stored["scale"], bias)
+    assert (found.shape, found.dtype) == ((1, rows, outputs), dtype)
+    wanted = exact(x, weight, bias)
+    sizes = x.double().abs() @ weight.double().abs().T  # an activation, a sum and in bf16 the result: 2^-9 each
+    allowed = 2.0**-9 * 1.1 * (2 * sizes + wanted.abs()) + 1e-5 * sizes
+    assert bool(((found[0].double() - wanted).abs() <= allowed).all())
+
+
+def test_a_scale_for_the_whole_tensor_serves_too() -> None:
+    x, weight, bias = normal(9, 32), normal(16, 32, seed=4), normal(16, seed=5)
+    stored = absmax_int8_tensor.quantize(weight)
+    found = products.in_bf16(x, stored["codes"], stored["scale"], bias)
+    wanted = exact(x, absmax_int8_tensor.dequantize(stored, (16, 32)), bias)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("flags", [PLAIN, TILED, frozenset({"avx512f", "avx512_vnni"})], ids=["plain", "amx", "vnni"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_int8_products_are_exact_sums_of_rounded_activations(
+    rows: int, inputs: int, outputs: int, flags: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "cpu_flags", lambda: flags)
+    x, stored, bias = case(rows, inputs, outputs)
+    x[0] = 0
+    found = products.in_int8(x, stored["codes"], stored["scale"], bias)
+    step = x.abs().amax(1, keepdim=True) / 127
+    whole = (x / step.clamp_min(2.0**-126)).round()
+    assert bool(((whole * step - x).abs() <= step / 2 * 1.001).all())
+    sums = whole.long() @ stored["codes"].long().T
+    wanted = sums.double() * step.double() * stored["scale"].double().T + bias.double()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[0], bias)
+
+
+def test_int8_products_of_one_row_do_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, stored, bias = case(40, 64, 96)
+    together = products.in_int8(x, stored["codes"], stored["scale"], bias)
+    alone = torch.cat([products.in_int8(row[None], stored["codes"], stored["scale"], bias) for row in x])
+    assert torch.equal(together, alone)
+    monkeypatch.setattr(engine, "cpu_flags", lambda: PLAIN)  # and not on the processor
+    assert torch.equal(together, products.in_int8(x, stored["codes"], stored["scale"], bias))
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", [absmax_int8.METHOD, absmax_int8_tensor.METHOD], ids=lambda method: method.name)
+def test_processors_without_tiles_multiply_as_before(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(1, 20)[None]
+    model, plain = tiny(), tiny()
+    method.sketch(model, Arguments("fp32", Scope(), {}))
+    for weight in method.quantized(model):
+        plain.get_submodule(weight.name).weight.copy_(weight.dequantize())
+    wanted = plain(ids).logits
+    monkeypatch.setattr(engine, "cpu_flags", lambda: PLAIN)
+    assert torch.equal(model(ids).logits, wanted)
+    monkeypatch.setattr(engine, "cpu_flags", lambda: TILED)
+    tiled = model(ids).logits
+    assert not torch.equal(tiled, wanted)
+    torch.testing.assert_close(tiled, wanted, rtol=0.05, atol=0.05 * float(wanted.std()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_only_tiles_are_quick(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, wanted in ((TILED, dtype != torch.float16), (PLAIN, False), (frozenset({"avx512_bf16"}), False)):
+        monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+        assert products.quick(torch.zeros(1, dtype=dtype)) is wanted
+    assert not products.quick(torch.zeros(1, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize("method", [absmax_int8.METHOD, absmax_int8_w8a8.METHOD], ids=lambda method: method.name)
+def test_nothing_unpacked_is_kept(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cpu_flags", lambda: TILED)
+    model: nn.Module = tiny()
+    method.sketch(model, Arguments("fp32", Scope(), {}))
+    before = memory.measure(model)
+    model(torch.arange(1, 20)[None])
+    assert memory.measure(model) == before
+
+
+def test_the_lossier_method_says_so() -> None:
+    assert "activations" in absmax_int8_w8a8.METHOD.summary
+    assert not absmax_int8_w8a8.METHOD.core
+    assert absmax_int8_w8a8.METHOD.batch_invariant
