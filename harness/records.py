@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -33,6 +34,12 @@ class Verdict(StrEnum):
         return list(Verdict).index(self)
 
 
+@functools.cache  # the names of a plan are few, its cases many
+def quoted(part: str) -> str:
+    """Percent-encoded where it would be ambiguous between slashes."""
+    return quote(part, safe=":=@.,-_+~*")
+
+
 @dataclass(frozen=True, order=True)
 class Case:
     """model x method x dataset x protocol x metric x device: one line of the plan.
@@ -52,12 +59,12 @@ class Case:
     def id(self) -> str:
         """The pytest id: fields joined by '/', each percent-encoded where it would be ambiguous."""
         parts = (self.model, self.method, self.dataset, self.protocol, self.metric, self.device)
-        return "/".join(quote(part, safe=":=@.,-_+~*") for part in parts if part)
+        return "/".join(map(quoted, filter(None, parts)))
 
     @property
     def group(self) -> str:
         """What shares one child process: a model under a method on a device."""
-        return "/".join(quote(part, safe=":=@.,-_+~*") for part in (self.model, self.method, self.device))
+        return "/".join(map(quoted, (self.model, self.method, self.device)))
 
     @property
     def family(self) -> str:
@@ -132,7 +139,7 @@ class Row:
 
     def to_json(self) -> str:
         """One line of strict JSON: NaN and infinities become strings."""
-        return json.dumps(encode(asdict(self)), sort_keys=True, allow_nan=False)
+        return json.dumps(encode(vars(self)), sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Row:

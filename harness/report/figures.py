@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.records import digest
 from harness.report.matrix import NO_TEXT, Section, Text, finite
 from harness.report.tables import quality_ratio
 
+MOST = 60  # plots of one report: a page with more is not read, and drawing them takes longer than writing it
 LONGEST = 160  # characters of a file name's stem; file systems allow 255 bytes with the suffix
 SIZED = ("memory.storage", "memory.load_peak")
 TIMED = ("latency.prefill", "latency.decode", "latency.forward", "latency.generate", "latency.evaluation")
@@ -44,6 +46,12 @@ def figures(section: Section) -> tuple[Figure, ...]:
         caption = f"Latency by method (median, quartiles; lower is better): {section.model} on {section.device}"
         found.append(Figure("latency", section, None, filename("latency", section, NO_TEXT), caption))
     return tuple(found)
+
+
+def drawn(found: Sequence[Section]) -> tuple[tuple[Figure, ...], ...]:
+    """The plots of each section; none at all where there would be more than MOST."""
+    wanted = tuple(figures(section) for section in found)
+    return wanted if sum(map(len, wanted)) <= MOST else tuple(() for _ in wanted)
 
 
 def drawable(section: Section, method: str, text: Text) -> bool:

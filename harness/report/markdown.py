@@ -9,7 +9,7 @@ from urllib.parse import quote
 from harness import published
 from harness.records import Case, Row
 from harness.report import account, behaviour, tables
-from harness.report.figures import Figure, figures
+from harness.report.figures import MOST, Figure, drawn, figures
 from harness.report.matrix import NO_TEXT, Section, complete, sections
 from harness.report.verdicts import verdicts
 from harness.report.writing import code, code_block, escape
@@ -56,8 +56,14 @@ def render(
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
     if found:
         parts += ["## How to read it", READING]
-    for section in sections([row for row in found if row.case.family != behaviour.FAMILY]):
-        parts += _section(section, figures(section) if with_plots else ())
+    told = sections([row for row in found if row.case.family != behaviour.FAMILY])
+    images = drawn(told)
+    if with_plots and not any(images) and (left := sum(len(figures(section)) for section in told)):
+        parts.append(
+            f"No plots: there would be {left:,}, more than the {MOST} of one report; merge fewer models for some."
+        )
+    for section, pictures in zip(told, images, strict=True):
+        parts += _section(section, pictures if with_plots else ())
     if behaved := behaviour.section(found):
         parts += ["## Invariants", behaved]
     if not alone:

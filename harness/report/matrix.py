@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,15 @@ class Section:
     def rows(self, method: str, texts: Iterable[Text]) -> list[Row]:
         """Every row of a method under the given texts."""
         wanted = set(texts)
-        return [row for (name, _, text), row in self.cells.items() if name == method and text in wanted]
+        return [row for text, row in self.by_method.get(method, ()) if text in wanted]
+
+    @functools.cached_property
+    def by_method(self) -> Mapping[str, Sequence[tuple[Text, Row]]]:
+        """The cells of each method, in plan order: a table asks for them line by line."""
+        found: dict[str, list[tuple[Text, Row]]] = {}
+        for (method, _, text), row in self.cells.items():
+            found.setdefault(method, []).append((text, row))
+        return found
 
     def metrics(self, text: Text, family: str = "") -> tuple[str, ...]:
         """The metrics planned for a text (of one family), in plan order."""
@@ -52,8 +61,7 @@ class Section:
         """Whether the method's codes can represent the grid on which the model's weights already lie."""
         return any(
             row.detail.get("grid_aligned") is True or row.census.get("grid_aligned") is True
-            for (name, _, _), row in self.cells.items()
-            if name == method
+            for _, row in self.by_method.get(method, ())
         )
 
 
