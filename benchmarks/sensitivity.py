@@ -160,7 +160,8 @@ def halves_said(pair: Mapping[str, float]) -> str:
 
 def parts_said(pair: Mapping[str, float]) -> str:
     """What the paired interval decides between attention and mlp, for equally many weights."""
-    shown = f"attention less mlp {with_interval({key: pair[key] / 100 for key in ('delta', 'low', 'high')})} nat"
+    value, low, high = (1000 * pair[key] / 100 for key in ("delta", "low", "high"))  # mnat for each percent
+    shown = f"attention less mlp {value:+.3f} [{low:+.3f}, {high:+.3f}] mnat"
     if pair["low"] > 0 or pair["high"] < 0:
         return f"For each percent of the weights {'attention' if pair['low'] > 0 else 'mlp'} loses more ({shown})."
     return f"Percent for percent, attention and mlp cannot be told apart ({shown})."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -24,6 +25,7 @@ from harness.records import decode_number, encode
 
 MIB = 2**20
 FILE = "published.json"  # in a report directory
+LINE_WIDTH = 160  # of a sentence in the terminal
 NOTE_WIDTH = 72  # of the terminal's last column: the whole line stays under 200 characters
 FIGURES = 6  # significant digits of our number where the claim prints none
 HEADERS = ("part", "method", "metric", "published", "ours", "storage MiB", "verdict", "why")
@@ -135,7 +137,7 @@ def table(entries: Sequence[Entry]) -> str:
             lines, RATIOS, tablefmt="simple", maxcolwidths=widths, disable_numparse=True,
             colalign=("left", "left", "right", "right", "right", "left", "left"),
         )  # fmt: skip
-        parts.append(f"{_where(timed)}\n{written}")
+        parts.append(f"{textwrap.fill(_where(timed), LINE_WIDTH)}\n{written}")
     return "\n\n".join([*parts, summary(entries)])
 
 

@@ -60,6 +60,6 @@ def test_its_tokenizer_is_bytelevel_and_sets_digits_apart(tmp_path: Path) -> Non
 def test_controls_that_need_a_model_trained_on_prose(control: Control, tmp_path: Path) -> None:
     declared = Declared(tmp_path)
     checkpoint = checkpoints.materialise(parse(EMBEDDED), declared)
-    shown = control.run(Bench(checkpoint, corpora.read(parse("lee"), declared), max_tokens=512))
+    shown = control.run(Bench(checkpoint, corpora.read(parse("lee"), declared), max_tokens=256))
     assert control.symptom(shown.fault)
     assert not control.symptom(shown.right)
