@@ -19,6 +19,7 @@ from simulation import Array
 
 from harness import sequential, stats
 from harness.files import cache_dir
+from harness.records import digest
 from harness.report import writing
 
 SEED = 20_251_122  # any number would do
@@ -35,10 +36,12 @@ Losses = NDArray[np.float32]
 
 
 def measured(
-    model: str, dataset: str, protocol: str, methods: Sequence[str], keep: Path | None
+    model: str, dataset: str, protocol: str, methods: Sequence[str], keep: Path
 ) -> tuple[Array, str, dict[str, Losses]]:
     """Scored tokens of each window, the text's hash, and per-token NLL of the reference and of every method."""
-    from harness import arguments, catalog, checkpoints, corpora, engine, protocols
+    import torch
+
+    from harness import arguments, catalog, checkpoints, corpora, engine, environment, protocols
     from harness.options import Declared
     from harness.specifications import parse
 
@@ -52,18 +55,19 @@ def measured(
         context=context,
         max_tokens=None,
     )
+    world = environment.capture("cpu", torch.get_num_threads())
     losses: dict[str, Losses] = {}
     for name in ("fp32", *methods):
-        path = keep / f"{plan.token_hash[:16]}-{name}.npy" if keep else None
-        if path and path.is_file():
+        key = digest([plan.protocol_id, plan.token_hash, checkpoint.revision, name, world.environment_class])
+        path = keep / f"{name}-{key[:16]}.npy"
+        if path.is_file():
             losses[name] = np.load(path, allow_pickle=False)
             continue
         method = catalog.methods()[name]
         loaded = method.load(checkpoint, arguments.resolve(parse(name), method, "cpu"), "cpu")
         losses[name] = engine.score(loaded, plan.windows, device="cpu")
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, losses[name])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, losses[name])
     return np.array([window.scored for window in plan.windows if window.scored]), plan.token_hash, losses
 
 
