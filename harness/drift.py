@@ -219,10 +219,10 @@ def blame(trial: Trial, recorded: Recorded, verdict: Verdict, moved: Estimate | 
     row = trial.row
     if row.method == row.reference:
         return f"; the unquantized reference itself moved: {MOVERS} did it, no quantizer" if verdict in MOVED else ""
-    if moved is None or decide(moved, trial.floor) not in MOVED:
+    if moved is None or decide(moved, trial.floor, 1, trial.room) not in MOVED:
         return ""
     told = f"; the unquantized reference itself moved by {signed(moved.value)}"
     apart = paired_change(trial, recorded)
-    if apart is None or decide(apart, trial.floor) in {*MOVED, Verdict.UNUSABLE}:
+    if apart is None or decide(apart, trial.floor, 1, trial.room) in {*MOVED, Verdict.UNUSABLE}:
         return told
     return f"{told} and the loss against it did not: {MOVERS} did it, not the quantizer"

@@ -154,6 +154,7 @@ def plots(found: Mapping[str, Any]) -> dict[str, str]:
             for shift, name in enumerate(RULES):
                 label = RULES[name].replace("`", "")
                 style = {"marker": MARKERS[name], "color": COLOURS[name], "markersize": 5 + 1.5 * (shift == 3)}
+                style["linewidth"] = 4.0 if name == "bound" else 1.5  # the early rule often lies on it
                 panel.plot(sizes, [100 * part for part in told[name][1:]], label=label, fillstyle="none", **style)
             panel.axhline(100 * family.RELIABLY, color="#8A8A8A", linewidth=0.8, linestyle="--")
             panel.set_xscale("log")
