@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from harness.trial import Finding, Trial, log_ratio, non_finite
 from harness.wording import command, percent, shown, signed
 
 MOVERS = "torch, transformers, tokenizers or the processor"
+# a file's text is named by the revision, a sha256 of its content: where it lies is provenance, no protocol
+FILE_NAME = re.compile(r"^text: (?:text|package):[^;]*?, revision ")
 MOVED = frozenset({Verdict.WORSE, Verdict.BETTER})
 SUM_DIGITS = 1e-8  # a record keeps ten digits; a sum in another order moves the last of a double's sixteen
 
@@ -51,7 +54,7 @@ def incomparable(row: Row, member: Member, recorded: Recorded, environment: Envi
         return ""
     if (member.paired or member.timed) and recorded.reference != row.reference:
         return f"reference: {recorded.reference} -> {row.reference}"
-    if recorded.protocol_id != row.protocol_id:
+    if FILE_NAME.sub("text: revision ", recorded.protocol_id) != FILE_NAME.sub("text: revision ", row.protocol_id):
         parts = zip(recorded.protocol_id.split("; "), row.protocol_id.split("; "), strict=False)
         changed = [f"{before} -> {now}" for before, now in parts if before != now]
         return f"protocol id: {', '.join(changed) or f'{recorded.protocol_id} -> {row.protocol_id}'}"
@@ -216,10 +219,10 @@ def blame(trial: Trial, recorded: Recorded, verdict: Verdict, moved: Estimate | 
     row = trial.row
     if row.method == row.reference:
         return f"; the unquantized reference itself moved: {MOVERS} did it, no quantizer" if verdict in MOVED else ""
-    if moved is None or decide(moved, trial.floor) not in MOVED:
+    if moved is None or decide(moved, trial.floor, 1, trial.room) not in MOVED:
         return ""
     told = f"; the unquantized reference itself moved by {signed(moved.value)}"
     apart = paired_change(trial, recorded)
-    if apart is None or decide(apart, trial.floor) in {*MOVED, Verdict.UNUSABLE}:
+    if apart is None or decide(apart, trial.floor, 1, trial.room) in {*MOVED, Verdict.UNUSABLE}:
         return told
     return f"{told} and the loss against it did not: {MOVERS} did it, not the quantizer"

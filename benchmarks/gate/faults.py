@@ -275,7 +275,7 @@ def shifted_labels(right: Any) -> Any:
 
 def rolled(right: Any) -> Any:
     """A reference's losses left from another part of the text."""
-    return lambda self: np.tile(right(self)[: self.plan.tokens // 2 - 4], 2)[: len(right(self))]
+    return lambda self: np.tile(right(self)[len(right(self)) // 2 :], 2)[: len(right(self))]
 
 
 def another_split(right: Any) -> Any:
@@ -488,7 +488,7 @@ SCORING = (
           **FP32_TOO),
     Fault("positions lost", opened(positions_lost), ALL, "perplexity", WORSE, "did it, no quantizer",
           **FP32_TOO),
-    Fault("weights through bf16 on the way", opened(half_weights), BOTH, "divergence.kl", WORSE, "", **FP32_TOO),
+    Fault("weights through bf16 on the way", opened(half_weights), BOTH[::-1], "divergence.kl", WORSE, "", **FP32_TOO),
 )  # fmt: skip
 FAULTS = (*QUANTIZERS, *SHAPES, *TEXTS, *SCORING)
 

@@ -113,10 +113,20 @@ def measure(texts: int = TEXTS) -> dict[str, Any]:
             opened.append(method.load(checkpoint, arguments.resolve(parse(name), method, "cpu"), "cpu"))
         results = [judged(model, place, *opened, tokenizer) for place in range(texts)]
         print(f"power: {model}", file=sys.stderr)
-        found[model] = {
-            name: [float(np.mean([result[name][at] for result in results])) for at in range(len(SIZES))]
-            for name in (*RULES, "read", "change")
-        }
+        found[model] = over(results)
+    return summary(found, texts)
+
+
+def over(results: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, list[float]]:
+    """Means over texts, by size."""
+    return {
+        name: [float(np.mean([result[name][at] for result in results])) for at in range(len(SIZES))]
+        for name in (*RULES, "read", "change")
+    }
+
+
+def summary(found: Mapping[str, Any], texts: int) -> dict[str, Any]:
+    """The results as kept."""
     tokens = WIDTH * WINDOWS
     return {"models": found, "sizes": list(SIZES), "texts": texts, "tokens": tokens, "room": ROOM, "windows": WINDOWS}
 
@@ -144,6 +154,7 @@ def plots(found: Mapping[str, Any]) -> dict[str, str]:
             for shift, name in enumerate(RULES):
                 label = RULES[name].replace("`", "")
                 style = {"marker": MARKERS[name], "color": COLOURS[name], "markersize": 5 + 1.5 * (shift == 3)}
+                style["linewidth"] = 4.0 if name == "bound" else 1.5  # the early rule often lies on it
                 panel.plot(sizes, [100 * part for part in told[name][1:]], label=label, fillstyle="none", **style)
             panel.axhline(100 * family.RELIABLY, color="#8A8A8A", linewidth=0.8, linestyle="--")
             panel.set_xscale("log")

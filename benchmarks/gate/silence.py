@@ -270,51 +270,65 @@ CHANGES = (
 
 
 @contextlib.contextmanager
-def recorded(tokens: int = TOKENS, **changes: Any) -> Iterator[Bench]:
+def recorded(**changes: Any) -> Iterator[Bench]:
     """The small matrix over weights and text in files of their own, recorded."""
-    with small.bench(max_tokens=tokens) as bench:
-        names = {"small-gpt2": "tiny-gpt2", "small-olmo": "tiny-olmo"}
-        for name, source in names.items():
-            made = checkpoints.materialise(parse(source), Declared(bench.folder))
-            shutil.copytree(made.directory, bench.folder / name, ignore=shutil.ignore_patterns("harness.json"))
-        text = corpora.read(parse("synthetic"), Declared(bench.folder)).joined("chunk").texts
-        (bench.folder / "words.txt").write_text("\n\n".join(text))
-        declared = Declared(bench.folder, {name: f"path:{name}" for name in names}, {"words": "text:words.txt"})
-        chosen = small.options(bench.folder, models=tuple(names), datasets=("words",), max_tokens=tokens,
-                               protocols=(PROTOCOL,),
-                               declared=declared, **changes)  # fmt: skip
-        own = Bench(bench.folder, chosen)
+    with small.bench() as bench:
+        own = laid_out(bench.folder, **changes)
         own.record()
         yield own
 
 
+def laid_out(folder: Path, **changes: Any) -> Bench:
+    """A bench in a folder that holds its weights and text, nothing recorded yet."""
+    names = {"small-gpt2": "tiny-gpt2", "small-olmo": "tiny-olmo"}
+    if not (folder / "words.txt").exists():
+        for name, source in names.items():
+            made = checkpoints.materialise(parse(source), Declared(folder))
+            shutil.copytree(made.directory, folder / name, ignore=shutil.ignore_patterns("harness.json"))
+        text = corpora.read(parse("synthetic"), Declared(folder)).joined("chunk").texts
+        (folder / "words.txt").write_text("\n\n".join(text))
+    declared = Declared(folder, {name: f"path:{name}" for name in names}, {"words": "text:words.txt"})
+    told = {"models": tuple(names), "datasets": ("words",), "protocols": (PROTOCOL,), "max_tokens": TOKENS}
+    return Bench(folder, small.options(folder, declared=declared, **{**told, **changes}))
+
+
 def measure(repeats: int = REPEATS, names: Sequence[str] = ()) -> dict[str, Any]:
     """Every change, `repeats` times."""
-    found: list[dict[str, Any]] = []
     gc.freeze()  # what is imported is not searched for garbage at every load
     torch.set_num_threads(THREADS)
     with recorded() as bench:
         kept: dict[str, Any] = {}
         tests = bench.session(kept=kept).tests
-        for change in CHANGES:
-            if names and change.name not in names:
-                continue
-            chance, words, alarmed, largest = random.Random(change.name), dict[str, int](), list[str](), {}
-            sessions = 0
-            for _ in range(repeats):
-                with change.apply(bench, chance) as told:
-                    outcome = bench.session(kept=None if change.loads else kept, **told)
-                sessions += bool(outcome.alarms)
-                alarmed += [f"{row.case.id}: {row.verdict}: {row.reason}" for row in outcome.alarms]
-                count(outcome, words, largest)
-            found.append(
-                {"change": change.name, "sessions": repeats, "alarmed": sessions, "verdicts": words,
-                 "largest": largest, "alarms": alarmed[:5], "loads": change.loads}
-            )  # fmt: skip
-            print(f"silence: {change.name}: {sessions} of {repeats} alarmed, {words} {alarmed[:2]}", file=sys.stderr)
-    total = sum(entry["sessions"] for entry in found)
-    return {"changes": found, "repeats": repeats, "tests": tests, "cases": cases(bench), "tokens": TOKENS,
-            "sessions": total, "alarmed": sum(entry["alarmed"] for entry in found)}  # fmt: skip
+        chosen = [change for change in CHANGES if not names or change.name in names]
+        return summary([tried(bench, change, repeats, kept) for change in chosen], tests, cases(bench))
+
+
+def summary(found: Sequence[Mapping[str, Any]], tests: int, planned: int) -> dict[str, Any]:
+    """The results as kept."""
+    return {
+        "changes": list(found),
+        "tests": tests,
+        "cases": planned,
+        "tokens": TOKENS,
+        "sessions": sum(entry["sessions"] for entry in found),
+        "alarmed": sum(entry["alarmed"] for entry in found),
+    }
+
+
+def tried(bench: Bench, change: Change, repeats: int, kept: dict[str, Any] | None) -> dict[str, Any]:
+    """One change, `repeats` times: sessions that alarmed, verdicts, and the largest change of a loss."""
+    chance, words, alarms = random.Random(change.name), dict[str, int](), list[str]()
+    largest: dict[str, float] = {}
+    sessions = 0
+    for _ in range(repeats):
+        with change.apply(bench, chance) as told:
+            outcome = bench.session(kept=None if change.loads else kept, **told)
+        sessions += bool(outcome.alarms)
+        alarms += [f"{row.case.id}: {row.verdict}: {row.reason}" for row in outcome.alarms]
+        count(outcome, words, largest)
+    print(f"silence: {change.name}: {sessions} of {repeats} alarmed, {words} {alarms[:3]}", file=sys.stderr)
+    entry = {"change": change.name, "sessions": repeats, "alarmed": sessions, "verdicts": words, "largest": largest}
+    return entry | {"alarms": alarms[:5], "loads": change.loads or kept is None}
 
 
 def cases(bench: Bench) -> int:
@@ -355,7 +369,7 @@ def render(found: Mapping[str, Any]) -> str:
     seen = "".join(f"\n- {entry['change']}: {line}" for entry in found["changes"] for line in entry["alarms"])
     verdict = "within" if share <= rate else "**above**"
     return (
-        f"{len(found['changes'])} harmless changes, each {found['repeats']} times over the whole small matrix "
+        f"{len(found['changes'])} harmless changes over the whole small matrix, the sessions of each beside it "
         f"({found['cases']} cases: two tiny models, fourteen methods, perplexity, exact memory and divergence over "
         f"{found['tokens']:,} tokens; {found['tests']} statistical tests a session), as CI runs it "
         "(`--require-baselines`). "

@@ -14,19 +14,14 @@ GATE = Path(__file__).parents[2] / "benchmarks" / "gate"
 QUICK = (  # one of each kind; the bench runs all of them
     "scale off by 1%",
     "one pair of code levels swapped",
-    "absmax of the wrong block",
-    "one layer skipped",
     "one layer skipped, and the selection with it",
     "tied head counted twice",
-    "not a number in one row",
     "tokenizer changed",
-    "BOS added",
-    "a token a window scored fewer",
     "padding scored",
     "mean over windows for mean over tokens",
     "positions lost",
 )
-HARMLESS = ("batch of 3", "windows shuffled", "config and tokenizer rewritten", "equal text in another file")
+HARMLESS = ("batch of 3", "eager attention")
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +56,13 @@ def test_a_seeded_fault_ends_in_the_right_verdict_on_the_right_case(parts: dict[
 def test_a_harmless_change_raises_no_alarm(parts: dict[str, Any], name: str) -> None:
     silence, small = parts["silence"], parts["small"]
     change = next(change for change in silence.CHANGES if change.name == name)
-    methods = tuple(map(silence.parse, ("nf4", "bnb-int8")))
-    with silence.recorded(methods=methods) as bench, change.apply(bench, silence.random.Random(1)) as told:
+    with (
+        silence.recorded(models=("small-gpt2",), methods=("nf4", "bf16")) as bench,
+        change.apply(bench, silence.random.Random(1)) as told,
+    ):
         outcome = bench.session(**told)
     assert isinstance(outcome, small.Outcome)
-    assert len(outcome.rows) > 30
+    assert len(outcome.rows) == 3 * 4 + 2 * 4  # perplexity and bytes, and what is paired with the reference
     assert not [f"{row.case.id}: {row.reason}" for row in outcome.alarms]
 
 

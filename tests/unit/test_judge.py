@@ -564,6 +564,21 @@ def test_judging_and_wording_import_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_equal_text_in_another_file_is_the_same_text(bounds: Bounds) -> None:
+    here = "text: text:a.txt, revision abc, the file as it is; tokens: all"
+    there, other = here.replace("a.txt", "b c.txt"), here.replace("abc", "abd")
+    measured = row(PERPLEXITY, 30.0, protocol_id=here)
+    assert judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now", protocol_id=there)).verdict is (
+        Verdict.SAME
+    )
+    found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0, nll="now", protocol_id=other))
+    assert found.verdict is Verdict.NOT_COMPARABLE
+    hub = "text: hub:a/b, revision abc; tokens: all"  # a repository holds many texts under one commit
+    measured = row(PERPLEXITY, 30.0, protocol_id=hub)
+    another = record(measured, 30.0, nll="now", protocol_id=hub.replace("a/b", "a/c"))
+    assert judged(measured, PERPLEXITY, bounds, another).verdict is Verdict.NOT_COMPARABLE
+
+
 # exact facts and the session's share of the error rate
 
 
