@@ -166,6 +166,10 @@ def test_the_calibration_is_recorded_and_seeded() -> None:
     method, chosen = resolved("gptq-int4:windows=2:length=32:text=synthetic")
     loaded: Any = method.load(checkpoint, chosen, "cpu")
     assert loaded.calibration["text"] == "synthetic"
+    revision = corpora.read(parse("synthetic"), HERE).revision
+    with pytest.raises(HarnessError, match="which is the very text that it is measured on"):
+        calibration.refuse_same_content(loaded.calibration, revision, "gptq-int4")
+    calibration.refuse_same_content(loaded.calibration, "another", "gptq-int4")
     assert "text=synthetic" in arguments.method_id(method, chosen, 1)
     with pytest.raises(BadSpecification, match="write length=N"):
         calibration.cut("synthetic", checkpoint, 1, 20000, 0, model)
