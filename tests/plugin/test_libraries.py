@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from tests.plugin.conftest import Project
 
 Pick = Callable[[list[dict[str, Any]], str], dict[str, dict[str, Any]]]
-FAKE = {  # a distribution of that name whose package does not import
-    "site/hqq/__init__.py": "raise OSError('libhqq.so: cannot open shared object file')\n",
-    "site/hqq-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: hqq\nVersion: 1.0\n",
+FAKE = {  # a distribution that is there, though what it needs is not
+    "site/llmcompressor/__init__.py": "",
+    "site/llmcompressor-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: llmcompressor\nVersion: 1.0\n",
 }
+BROKEN = "llmc-gptq-int4:length=16:windows=2"
 MINE = '''
 """A quantizer of the project's own."""
 from harness.weightmethod import weight_method
@@ -46,21 +47,23 @@ METRIC = Metric("tally", (Member("tally", "modules", "neither", textual=False),)
 '''
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed here")
+@pytest.mark.skipif(
+    any(map(importlib.util.find_spec, ("torchao", "compressed_tensors"))), reason="they are installed here"
+)
 def test_what_is_not_installed_is_missing_and_what_is_broken_has_its_traceback(
     project: Project, by_metric: Pick
 ) -> None:
     for name, text in FAKE.items():
         project.write(name, text)
-    result = project.run("--methods", "torchao-int8,hqq-int4", "--metrics", "memory.storage")
+    result = project.run("--methods", f"torchao-int8,{BROKEN}", "--metrics", "memory.storage")
     assert result.ret == 1
     rows = project.rows()
     missing = by_metric(rows, "torchao-int8")["memory.storage"]
     assert (missing["verdict"], missing["value"]) == ("missing", None)
     assert missing["reason"] == "the method 'torchao-int8' needs the package 'torchao': pip install torchao"
-    broken = by_metric(rows, "hqq-int4")["memory.storage"]
-    assert broken["reason"] == "OSError: libhqq.so: cannot open shared object file"
-    result.stdout.fnmatch_lines(["*Traceback (most recent call last)*", "*OSError: libhqq.so*"])
+    broken = by_metric(rows, BROKEN)["memory.storage"]
+    assert broken["reason"] == "ModuleNotFoundError: No module named 'compressed_tensors'"
+    result.stdout.fnmatch_lines(["*Traceback (most recent call last)*", "*No module named 'compressed_tensors'*"])
     assert "pip install torchao" in project.report()
 
 
