@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts import Arguments, Parameter
-from harness.errors import BadSpecification
+from harness.errors import BadSpecification, HarnessError
 from harness.specifications import Specification
 
 if TYPE_CHECKING:  # annotations only
@@ -35,6 +35,14 @@ def refuse_evaluation_text(arguments: Arguments, datasets: Sequence[Specificatio
         raise BadSpecification(f"{method} would be calibrated on '{text}', on which it is measured: name another text")
 
 
+def refuse_same_content(facts: Mapping[str, Any], revision: str, method: str) -> None:
+    """HarnessError where the calibration text is the measured one under another name."""
+    if revision and facts.get("text_revision") == revision:
+        raise HarnessError(
+            f"{method} was calibrated on '{facts['text']}', which is the very text that it is measured on"
+        )
+
+
 def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[list[Tensor], dict[str, Any]]:
     """Token ids, (1, length) each, and what a measurement records of them: text, seed, count, tokens, sha256."""
     import hashlib
@@ -48,10 +56,15 @@ def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[l
     if count < 1 or length < 2:
         raise BadSpecification("a calibration needs at least one window of two tokens")
     text = str(values["text"])
-    found = drawn(model, count, length, seed) if text == OWN else cut(text, checkpoint, count, length, seed, model)
+    revision = ""
+    if text == OWN:
+        found = drawn(model, count, length, seed)
+    else:
+        found, revision = cut(text, checkpoint, count, length, seed, model)
     ids = np.concatenate([window.cpu().numpy().ravel() for window in found]).astype("<i4")
     sha = hashlib.sha256(ids.tobytes()).hexdigest()
     facts = {"text": text, "seed": seed, "windows": count, "tokens_a_window": length, "token_sha256": sha}
+    facts |= {"text_revision": revision} if revision else {}
     return found, facts
 
 
@@ -74,8 +87,8 @@ def drawn(model: Any, count: int, length: int, seed: int) -> list[Tensor]:
     return list(torch.split(ids.to(device), 1))
 
 
-def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, model: Any) -> list[Tensor]:
-    """Windows of a dataset, their starts drawn with the seed."""
+def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, model: Any) -> tuple[list[Tensor], str]:
+    """Windows of a dataset, their starts drawn with the seed, and the dataset's revision."""
     from pathlib import Path
 
     import torch
@@ -84,7 +97,8 @@ def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, m
     from harness.settings import read_declared
 
     _, declared = read_declared(Path.cwd())
-    reading = corpora.read(Specification(text), declared).joined("chunk")
+    corpus = corpora.read(Specification(text), declared)
+    reading = corpus.joined("chunk")
     tokenizer: Any = checkpoints.tokenizer(checkpoint)
     ids = torch.tensor(tokenizer(reading.texts[0], add_special_tokens=False, verbose=False).input_ids)
     if len(ids) <= length:
@@ -93,4 +107,4 @@ def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, m
         )
     starts = torch.randint(0, len(ids) - length, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     device = next(model.parameters()).device
-    return [ids[None, start : start + length].to(device) for start in starts]
+    return [ids[None, start : start + length].to(device) for start in starts], corpus.revision

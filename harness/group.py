@@ -14,6 +14,7 @@ import torch
 
 from harness import (
     arguments,
+    calibration,
     catalog,
     census,
     checkpoints,
@@ -191,7 +192,7 @@ class Group:
         assert self.model is not None  # load outside the metric, so that a failure to load reads as one
         figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
         texts = self._text_facts(member, "tokens_used" not in figure.detail) if case.dataset else {}
-        calibrated = {"calibration": self.model.calibration} if self.method.calibrated else {}
+        calibrated = self._calibration(case)
         grid = self.method.grid and self.method.grid == self.checkpoint.grid
         notes = {"model_note": self.checkpoint.note} if self.checkpoint.note else {}
         proof = {"proof": self.proof} if self.proof else {}
@@ -215,6 +216,16 @@ class Group:
             key=self.key(case),
             **texts,
         )
+
+    def _calibration(self, case: Case) -> dict[str, Any]:
+        """What a calibrated method looked at, for the row; never the text that is measured on."""
+        if not self.method.calibrated:
+            return {}
+        facts: Any = self.model.calibration
+        if case.dataset:
+            revision = corpora.read(parse(case.dataset), self.job.options.declared).revision
+            calibration.refuse_same_content(facts, revision, case.method)
+        return {"calibration": facts}
 
     def stopped(self, stop: Stop) -> Figure:
         """The paired delta over as many windows, in their seeded order, as decide it against its bound."""

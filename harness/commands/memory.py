@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from harness import architectures, catalog, specifications
 from harness.arguments import resolve
 from harness.contracts import DTYPES, Arguments, Method
-from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, MissingPackage, UnknownName
+from harness.planning import missing_packages
 from harness.settings import read_declared
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def _method(text: str, dtype: str | None) -> tuple[Method, Arguments]:
         given["dtype"] = dtype
     specification = replace(specification, arguments=tuple(sorted(given.items())))
     method = known[specification.name]
+    for package in missing_packages(method):
+        raise MissingPackage(package, f"the method '{method.name}'")
     return method, resolve(specification, method, "cpu")
 
 

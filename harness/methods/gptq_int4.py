@@ -6,52 +6,18 @@ how many windows stands in the method's id and in each measurement.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from harness import calibration, scopes
-from harness.codes import BLOCK, rescale, unpack
+from harness.codes import BLOCK
 from harness.contracts import Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
-from harness.errors import BadSpecification, HarnessError
+from harness.errors import BadSpecification
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from harness import quantized
+    from torch import nn
 
 NAME = "gptq-int4"
-
-
-def room(weight: Tensor, block: int) -> dict[str, Tensor]:
-    """(out, in) -> tensors of the shapes and dtypes that are stored."""
-    import torch
-
-    if weight.shape[1] % block:
-        raise HarnessError(f"a row of {weight.shape[1]} weights is no multiple of {block}: write {NAME}:block=N")
-    codes = torch.empty((weight.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
-    return {"codes": codes, "scale": torch.zeros(weight.numel() // block, device=weight.device)}
-
-
-def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int) -> Tensor:
-    """(out, in) fp32."""
-    import torch
-
-    levels = torch.arange(-8.0, 8.0, device=stored["codes"].device)
-    values = unpack(stored["codes"], levels, shape[0] * shape[1])
-    return rescale(values, block, stored["scale"]).view(shape)
-
-
-def recipe(arguments: Arguments, stored: Mapping[str, Tensor] | None = None) -> quantized.Recipe:
-    """How `harness.quantized` keeps a matrix: these tensors, or room for them."""
-    from harness import quantized
-
-    block = int(arguments.values["block"])
-
-    def take(weight: Tensor, block: int) -> dict[str, Tensor]:
-        sized = room(weight, block)  # refuses what does not divide
-        return sized if stored is None else dict(stored)
-
-    return quantized.Recipe(NAME, take, dequantize, values={"block": block})
 
 
 def targets(model: nn.Module, arguments: Arguments) -> list[str]:
@@ -64,23 +30,23 @@ def targets(model: nn.Module, arguments: Arguments) -> list[str]:
 
 def sketch(model: nn.Module, arguments: Arguments) -> None:
     """Room for codes and scales."""
-    from harness import quantized
+    from harness import int4_store, quantized
 
-    quantized.apply(model, recipe(arguments), targets(model, arguments))
+    quantized.apply(model, int4_store.recipe(NAME, int(arguments.values["block"])), targets(model, arguments))
 
 
 def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
     """The checkpoint, calibrated and quantized."""
-    from harness import checkpoints, gptq
+    from harness import checkpoints, gptq, int4_store
 
     model = checkpoints.open_model(checkpoint, arguments.dtype, device)
     names = targets(model, arguments)
     for name in names:
-        room(gptq.matrix(model.get_submodule(name)), int(arguments.values["block"]))
+        int4_store.room(gptq.matrix(model.get_submodule(name)), int(arguments.values["block"]), NAME)
     windows, facts = calibration.windows(model, checkpoint, arguments)
     values = arguments.values
     options = gptq.Options(int(values["block"]), float(values["damp"]), values["act_order"] == "yes")
-    gptq.apply(model, names, windows, options, lambda stored: recipe(arguments, stored))
+    gptq.apply(model, names, windows, options, lambda stored: int4_store.recipe(NAME, options.block, stored))
     model.calibration = facts  # type: ignore[assignment]
     return model
 

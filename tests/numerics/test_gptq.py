@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import arguments, calibration, catalog, checkpoints, corpora, engine, gptq, protocols, scopes
+from harness import arguments, calibration, catalog, checkpoints, corpora, engine, gptq, int4_store, protocols, scopes
 from harness.contracts import Checkpoint, Method
 from harness.errors import BadSpecification, HarnessError
-from harness.methods import gptq_int4, linear_int4
+from harness.methods import linear_int4
 from harness.options import Declared
 from harness.planning import plan
 from harness.settings import build
@@ -47,7 +47,7 @@ def independent(weight: Tensor, hessian: Tensor, block: int, damp: float) -> np.
 
 
 def dequantized(stored: dict[str, Tensor], shape: tuple[int, int], block: int) -> Tensor:
-    return gptq_int4.dequantize(stored, shape, block)
+    return int4_store.dequantize(stored, shape, block)
 
 
 @pytest.mark.parametrize("block", [16, 64])
@@ -166,6 +166,10 @@ def test_the_calibration_is_recorded_and_seeded() -> None:
     method, chosen = resolved("gptq-int4:windows=2:length=32:text=synthetic")
     loaded: Any = method.load(checkpoint, chosen, "cpu")
     assert loaded.calibration["text"] == "synthetic"
+    revision = corpora.read(parse("synthetic"), HERE).revision
+    with pytest.raises(HarnessError, match="which is the very text that it is measured on"):
+        calibration.refuse_same_content(loaded.calibration, revision, "gptq-int4")
+    calibration.refuse_same_content(loaded.calibration, "another", "gptq-int4")
     assert "text=synthetic" in arguments.method_id(method, chosen, 1)
     with pytest.raises(BadSpecification, match="write length=N"):
         calibration.cut("synthetic", checkpoint, 1, 20000, 0, model)

@@ -1,0 +1,145 @@
+"""GPTQ and AWQ of llm-compressor: the library finds codes and steps, the harness keeps and runs them.
+
+The library's model holds fp32 numbers on the grid that it found; codes and steps are read off them into layers of our
+own in a fresh model, so that bytes are those of 4-bit codes and nothing of the library's stays in the forward. What
+AWQ folds into other weights (norms, projections before) is taken over too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness import calibration, scopes
+from harness.codes import BLOCK
+from harness.contracts import Arguments, Checkpoint, Method, QuantizedWeight, Scope
+from harness.errors import BadSpecification
+from harness.libraries import as_linear
+
+if TYPE_CHECKING:  # annotations only
+    from torch import Tensor, nn
+
+DAMP = 0.01  # of the mean diagonal of the inputs' second moments: the paper's
+
+
+def llmcompressor_method(name: str, summary: str, modifier: str) -> Method:
+    """The method of one of the library's modifiers: 'gptq' or 'awq'."""
+
+    def targets(model: nn.Module, arguments: Arguments) -> list[str]:
+        scope = arguments.scope or Scope()
+        if scope.part == "all":
+            raise BadSpecification(f"{name} quantizes projections inside the layers: write linear, attention or mlp")
+        return scopes.select(model, scope)
+
+    def sketch(model: nn.Module, arguments: Arguments) -> None:
+        from harness import int4_store, quantized
+
+        quantized.apply(model, int4_store.recipe(name, int(arguments.values["block"])), targets(model, arguments))
+
+    def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
+        return calibrated(name, modifier, targets, checkpoint, arguments, device)
+
+    def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
+        from harness import quantized
+
+        return quantized.weights(model)
+
+    return Method(
+        name,
+        summary,
+        4,
+        load,
+        sketch,
+        weights,
+        targets,
+        {"block": BLOCK, **calibration.PARAMETERS},
+        scoped=True,
+        requires=("llmcompressor",),
+        core=False,
+        calibrated=True,
+    )
+
+
+def calibrated(
+    name: str,
+    modifier: str,
+    targets: Callable[[nn.Module, Arguments], list[str]],
+    checkpoint: Checkpoint,
+    arguments: Arguments,
+    device: str,
+) -> nn.Module:
+    """The checkpoint under a modifier's codes, in layers of our own."""
+    from harness import checkpoints, int4_store, quantized
+
+    block = int(arguments.values["block"])
+    model: Any = checkpoints.open_model(checkpoint, arguments.dtype, device)
+    names = targets(model, arguments)
+    for target in names:  # refuse before the library works for minutes
+        int4_store.room(as_linear(model.get_submodule(target)).weight, block, name)
+    other: Any = checkpoints.open_model(checkpoint, arguments.dtype, device)
+    for target in names:
+        other.set_submodule(target, as_linear(other.get_submodule(target)))
+    windows, facts = calibration.windows(model, checkpoint, arguments)
+    run(other, names, windows, modifier, block)
+    found = dict(other.named_parameters())
+    for key, parameter in model.named_parameters():
+        if key.rpartition(".")[0] not in names or not key.endswith(".weight"):
+            parameter.copy_(found[key])
+    for target in names:
+        kept = int4_store.stored(*codes(other.get_submodule(target), block))
+        quantized.apply(model, int4_store.recipe(name, block, kept), [target])
+    model.calibration = facts
+    return model  # type: ignore[no-any-return]
+
+
+def codes(layer: Any, block: int) -> tuple[Tensor, Tensor]:
+    """Codes (out, in) and steps (out, in / block) of a layer that the library has quantized."""
+    weight, scale = layer.weight.detach().float(), layer.weight_scale.detach().float()
+    groups = weight.unflatten(1, (-1, block)) / scale[..., None]  # (out, blocks, block)
+    return groups.round().clamp(-8, 7).flatten(1), scale
+
+
+def run(model: Any, names: Sequence[str], windows: Sequence[Tensor], modifier: str, block: int) -> None:
+    """The library's one-shot calibration of a model in place."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    arguments = QuantizationArgs(num_bits=4, strategy="group", group_size=block, symmetric=True)
+    groups = {"all": QuantizationScheme(targets=list(names), weights=arguments)}
+    recipes = {
+        "gptq": lambda: [GPTQModifier(config_groups=groups, block_size=128, dampening_frac=DAMP)],
+        "awq": lambda: [AWQModifier(), QuantizationModifier(config_groups=groups)],
+    }
+    ids = [window[0].tolist() for window in windows]
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+    with without_pinning():
+        oneshot(
+            model=model,
+            dataset=data,
+            recipe=recipes[modifier](),
+            max_seq_length=len(ids[0]),
+            num_calibration_samples=len(ids),
+            shuffle_calibration_samples=False,
+            pipeline="sequential",
+        )
+
+
+@contextlib.contextmanager
+def without_pinning() -> Iterator[None]:
+    """Within, the library leaves host memory as it is: it would pin it on machines that have no accelerator too."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if torch.cuda.is_available():
+        yield
+        return
+    library = IntermediatesCache.pin_memory
+    IntermediatesCache.pin_memory = lambda self, index: None
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = library

@@ -1,0 +1,97 @@
+"""What methods of optional libraries share, with a library made up here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness import arguments, catalog, census, checkpoints, contract, planning
+from harness.__main__ import main
+from harness.contract import Trial
+from harness.errors import IncompleteQuantization
+from harness.libraries import Layers, as_linear, library_method
+from harness.specifications import parse
+
+OPTIONAL = {
+    "torchao-int8": "torchao",
+    "torchao-int8-dynamic": "torchao",
+    "torchao-int4": "torchao",
+    "quanto-int8": "optimum-quanto",
+    "quanto-int4": "optimum-quanto",
+    "hqq-int4": "hqq",
+    "llmc-gptq-int4": "llmcompressor",
+    "llmc-awq-int4": "llmcompressor",
+}
+
+
+class Layer(nn.Module):
+    """Int8 codes of a Linear."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        scale = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("codes", (layer.weight / scale).round().char())
+        self.register_buffer("scale", scale)
+
+    def read(self) -> Tensor:
+        return self.get_buffer("codes").float() * self.get_buffer("scale")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.read(), self.bias)
+
+
+LAYERS = Layers(Layer, lambda layer: [layer.codes, layer.scale], Layer.read)
+METHOD = library_method(name="made-up", summary="", bits=8, requires=("numpy",), layers=LAYERS)
+
+
+@pytest.mark.parametrize("architecture", contract.ARCHITECTURES)
+def test_a_library_s_method_keeps_the_contract(architecture: str, tmp_path: Path) -> None:
+    trial = Trial(METHOD, contract.checkpoint(architecture, tmp_path))
+    for check in contract.CHECKS:
+        check(trial)
+    kinds = {weight.kind for weight in METHOD.quantized(trial.load())}
+    assert kinds == {"Conv1D" if architecture == "gpt2" else "Linear"}
+    part = arguments.resolve(parse("made-up:mlp:layers=1"), METHOD, "cpu")
+    assert all(".1." in name for name in METHOD.targets(trial.sketch(), part))
+
+
+def test_modules_that_a_library_leaves_out_are_an_error(tmp_path: Path) -> None:
+    def lazy(layer: nn.Linear) -> nn.Module:
+        return Layer(layer) if layer.out_features != 128 else nn.Linear(64, 128, bias=False)
+
+    layers = Layers(lazy, LAYERS.tensors, LAYERS.read)
+    method = library_method(name="lazy", summary="", bits=8, requires=(), layers=layers)
+    trial = Trial(method, contract.checkpoint("llama", tmp_path))
+    model: Any = trial.load()
+    for module in model.modules():
+        if type(module) is nn.Linear and "original_kind" in vars(module):
+            del module.original_kind
+    original = dict(trial.sketch().named_modules())
+    with pytest.raises(IncompleteQuantization, match="lazy left 4 of 14 modules unquantized"):
+        census.census(model, method, trial.arguments, original)
+
+
+def test_a_conv1d_becomes_the_equal_linear(tmp_path: Path) -> None:
+    model: Any = checkpoints.open_model(contract.checkpoint("gpt2", tmp_path), "fp32", "cpu")
+    layer = model.transformer.h[0].attn.c_attn
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(as_linear(layer)(x), layer(x))
+
+
+def test_every_optional_method_is_listed_but_not_planned_by_default() -> None:
+    known = catalog.methods()
+    assert {name: known[name].requires for name in OPTIONAL} == {name: (needs,) for name, needs in OPTIONAL.items()}
+    assert not set(OPTIONAL) & set(planning.core_names(known.values()))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed here")
+def test_predicting_bytes_without_the_library_names_the_pip_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "gpt2", "--method", "torchao-int8"]) == 2
+    assert "pip install torchao" in capsys.readouterr().err
