@@ -78,6 +78,7 @@ TRANSFORMERS = Upgrade(
 *Why these*: 5.18.0 is an older release whose requirements the lock meets; 5.13.0 and older want an older
 `huggingface_hub`, so that more than one package would have to differ, which `upgrade` refuses in one line.""",
     ("--max-tokens 2048",),
+    "bnb-int8,bnb-nf4",
 )
 SEEDED = Upgrade(
     "seeded",
@@ -86,7 +87,7 @@ SEEDED = Upgrade(
     """\
 The second side is a wheel made of the installed bitsandbytes by `benchmarks/seeded.py`: the scales of LLM.int8 are
 one per cent too large, everything else is untouched. `bnb-int8` must be accused and nothing else.""",
-    ("--max-tokens 2048",),
+    ("--metrics invariant,perplexity,memory", "--max-tokens 2048"),
 )
 UPGRADES = (BITSANDBYTES, SPEED, TRANSFORMERS, SEEDED)
 INTRODUCTION = """\
