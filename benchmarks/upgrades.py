@@ -1,8 +1,8 @@
 """The page docs/upgrades.md: what three releases of bitsandbytes and two of transformers change, measured here.
 
-`python benchmarks/upgrades.py -o docs/upgrades.md` measures two upgrades and a package with a seeded fault, keeps
-every side's measurements under docs/data/upgrades, and writes the page from them. `--only NAME` measures one of the
-three anew, `--render` none.
+`python benchmarks/upgrades.py -o docs/upgrades.md` measures upgrades and a package with a seeded fault, keeps
+every side's measurements under docs/data/upgrades, and writes the page from them. `--only NAME` measures one of them
+anew, `--render` none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from harness.upgrade.answering import report_on
 
 HOME = Path(__file__).parents[1]
 DATA = HOME / "docs" / "data" / "upgrades"
-METHODS = "bnb-int8,bnb-fp4,bnb-nf4,bnb-nf4-dq"
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,12 @@ class Upgrade:
     sides: tuple[str, ...]
     why: str
     options: tuple[str, ...] = ()
+    methods: str = "bnb-int8,bnb-fp4,bnb-nf4,bnb-nf4-dq"
 
     @property
     def command(self) -> str:
         """As a user would type it."""
-        chosen = ["--models smollm2-135m", f"--methods {METHODS}", *self.options]
+        chosen = ["--models smollm2-135m", f"--methods {self.methods}", *self.options]
         return " ".join(["python -m harness upgrade", *self.sides, *chosen])
 
 
@@ -61,6 +61,15 @@ behaviour: bf16 scales whatever the compute dtype, double quantization undone, o
 rounds 4-bit codes by thresholds rather than to the nearest level, which moves single codes of FP4 and leaves int8
 alone.""",
 )
+SPEED = Upgrade(
+    "speed",
+    "bitsandbytes once more: times with nothing beside them",
+    BITSANDBYTES.sides,
+    """\
+The times above were taken on a machine that did other work; these were not.""",
+    ("--metrics latency.prefill,latency.decode",),
+    "bnb-int8,bnb-nf4",
+)
 TRANSFORMERS = Upgrade(
     "transformers",
     "transformers 5.18.0 and 5.23.0",
@@ -69,6 +78,7 @@ TRANSFORMERS = Upgrade(
 *Why these*: 5.18.0 is an older release whose requirements the lock meets; 5.13.0 and older want an older
 `huggingface_hub`, so that more than one package would have to differ, which `upgrade` refuses in one line.""",
     ("--max-tokens 2048",),
+    "bnb-int8,bnb-nf4",
 )
 SEEDED = Upgrade(
     "seeded",
@@ -77,9 +87,9 @@ SEEDED = Upgrade(
     """\
 The second side is a wheel made of the installed bitsandbytes by `benchmarks/seeded.py`: the scales of LLM.int8 are
 one per cent too large, everything else is untouched. `bnb-int8` must be accused and nothing else.""",
-    ("--max-tokens 2048",),
+    ("--metrics invariant,perplexity,memory", "--max-tokens 2048"),
 )
-UPGRADES = (BITSANDBYTES, TRANSFORMERS, SEEDED)
+UPGRADES = (BITSANDBYTES, SPEED, TRANSFORMERS, SEEDED)
 INTRODUCTION = """\
 # What upgrades change
 

@@ -57,6 +57,9 @@ def command(row: Row, *flags: str) -> str:
         "reference": row.reference if row.reference != "fp32" else "",
         "max-tokens": limit if limit != "all" else "",
     }
+    if row.case.family == "invariant":  # planned by their mark, on a layer and on the tiny models
+        flags = ("-m", "invariant", *flags)
+        options = {name: options[name] for name in ("methods", "device", "reference")}
     given = [word for name, value in options.items() if value for word in (f"--harness-{name}", value)]
     words = ["pytest", "--pyargs", "harness.cases", *flags, *given]
     if SELECTABLE.fullmatch(row.case.id):  # the reference is planned beside the method: leave its record alone

@@ -12,7 +12,7 @@ from harness.settings import SETTINGS, build, read_declared
 
 TAKEN = "models methods metrics datasets protocols reference device max_tokens repetitions report_dir baselines".split()
 DEFAULTS = {  # where they are not a session's
-    "metrics": "perplexity,memory,memory.storage_after,latency.prefill,latency.decode",
+    "metrics": "invariant,perplexity,memory,memory.storage_after,latency.prefill,latency.decode",
     "report_dir": "harness-upgrade",
 }
 

@@ -98,9 +98,11 @@ class Live:
 
 
 def plan(options: Options) -> tuple[Case, ...]:
-    """Every case of each side, in the order of measuring: the invariants first, which cost little."""
+    """Every case of each side, in the order of measuring: the invariants first, which cost little, where named."""
     visible = bool(probe.cuda_devices())
-    return (*planning.invariant_plan(options, visible), *planning.plan(options, visible))
+    rest = tuple(name for name in options.metrics if name != "invariant")
+    behaviour = planning.invariant_plan(options, visible) if rest != options.metrics else ()
+    return (*behaviour, *(planning.plan(replace(options, metrics=rest), visible) if rest or not behaviour else ()))
 
 
 def measure(sides: Sequence[Side], options: Options, cases: Sequence[Case], command: str, say: Say) -> list[Live]:
