@@ -23,7 +23,7 @@ HOME = Path(harness.__file__).parent
 LEVELS = (
     "errors records specifications contracts options files",
     "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors "
-    "engine products divergence sequential devices timing models checkpoints gguf_weights gguf_file "
+    "engine products streaming divergence sequential devices timing models checkpoints gguf_weights gguf_file "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording",
