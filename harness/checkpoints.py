@@ -237,6 +237,23 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
     return model.eval()  # type: ignore[no-any-return]
 
 
+def empty_model(config: PretrainedConfig, dtype: str) -> nn.Module:
+    """`sketch_model` with real buffers: parameters on the meta device, to be read into their places."""
+    from accelerate import init_empty_weights
+
+    trusted = type(config).__module__.startswith("transformers_modules")
+    with quiet(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=ATTENTION,
+            trust_remote_code=trusted,
+        )
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
 def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:
     """The model that `open_model` gives, on the meta device: same parameters, buffers, dtypes and ties, no weights."""
     trusted = type(config).__module__.startswith("transformers_modules")  # whoever read the config allowed its code

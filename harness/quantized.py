@@ -176,13 +176,14 @@ def weight_owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in owners.values()}
 
 
-def apply(model: nn.Module, recipe: Recipe, names: Iterable[str]) -> None:
+def apply(model: nn.Module, recipe: Recipe, names: Iterable[str], *, read: Callable[[str], None] | None = None) -> None:
     """Quantize the named weights of a model in place, on the device they lie on (meta too).
 
     Args:
         model: unquantized; each weight is freed as soon as its codes exist.
         recipe: the method.
         names: modules, one for each weight; those tied to it follow and share its store.
+        read: puts the weight of the module of this name in its place, just before it is quantized.
 
     Raises:
         HarnessError: a weight is not finite, or a scale overflows; the module is named.
@@ -191,6 +192,8 @@ def apply(model: nn.Module, recipe: Recipe, names: Iterable[str]) -> None:
     tables: Tables | None = None
     placement: Tensor | None = None
     for first in names:
+        if read is not None:
+            read(first)
         module = model.get_submodule(first)
         assert isinstance(module.weight, Tensor)
         placement = torch.empty(0, dtype=module.weight.dtype, device=module.weight.device)

@@ -62,8 +62,14 @@ def weight_method(
         quantized.apply(model, recipe(arguments), targets(model, arguments))
 
     def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
-        from harness import checkpoints
+        from harness import checkpoints, streaming
 
+        if device == "cpu":
+            streamed = streaming.quantized_model(
+                checkpoint, arguments.dtype, recipe(arguments), lambda model: targets(model, arguments)
+            )
+            if streamed is not None:
+                return streamed
         model = checkpoints.open_model(checkpoint, arguments.dtype, device)
         sketch(model, arguments)
         return model

@@ -23,10 +23,9 @@ HOME = Path(harness.__file__).parent
 LEVELS = (
     "errors records specifications contracts options sharding files",
     "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors "
-    "int4_store llmcompressor_layers "
     "engine products divergence sequential devices timing models checkpoints gguf_weights gguf_file gguf_families "
     "gguf_blocks gguf_tokenizers gguf_write gguf_method admission calibration gptq "
-    "libraries torchao_layers quanto_layers prequantized "
+    "libraries torchao_layers quanto_layers prequantized int4_store llmcompressor_layers streaming "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording invariants",

@@ -311,6 +311,7 @@ def test_a_product_serves_the_forward_where_a_method_has_one() -> None:
 
 
 def test_load_opens_and_quantizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("harness.streaming.quantized_model", lambda *given: None)
     asked: list[tuple[Any, ...]] = []
 
     def open_model(*given: Any) -> Any:
