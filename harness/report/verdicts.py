@@ -78,7 +78,8 @@ def differences(rows: Sequence[Row]) -> list[str]:
         blamed = (
             " The unquantized reference itself moved." if any("itself moved" in row.reason for row in found) else ""
         )
-        head = f"Recorded in another environment than {plural(len(found), 'case')} that moved or may not compare ({names}):{blamed}"
+        head = f"Recorded in another environment than {plural(len(found), 'case')} that moved or may not compare "
+        head += f"({names}):{blamed}"
         if not lines:
             head = f"Recorded in this very environment, and moved ({names}): no version or processor did it.{blamed}"
         parts.append("\n".join([head, *(["", *(f"- {escape(line)}" for line in lines)] if lines else [])]))

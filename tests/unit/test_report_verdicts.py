@@ -48,7 +48,8 @@ def test_a_reference_that_moved_is_said_with_the_environment_line_by_line() -> N
     )  # fmt: skip
     text = render([found], [found.case], {})
     assert MOVERS in text
-    told = "Recorded in another environment than 1 case that moved or may not compare (`fp32` `perplexity`): The unquantized reference "
+    told = "Recorded in another environment than 1 case that moved or may not compare (`fp32` `perplexity`): "
+    told += "The unquantized reference "
     assert f"{told}itself moved.\n\n- torch: 2.13.0 -> 2.14.0\n- threads: 2 -> 4" in text
     same = row("perplexity", verdict_baseline=Verdict.WORSE, detail={"environment_difference": []})
     assert "Recorded in this very environment, and moved (`nf4` `perplexity`)" in verdicts([same])
