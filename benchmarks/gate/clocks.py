@@ -35,7 +35,7 @@ def session(chance: np.random.Generator, noise: float, slower: float) -> dict[st
     return {**told, "aa_floor": timing.aa_floor(theirs.tolist())}
 
 
-def measure(runs: int = 400) -> dict[str, Any]:
+def measure(runs: int = 200) -> dict[str, Any]:
     """How often a case is called worse, better or unusable, and how often a session of 28 quiet cases alarms."""
     rows = []
     for noise in NOISES:

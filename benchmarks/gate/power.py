@@ -22,7 +22,7 @@ from harness.report import writing
 from harness.specifications import parse
 
 SIZES = (0.0, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)  # of every scale; 0 is how often nothing is called
-TEXTS = 40  # of the same language, each with a seed of its own
+TEXTS = 30  # of the same language, each with a seed of its own
 WIDTH, WINDOWS = 256, 32  # 8,192 tokens a text
 METHOD, MODELS = "absmax-int8", ("tiny-gpt2", "tiny-olmo")
 ROOM = 2e-4  # nats above the recorded delta at which the bound of the two bound rules is set

@@ -214,13 +214,6 @@ def seeded(bench: Bench, chance: random.Random) -> Iterator[Told]:
     yield {}
 
 
-@contextlib.contextmanager
-def resumed(bench: Bench, chance: random.Random) -> Iterator[Told]:
-    """A second pass over the rows of a finished session: judged again from what was written."""
-    bench.session(methods=(parse("nf4"), parse("absmax-int8")), metrics=("perplexity",))
-    yield {"resume": True}
-
-
 def part(**told: Any) -> Apply:
     """A session of part of the matrix."""
     return asked(**told)
@@ -233,7 +226,6 @@ def without_onednn(bench: Bench, chance: random.Random) -> Iterator[Told]:
         yield {}
 
 
-FULL = "perplexity,memory,divergence"
 SOME = ("nf4", "bnb-int8", "absmax-int8", "bf16")
 CHANGES = (
     Change("repeated, models loaded anew", asked(), loads=True),

@@ -14,7 +14,7 @@ LIMITS = """\
 token by token; *smallest effect* is what nine of ten sessions with this spread would have called, and of an exact
 figure the smallest step. At most 5% of sessions in which nothing changed raise an alarm: every test has its share of
 it, and Holm's step-down settles the session. A perplexity against the reference is exact on this text: no test."""
-MOVED = (Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE)
+MOVED, OTHER = (Verdict.WORSE, Verdict.BETTER), Verdict.NOT_COMPARABLE
 
 
 def verdicts(rows: Sequence[Row]) -> str:
@@ -69,7 +69,8 @@ def differences(rows: Sequence[Row]) -> list[str]:
     """How the record's environment differs from this one, line by line, wherever something moved or may not compare."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row.verdict_baseline in MOVED and "environment_difference" in row.detail:
+        lines = row.detail.get("environment_difference")
+        if lines is not None and (row.verdict_baseline in MOVED or (lines and row.verdict_baseline is OTHER)):
             groups.setdefault(tuple(row.detail["environment_difference"]), []).append(row)
     parts = []
     for lines, found in groups.items():
@@ -77,7 +78,8 @@ def differences(rows: Sequence[Row]) -> list[str]:
         blamed = (
             " The unquantized reference itself moved." if any("itself moved" in row.reason for row in found) else ""
         )
-        head = f"Recorded in another environment than {plural(len(found), 'case')} that moved ({names}):{blamed}"
+        head = f"Recorded in another environment than {plural(len(found), 'case')} that moved or may not compare "
+        head += f"({names}):{blamed}"
         if not lines:
             head = f"Recorded in this very environment, and moved ({names}): no version or processor did it.{blamed}"
         parts.append("\n".join([head, *(["", *(f"- {escape(line)}" for line in lines)] if lines else [])]))

@@ -48,10 +48,13 @@ def test_a_reference_that_moved_is_said_with_the_environment_line_by_line() -> N
     )  # fmt: skip
     text = render([found], [found.case], {})
     assert MOVERS in text
-    told = "Recorded in another environment than 1 case that moved (`fp32` `perplexity`): The unquantized reference "
+    told = "Recorded in another environment than 1 case that moved or may not compare (`fp32` `perplexity`): "
+    told += "The unquantized reference "
     assert f"{told}itself moved.\n\n- torch: 2.13.0 -> 2.14.0\n- threads: 2 -> 4" in text
     same = row("perplexity", verdict_baseline=Verdict.WORSE, detail={"environment_difference": []})
     assert "Recorded in this very environment, and moved (`nf4` `perplexity`)" in verdicts([same])
+    early = row("perplexity", verdict_baseline=Verdict.NOT_COMPARABLE, detail={"environment_difference": []})
+    assert "Recorded in" not in verdicts([early])
 
 
 def test_what_stopping_early_read_and_knows() -> None:
