@@ -23,7 +23,7 @@ from harness.records import digest
 from harness.report import writing
 
 SEED = 20_251_122  # any number would do
-METHODS = ("absmax-int8", "zeropoint-int8", "nf4")
+METHODS = ("bf16", "fp16", "absmax-int8", "zeropoint-int8", "bnb-int8", "nf4")
 TEXT = ("smollm2-135m", "lee", "chunk:512")
 ORDERS = 1000
 SHARES = {"a case alone": 1, "five bounded cases (the core list)": 5}  # tests among which the session shares 5%
