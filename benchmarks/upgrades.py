@@ -55,10 +55,10 @@ BITSANDBYTES = Upgrade(
 *Why*: 0.48 has no compiled 4-bit code for CPUs: it dequantizes a whole weight in PyTorch at every product, which is
 most of a decoded token's time. 0.49 brought compiled dequantization and, on processors with AVX512-BF16, weights that
 the first forward packs into another layout and a product of its own in bf16. Decoding gains most, since nothing hides
-the dequantization there; a prompt of 128 tokens gains less. Packing also explains the behaviour: bf16 scales whatever the compute dtype, double quantization undone, odd shapes that fail, and a
-`state_dict()` that gives the scales back transposed ([told upstream](upstream/bitsandbytes-cpu-packing.md)). 0.50
-rounds 4-bit codes by thresholds rather than to the nearest level, which moves single codes of FP4 and leaves int8
-alone.""",
+the dequantization there; a prompt of 128 tokens gains less. Packing also explains the behaviour: bf16 scales whatever
+the compute dtype, double quantization undone, odd shapes that fail, and a `state_dict()` that gives the scales back
+transposed ([told upstream](upstream/bitsandbytes-cpu-packing.md)). 0.50 rounds 4-bit codes by thresholds rather than
+to the nearest level, which moves single codes of FP4 and leaves int8 alone.""",
 )
 SPEED = Upgrade(
     "speed",
