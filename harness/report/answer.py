@@ -110,13 +110,20 @@ def _behaviour(entries: Sequence[Entry]) -> str:
     parts = []
     for verdict, words in ((Verdict.WORSE, "no longer hold"), (Verdict.BETTER, "hold again")):
         if found := [entry for entry in entries if entry.verdict is verdict]:
-            checks: dict[str, list[Entry]] = {}
-            for entry in found:
-                checks.setdefault(entry.case.metric.partition(".")[2], []).append(entry)
-            each = ", ".join(f"{code(name)} ({_names(those)})" for name, those in checks.items())
-            parts.append(f"{plural(len(found), 'check')} {words}: {each}")
+            parts.append(f"{plural(len(found), 'check')} {words}: {_checks(found)}")
     kept = sum(entry.verdict in (Verdict.SAME, Verdict.WITHIN_NOISE) for entry in entries)
     return f"Behaviour: {'; '.join([*parts, f'{kept:,} are as they were'])}."
+
+
+def _checks(entries: Sequence[Entry]) -> str:
+    """Checks by name, those of the same methods together."""
+    methods: dict[str, list[Entry]] = {}
+    for entry in entries:
+        methods.setdefault(entry.case.metric.partition(".")[2], []).append(entry)
+    together: dict[str, list[str]] = {}
+    for name, found in methods.items():
+        together.setdefault(_names(found), []).append(code(name))
+    return "; ".join(f"{', '.join(names)} ({whose})" for whose, names in together.items())
 
 
 def _missing(entries: Sequence[Entry]) -> str:
