@@ -108,8 +108,9 @@ def _behaviour(entries: Sequence[Entry]) -> str:
     if not entries:
         return ""
     parts = []
-    for verdict, words in ((Verdict.WORSE, "no longer hold"), (Verdict.BETTER, "hold again")):
+    for verdict, words in ((Verdict.WORSE, "no longer {}"), (Verdict.BETTER, "{} again")):
         if found := [entry for entry in entries if entry.verdict is verdict]:
+            words = words.format("holds" if len(found) == 1 else "hold")
             parts.append(f"{plural(len(found), 'check')} {words}: {_checks(found)}")
     kept = sum(entry.verdict in (Verdict.SAME, Verdict.WITHIN_NOISE) for entry in entries)
     return f"Behaviour: {'; '.join([*parts, f'{kept:,} are as they were'])}."
