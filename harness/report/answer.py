@@ -18,9 +18,11 @@ WORDS = {0: "does no harm that was measured", 1: "does harm", 3: "cannot be deci
 def answer(comparison: Comparison, before: str, after: str, where: str) -> str:
     """What moves between the two ends, and what to do."""
     entries = comparison.entries
+    # equal shas of the losses are a pairing of every token too
+    tokens = sum(entry.paired or bool(entry.a.nll and entry.a.nll == entry.b.nll) for entry in entries)
     opening = (
         f"**Moving from {escape(before)} to {escape(after)} {WORDS[comparison.status]}** on {escape(where)}, over "
-        f"{plural(len(entries), 'case')}, {comparison.paired:,} of them compared token by token."
+        f"{plural(len(entries), 'case')}, {tokens:,} of them compared token by token."
     )
     sentences = [
         opening,
