@@ -150,7 +150,9 @@ def page() -> str:
         for upgrade in UPGRADES
         if (DATA / upgrade.name).is_dir()
     ]
-    parts = [INTRODUCTION.format(minutes=f"Time taken, with other work beside it: {'; '.join(told)}.")]
+    absent = [f"`--only {upgrade.name}`" for upgrade in UPGRADES if not (DATA / upgrade.name).is_dir()]
+    minutes = f"Time taken, with other work beside it: {'; '.join(told)}."
+    parts = [INTRODUCTION.format(minutes=minutes + (f" Not measured yet: {', '.join(absent)}." if absent else ""))]
     for upgrade in UPGRADES:
         if (DATA / upgrade.name).is_dir():
             text, _ = report_on(sides_of(upgrade), HOME / "baselines", upgrade.command)
