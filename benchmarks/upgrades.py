@@ -54,21 +54,21 @@ BITSANDBYTES = Upgrade(
     """\
 *Why*: 0.48 has no compiled 4-bit code for CPUs: it dequantizes a whole weight in PyTorch at every product, which is
 most of a decoded token's time. 0.49 brought compiled dequantization and, on processors with AVX512-BF16, weights that
-the first forward packs into another layout and a product of its own in bf16. Decoding gains the most from it;
-a prompt of 128 tokens pays for products that a dense fp32 kernel does better. Packing also explains the
-behaviour: bf16 scales whatever the compute dtype, double quantization undone, odd shapes that fail, and a
-`state_dict()` that gives the scales back transposed ([told upstream](upstream/bitsandbytes-cpu-packing.md)). 0.50
-rounds 4-bit codes by thresholds rather than to the nearest level, which moves single codes of FP4 and leaves int8
-alone.""",
+the first forward packs into another layout and a product of its own in bf16. Decoding gains most, since nothing hides
+the dequantization there; a prompt of 128 tokens gains less. Packing also explains the behaviour: bf16 scales whatever
+the compute dtype, double quantization undone, odd shapes that fail, and a `state_dict()` that gives the scales back
+transposed ([told upstream](upstream/bitsandbytes-cpu-packing.md)). 0.50 rounds 4-bit codes by thresholds rather than
+to the nearest level, which moves single codes of FP4 and leaves int8 alone.""",
 )
 SPEED = Upgrade(
     "speed",
     "bitsandbytes once more: times with nothing beside them",
     BITSANDBYTES.sides,
     """\
-The times above were taken on a machine that did other work; these were not.""",
-    ("--metrics latency.prefill,latency.decode",),
-    "bnb-int8,bnb-nf4",
+The times above were taken on a machine that did other work; these were not. `evaluation` is one window of 512 tokens
+without a cache: the longest product, where a dense kernel on a dequantized weight is at its best.""",
+    ("--metrics latency.prefill,latency.decode,latency.evaluation", "--max-tokens 512"),
+    "bnb-nf4",
 )
 TRANSFORMERS = Upgrade(
     "transformers",
@@ -150,7 +150,9 @@ def page() -> str:
         for upgrade in UPGRADES
         if (DATA / upgrade.name).is_dir()
     ]
-    parts = [INTRODUCTION.format(minutes=f"Time taken, with other work beside it: {'; '.join(told)}.")]
+    absent = [f"`--only {upgrade.name}`" for upgrade in UPGRADES if not (DATA / upgrade.name).is_dir()]
+    minutes = f"Time taken, with other work beside it: {'; '.join(told)}."
+    parts = [INTRODUCTION.format(minutes=minutes + (f" Not measured yet: {', '.join(absent)}." if absent else ""))]
     for upgrade in UPGRADES:
         if (DATA / upgrade.name).is_dir():
             text, _ = report_on(sides_of(upgrade), HOME / "baselines", upgrade.command)

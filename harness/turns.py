@@ -48,8 +48,11 @@ def prepared(group: Group, metric: str) -> tuple[dict[str, int], Work]:
 
 def row_of(group: Group, figure: Figure) -> Row:
     """The row of a figure that was taken in turn with other processes: it is judged beside theirs, not alone."""
+    plan = group.plan if group.case.dataset else None
+    text = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash} if plan else {}
     return Row.of(
         group.case,
+        **text,
         revision=group.checkpoint.revision,
         method_id=group.method_id,
         value=figure.value,

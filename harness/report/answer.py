@@ -18,9 +18,11 @@ WORDS = {0: "does no harm that was measured", 1: "does harm", 3: "cannot be deci
 def answer(comparison: Comparison, before: str, after: str, where: str) -> str:
     """What moves between the two ends, and what to do."""
     entries = comparison.entries
+    # equal shas of the losses are a pairing of every token too
+    tokens = sum(entry.paired or bool(entry.a.nll and entry.a.nll == entry.b.nll) for entry in entries)
     opening = (
         f"**Moving from {escape(before)} to {escape(after)} {WORDS[comparison.status]}** on {escape(where)}, over "
-        f"{plural(len(entries), 'case')}, {comparison.paired:,} of them compared token by token."
+        f"{plural(len(entries), 'case')}, {tokens:,} of them compared token by token."
     )
     sentences = [
         opening,
@@ -108,15 +110,23 @@ def _behaviour(entries: Sequence[Entry]) -> str:
     if not entries:
         return ""
     parts = []
-    for verdict, words in ((Verdict.WORSE, "no longer hold"), (Verdict.BETTER, "hold again")):
+    for verdict, words in ((Verdict.WORSE, "no longer {}"), (Verdict.BETTER, "{} again")):
         if found := [entry for entry in entries if entry.verdict is verdict]:
-            checks: dict[str, list[Entry]] = {}
-            for entry in found:
-                checks.setdefault(entry.case.metric.partition(".")[2], []).append(entry)
-            each = ", ".join(f"{code(name)} ({_names(those)})" for name, those in checks.items())
-            parts.append(f"{plural(len(found), 'check')} {words}: {each}")
+            words = words.format("holds" if len(found) == 1 else "hold")
+            parts.append(f"{plural(len(found), 'check')} {words}: {_checks(found)}")
     kept = sum(entry.verdict in (Verdict.SAME, Verdict.WITHIN_NOISE) for entry in entries)
     return f"Behaviour: {'; '.join([*parts, f'{kept:,} are as they were'])}."
+
+
+def _checks(entries: Sequence[Entry]) -> str:
+    """Checks by name, those of the same methods together."""
+    methods: dict[str, list[Entry]] = {}
+    for entry in entries:
+        methods.setdefault(entry.case.metric.partition(".")[2], []).append(entry)
+    together: dict[str, list[str]] = {}
+    for name, found in methods.items():
+        together.setdefault(_names(found), []).append(code(name))
+    return "; ".join(f"{', '.join(names)} ({whose})" for whose, names in together.items())
 
 
 def _missing(entries: Sequence[Entry]) -> str:

@@ -42,6 +42,8 @@ def behaved(blank: Entry) -> Entry:
         return replace(blank, verdict=Verdict.BETTER if raised[0] else Verdict.WORSE, reason=told)
     if raised[0] or a.value is None or b.value is None or a.value == b.value:
         return replace(blank, verdict=Verdict.SAME, reason=told)
+    if a.detail.get("fault") and a.detail.get("fault") == b.detail.get("fault"):  # both within the range that is listed
+        return replace(blank, verdict=Verdict.WITHIN_NOISE, reason=told)
     apart = Verdict.WORSE if b.value > FACTOR * a.value else Verdict.BETTER if a.value > FACTOR * b.value else None
     return replace(blank, verdict=apart or Verdict.WITHIN_NOISE, reason=told)
 

@@ -122,10 +122,3 @@ def reason_of(output: str) -> str:
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     found = next((line for line in errors if line.startswith("No matching distribution")), "") or " ".join(errors[:1])
     return (found or " ".join(lines[-1:]) or "pip said nothing")[:REASON_CHARACTERS]
-
-
-def difference(sides: Sequence[Built]) -> list[str]:
-    """One line a package that is not the same on every side, 'bitsandbytes: 0.48.2 -> 0.50.2'."""
-    names = sorted({name for side in sides for name in side.packages} - NOT_PINNED)
-    versions = {name: [side.packages.get(name, "absent") for side in sides] for name in names}
-    return [f"{name}: {' -> '.join(found)}" for name, found in versions.items() if len(set(found)) > 1]

@@ -42,6 +42,12 @@ def test_behaviour(a: float | str, b: float | str, verdict: Verdict) -> None:
     assert entry.reason
 
 
+def test_two_figures_in_the_range_of_one_known_fault_are_the_same_fault() -> None:
+    rows = [Row.of(CASE, value=v, detail={"holds": False, "fault": "f", "reference": "r"}) for v in (0.002, 0.006)]
+    (entry,) = compare(rows[:1], rows[1:], lambda sha: None, lambda sha: None).entries
+    assert entry.verdict is Verdict.WITHIN_NOISE
+
+
 def test_a_missing_side() -> None:
     absent = Row.of(CASE, verdict=Verdict.MISSING, reason="cannot be installed")
     (entry,) = compare([row(0.0)], [absent], lambda sha: None, lambda sha: None).entries

@@ -214,6 +214,6 @@ def test_a_broken_invariant_is_named_with_its_fault(world: World) -> None:
 
     world.change[C] = broken
     assert upgrade(A, C, metrics="invariant") == 1
-    assert "no longer hold: `state_dict` (`bnb-nf4`)" in text()
+    assert "3 checks no longer hold: `state_dict` (`bnb-nf4`)" in text()
     assert "known faults, each with its reference" in text()
     assert "`state-dict-after-forward`: tracker#1" in text()

@@ -11,7 +11,7 @@ import pytest
 
 from harness.errors import BadSpecification, HarnessError, MissingAsset
 from harness.upgrade import environments
-from harness.upgrade.environments import Built, Unbuilt, reason_of
+from harness.upgrade.environments import Unbuilt, reason_of
 from harness.upgrade.sides import parse, parse_all
 
 
@@ -143,8 +143,3 @@ def test_an_interrupted_build_is_made_anew(pip: Pip) -> None:
     (built.python.parents[1] / environments.RECORD).unlink()
     environments.build(side, print)
     assert pip.runs == 2
-
-
-def test_the_difference_of_environments() -> None:
-    sides = [Built(Path(), {"a": "1", "b": "1"}), Built(Path(), {"a": "1", "b": "2", "c": "3"})]
-    assert environments.difference(sides) == ["b: 1 -> 2", "c: absent -> 3"]
