@@ -18,7 +18,7 @@ MODELS = {  # text, protocol, tokens
     "tiny-olmo": ("synthetic", "chunk:256", 16384),
 }
 PLAIN = "linear-int4"
-METHODS = (PLAIN, "gptq-int4", "gptq-int4:act_order=yes", "gptq-int4:seed=1")
+METHODS = (PLAIN, "gptq-int4", "gptq-int4:act_order=yes", "gptq-int4:damp=0.1", "gptq-int4:seed=1")
 
 
 def measure(models: Sequence[str]) -> dict[str, Any]:
