@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # annotations only
 OWN = "model"  # the text that the model writes
 PARAMETERS: Mapping[str, Parameter] = {
     "text": Parameter(str, OWN, f"calibration text: '{OWN}' draws it from the model, else the name of a dataset"),
-    "windows": Parameter(int, 16, "windows of calibration text"),
+    "windows": Parameter(int, 32, "windows of calibration text"),
     "length": Parameter(int, 256, "tokens a window"),
     "seed": Parameter(int, 0, "of the draw: of the model's text, or of where windows start in a dataset"),
 }
@@ -52,7 +52,7 @@ def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[l
     values = arguments.values
     count, seed = int(values["windows"]), int(values["seed"])
     context = getattr(model.config, "max_position_embeddings", None) or int(values["length"])
-    length = min(int(values["length"]), int(context))
+    length = min(int(values["length"]), int(context) - 1)  # one token is fed to begin with
     if count < 1 or length < 2:
         raise BadSpecification("a calibration needs at least one window of two tokens")
     text = str(values["text"])
@@ -69,7 +69,7 @@ def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[l
 
 
 def drawn(model: Any, count: int, length: int, seed: int) -> list[Tensor]:
-    """Windows that the model writes, from its first token on."""
+    """Windows that the model writes, without the token it begins with: they start inside a text, as evaluations do."""
     import torch
 
     config = model.config
@@ -79,12 +79,12 @@ def drawn(model: Any, count: int, length: int, seed: int) -> list[Tensor]:
     ids = torch.full((count, 1), first)
     cache = None
     with torch.inference_mode():
-        while ids.shape[1] < length:
+        while ids.shape[1] <= length:
             output = model(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             chances = output.logits[:, -1].float().softmax(dim=-1).cpu()  # (count, vocabulary)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
-    return list(torch.split(ids.to(device), 1))
+    return list(torch.split(ids[:, 1:].to(device), 1))
 
 
 def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, model: Any) -> tuple[list[Tensor], str]:

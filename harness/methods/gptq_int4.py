@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "gptq-int4"
+DAMP = 0.01  # the paper's
 
 
 def targets(model: nn.Module, arguments: Arguments) -> list[str]:
@@ -69,7 +70,7 @@ METHOD = Method(
     {
         "block": BLOCK,
         "act_order": Parameter(str, "no", "quantize columns by falling activation energy", ("no", "yes")),
-        "damp": Parameter(float, 0.01, "of the mean diagonal of the inputs' second moments, added to it"),
+        "damp": Parameter(float, DAMP, "of the mean diagonal of the inputs' second moments, added to it"),
         **calibration.PARAMETERS,
     },
     scoped=True,
