@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import pkgutil
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 from harness.contracts import Method, Metric
 from harness.errors import HarnessError
+from harness.files import sha256_file
 
+GROUPS = ("harness.methods", "harness.metrics")
 T = TypeVar("T", Method, Metric)
 
 
@@ -50,6 +54,18 @@ def _installed(group: str, kind: type[T]) -> dict[str, T]:
         if not isinstance(value, kind):
             raise HarnessError(f"entry point {group}: {point.name} = {point.value} is no {kind.__name__}")
         found[point.name] = value
+    return found
+
+
+def installed_sources() -> dict[str, str]:
+    """Source files of every installed package that brings methods or metrics, by path: sha256."""
+    found = {}
+    for point in sorted({point.module.partition(".")[0] for group in GROUPS for point in entry_points(group=group)}):
+        spec = importlib.util.find_spec(point)
+        homes = list(spec.submodule_search_locations or ()) if spec else []
+        single = [Path(spec.origin)] if spec and spec.origin and not homes else []
+        for path in [*single, *(path for home in homes for path in sorted(Path(home).rglob("*.py")))]:
+            found[str(path)] = sha256_file(path)
     return found
 
 

@@ -72,7 +72,7 @@ def serve(job: Job, connection: Connection) -> None:
                 else:
                     group = group or Group(job, connection)
                     if verb == "key":
-                        reply = Reply("key", text=group.key(argument))
+                        reply = Reply("key", text=group.key(*argument))
                     else:
                         row = group.measure(*argument)
                         reply = Reply("row", row=row, data=group.environment.to_dict())
