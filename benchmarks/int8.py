@@ -32,6 +32,32 @@ SUBJECTS = (  # kind, subject, dtype
     ("harness", "bnb-nf4", "fp32"),
 )
 CODED = ("absmax-int8", "absmax-int8-w8a8")  # methods whose product is not that of the dequantized weight
+PROFILED = (
+    ("fp32", "prefill"),
+    ("fp32", "decode"),
+    ("absmax-int8", "prefill"),
+    ("absmax-int8", "decode"),
+    ("absmax-int8-w8a8", "prefill"),
+    ("nf4", "prefill"),
+    ("nf4", "decode"),
+    ("linear-int4", "decode"),
+)
+TRIED = """\
+What was tried for the products of int8 codes, and why it is not used:
+
+- *Codes turned into bf16 a call* (used): torch's conversion from int8 is not vectorized and shows above as `copy_`.
+- *The product the other way round* (codes as the left matrix, so that oneDNN packs the activations and not the
+  weight): the product itself is quicker, the transposed result slows what follows by more.
+- *fp32 in and out with oneDNN's own rounding to bf16* (`torch.backends.mkldnn.matmul.fp32_precision`): the unpacking
+  writes twice the bytes; no quicker at prefill, slower at decode.
+- *Activations as two or three int8 digits* (exact to 2e-5 and 4e-7 of the result): whole-number products are quick,
+  but splitting and joining take a dozen small operations a layer, and eat the gain.
+- *`torch._weight_int8pack_mm`* (used up to four rows): for more rows it is slower than fp32; in fp32 it is not
+  vectorized; where 16 does not divide a row it reads past its end, so such layers take the other way.
+- *4 bits at decode*: unpacking looks levels up by `index_select`, which runs on one core for flat tensors; `gather`,
+  `take`, indexing, an embedding and a table of four codes were no quicker. A kernel that multiplies packed codes as
+  they lie would be needed; torch's (`_weight_int4pack_mm_for_cpu`) wants another layout, which differs between
+  processors, and knows no table of levels."""
 FIGURES = (  # of what, over what, kind of work, at least
     ("absmax-int8", "fp32", "prefill", 2.0),
     ("absmax-int8", "fp32", "decode", 1.3),
@@ -82,9 +108,10 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
     }
     storage = {name: worker.ask("storage") for name, worker in workers.items()}
     quality = perplexities(workers)
+    profiles = [(name, work, workers[name].ask("profile", work=work)) for name, work in PROFILED if name in workers]
     for worker in workers.values():
         worker.close()
-    return {"int8": {"times": times, "storage": storage, "quality": quality, "unable": unable}}
+    return {"int8": {"times": times, "storage": storage, "quality": quality, "unable": unable, "profiles": profiles}}
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -112,12 +139,18 @@ def render(results: Mapping[str, Any]) -> str:
     )
     lossy = found["quality"].get("absmax-int8-w8a8", [math.nan])[0]
     unable = "".join(f"\n- {name} could not run: {why}" for name, why in found["unable"].items())
+    profiles = [
+        [f"`{name}`", work, ", ".join(f"{key} {100 * share:.0f}%" for key, share in shares)]
+        for name, work, shares in found["profiles"]
+    ]
     head = ["", "prefill(128) ms", "decode ms", "fp32 / it: prefill", "decode", "storage MiB"]
     return (
         f"## int8 and 4-bit\n\nMedians of {REPETITIONS} turns, every model in a process of its own, fp32 activations "
         f"outside the products.\n\n{writing.table(head, rows)}\n{unable}\n\n"
         f"{writing.table(['ours', 'against', 'work', 'times as fast', 'wanted', 'reached'], figures)}\n\n"
-        f"Perplexity on the beginning of `lee`: {quality}; `absmax-int8-w8a8` {lossy:.3f}."
+        f"Perplexity on the beginning of `lee`: {quality}; `absmax-int8-w8a8` {lossy:.3f}.\n\n"
+        f"Where the time goes (share of one run's processor time):\n\n"
+        f"{writing.table(['', 'work', 'operations'], profiles)}\n\n{TRIED}"
     )
 
 

@@ -100,6 +100,17 @@ class Bench:
         token = self.ids[:, PROMPT - 1 : PROMPT]
         return timed(lambda: self.model(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1))
 
+    def profile(self, work: str, operations: int = 7) -> list[tuple[str, float]]:
+        """The operations that one run of a work spends itself in, and their share of its processor time."""
+        from torch.profiler import ProfilerActivity, profile
+
+        getattr(self, work)()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            getattr(self, work)()
+        events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        return [(event.key.removeprefix("aten::"), event.self_cpu_time_total / total) for event in events[:operations]]
+
     def read(self, text: str, protocol: str) -> int:
         """Take a text file to score; its tokens."""
         self.text = Path(text).read_text(encoding="utf-8")
