@@ -27,6 +27,7 @@ from harness.files import sha256_file
 from harness.options import Declared
 from harness.records import digest
 
+GROUPS = ("harness.methods", "harness.metrics")
 T = TypeVar("T", Method, Metric)
 _declared: dict[str, tuple[Path, ...]] = {"METHOD": (), "METRIC": ()}
 
@@ -51,14 +52,9 @@ def declare(declared: Declared) -> None:
 
 
 def outside_code() -> str:
-    """A digest of the declared files and of the installed packages' versions; '' where there are none."""
+    """A digest of the declared files, '' where there are none (`installed_sources` has the packages)."""
     files = {str(path): sha256_file(path) for paths in _declared.values() for path in paths if path.is_file()}
-    points = [
-        [point.group, point.name, point.value, point.dist.version if point.dist else ""]
-        for group in ("harness.methods", "harness.metrics")
-        for point in entry_points(group=group)
-    ]
-    return digest([files, points]) if files or points else ""
+    return digest(files) if files else ""
 
 
 def _attribute(module: ModuleType, name: str, kind: type[T]) -> T:
@@ -123,6 +119,18 @@ def _joined(found: Iterable[Listed[T]], kind: str, name_of: str) -> dict[str, Li
             raise HarnessError(f"{item.origin}: '{name}' is already a {kind} of the harness ({names[name].origin})")
         names[name] = item
     return names
+
+
+def installed_sources() -> dict[str, str]:
+    """Source files of every installed package that brings methods or metrics, by path: sha256."""
+    found = {}
+    for point in sorted({point.module.partition(".")[0] for group in GROUPS for point in entry_points(group=group)}):
+        spec = importlib.util.find_spec(point)
+        homes = list(spec.submodule_search_locations or ()) if spec else []
+        single = [Path(spec.origin)] if spec and spec.origin and not homes else []
+        for path in [*single, *(path for home in homes for path in sorted(Path(home).rglob("*.py")))]:
+            found[str(path)] = sha256_file(path)
+    return found
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def prepare(job: Job, cases: list[Case], connection: Connection) -> None:
 def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
     """What a living group answers: a key, one turn of a timing, or a row."""
     if verb == "key":
-        return Reply("key", text=group.key(argument))
+        return Reply("key", text=group.key(*argument))
     if verb == "turn" and isinstance(group, Group):
         return turns.answer(group, argument)
     return Reply("row", row=group.measure(*argument), data=group.environment.to_dict())

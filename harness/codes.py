@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
 # 64: the block of QLoRA and bitsandbytes; powers of two, so that a block never splits a byte
 BLOCK = Parameter(int, 64, "weights that share a scale", choices=(16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
 
+PIECE = 2**20  # weights quantized at once: their temporaries stay in the cache, and no fresh page is touched for them
+
 
 def divide(weight: Tensor, scale: Tensor) -> Tensor:
     """Divide, where a scale of 0 (a row of zeros, or one too small for fp32) becomes 1."""
@@ -25,8 +27,15 @@ def divide(weight: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_rows(weight: Tensor) -> dict[str, Tensor]:
     """Symmetric int8 a row: (out, in) fp32 -> codes (out, in) int8, scale (out, 1) fp32 = max|row| / 127."""
-    scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    codes = divide(weight, scale).round_().clamp_(-127, 127).char()
+    import torch
+
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = weight.new_empty((weight.shape[0], 1))
+    step = max(1, PIECE // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step]
+        scale[start : start + step] = steps = rows.abs().amax(dim=1, keepdim=True) / 127
+        codes[start : start + step] = divide(rows, steps).round_().clamp_(-127, 127)
     return {"codes": codes, "scale": scale}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,13 +177,14 @@ class Group:
         padding = getattr(self.tokenizer, "pad_token_id", None) or 0
         return engine.score(model, self.plan.windows, device=self.job.device, batch_size=batch_size, padding_id=padding)
 
-    def key(self, case: Case) -> str:
+    def key(self, case: Case, stop: Stop | None = None) -> str:
         """What --resume compares: equal keys mean that measuring again would repeat the same work."""
         self.case = case
         plan = (self.plan.protocol_id, self.plan.token_hash) if case.dataset else ()
         outside = catalog.outside_code()
-        parts = [case.id, self.checkpoint.revision, self.method_id, *plan, *self.world, *([outside] if outside else [])]
-        return digest([*parts, self.repetitions if member_of(case).timed else 0])
+        early = asdict(stop) if stop else {}  # an early-stopped delta is another figure than that of every token
+        known = [self.checkpoint.revision, self.method_id, *plan, *self.world, outside, early]
+        return digest([case.id, case.reference, *known, self.repetitions if member_of(case).timed else 0])
 
     def measure(self, case: Case, stop: Stop | None = None) -> Row:
         """Measure one case, no further than `stop` asks; no verdict yet."""
@@ -213,7 +215,7 @@ class Group:
             bits_per_weight=self.census.get("bits_per_weight"),
             environment=self.environment.id,
             seconds=round(time.perf_counter() - started, 3),
-            key=self.key(case),
+            key=self.key(case, stop),
             **texts,
         )
 
@@ -258,9 +260,10 @@ class Group:
 
 
 def code_version() -> str:
-    """sha256 over the harness's own source: a changed metric is another measurement."""
+    """sha256 over the source of the harness and of packages that bring methods or metrics: a change measures anew."""
     home = Path(__file__).parent
-    return digest({str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))})
+    own = {str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))}
+    return digest([own, catalog.installed_sources()])
 
 
 CODE = code_version()  # of what this process runs: taken at import, in the fork server, once a session

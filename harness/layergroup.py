@@ -28,7 +28,7 @@ class LayerGroup:
         self.device = open_device(job.device)
         self.environment = environment.capture(job.device, job.threads, loaded_facts(job.device))
 
-    def key(self, case: Case) -> str:
+    def key(self, case: Case, stop: Stop | None = None) -> str:
         """What --resume compares."""
         return digest([case.id, self.method_id, self.environment.id, CODE])
 

@@ -119,7 +119,7 @@ class Runner:
         try:
             before = resumable.get(case.id)
             if before is not None:
-                key = process.ask("key", case)
+                key = process.ask("key", (case, stop))
                 if key.kind == "key" and key.text == before.key:
                     return before, ""
             reply = process.ask("measure", (case, stop))

@@ -1,0 +1,121 @@
+"""The perplexity engine against lm-evaluation-harness and against its own matrix products: tokens a second."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import Unable, Worker, embedded, interleaved, middle
+
+from harness import documents
+from harness.report import writing
+
+CHARACTERS, WINDOW, REPETITIONS = 4_500, 512, 5  # some 1,000 tokens: two windows, and a run of two minutes
+SWEEP = {128: (1, 2, 4), 512: (1, 2)}  # window -> batches
+TIMED_TWICE = 3  # repetitions of a sweep's point
+
+
+def text(folder: Path) -> Path:
+    """The beginning of the embedded text, as a file."""
+    from harness import corpora
+    from harness.options import Declared
+    from harness.specifications import parse
+
+    whole = corpora.read(parse("lee"), Declared(Path())).documents[0]
+    path = folder / "text.txt"
+    path.write_text(whole[:CHARACTERS], encoding="utf-8")
+    return path
+
+
+def compared(ours: Worker, peer: Worker) -> dict[str, float]:
+    """NLL of every token and of the whole text, ours against the peer's."""
+    here, there = np.array(ours.ask("nll")), np.array(peer.ask("nll"))
+    return {
+        "mean": abs(float(here.mean() - there.mean())),
+        "token": float(np.abs(here - there).max()),
+        "answer": abs(float(here.sum()) - peer.ask("total")) / len(here),
+    }
+
+
+def measured(dtype: str, folder: Path, path: Path) -> dict[str, Any]:
+    """One dtype: ours, lm-eval, the products alone."""
+    ours, peer = Worker("harness", dtype, folder), Worker("lm-eval", "-", folder, dtype)
+    tokens = ours.ask("read", text=str(path), protocol=f"rolling:{WINDOW}")
+    assert tokens == peer.ask("read", text=str(path), protocol=f"rolling:{WINDOW}")
+    works = {
+        "ours": (ours, {"do": "score"}),
+        "lm-eval": (peer, {"do": "score"}),
+        "products": (ours, {"do": "products", "rows": WINDOW, "scored": WINDOW}),
+    }
+    seconds = interleaved(works, REPETITIONS)
+    windows = -(-tokens // WINDOW)  # the last one is extended to the left: as much work as any
+    seconds["products"] = [value * windows for value in seconds["products"]]
+    rates = {name: tokens / middle(values) for name, values in seconds.items()}
+    found = {"dtype": dtype, "tokens": tokens, "rates": rates, "seconds": seconds, **compared(ours, peer)}
+    peer.close()
+    found["peaks"] = {}
+    found["sweep"] = []
+    for window, batches in SWEEP.items():
+        ours.ask("read", text=str(path), protocol=f"chunk:{window}")
+        points = interleaved({str(batch): (ours, {"do": "score", "batch": batch}) for batch in batches}, TIMED_TWICE)
+        found["sweep"].append([window, {batch: tokens / middle(values) for batch, values in points.items()}])
+        found["peaks"][str(window)] = ours.ask("peak", batch=1)
+    ours.close()
+    return found
+
+
+def measure(models: Sequence[str]) -> dict[str, Any]:
+    """Both dtypes on the embedded model and text."""
+    folder = embedded()
+    with tempfile.TemporaryDirectory() as home:
+        path = text(Path(home))
+        try:
+            return {"engine": [measured(dtype, folder, path) for dtype in ("fp32", "bf16")]}
+        except Unable as error:
+            sys.exit(f"benchmarks/engine.py: {error}")
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The tables."""
+    rows, sweep = [], []
+    for one in results["engine"]:
+        ours, peer, limit = (one["rates"][name] for name in ("ours", "lm-eval", "products"))
+        wanted = {"fp32": 1.3, "bf16": 1.5}[one["dtype"]]
+        rows.append(
+            [
+                one["dtype"], f"{ours:.0f}", f"{peer:.0f}", f"{limit:.0f}",
+                f"{ours / peer:.2f} (at least {wanted}: {kept(ours / peer >= wanted)})",
+                f"{100 * ours / limit:.0f}% (at least 80%: {kept(ours / limit >= 0.8)})",
+                f"{one['mean']:.1e}, {one['token']:.1e}, {one['answer']:.1e}",
+                ", ".join(f"{window}: {bytes_ / 2**20:.0f}" for window, bytes_ in one["peaks"].items()),
+            ]
+        )  # fmt: skip
+        for window, points in one["sweep"]:
+            best = max(points.values())
+            cells = ", ".join(f"{batch}: {rate:.0f}" for batch, rate in points.items())
+            sweep.append([one["dtype"], str(window), cells, f"{100 * points['1'] / best:.0f}%"])
+    head = [
+        "dtype", "ours, tokens/s", "lm-eval 0.4.13", "its products alone", "ours / lm-eval", "of the products' rate",
+        "NLL apart: mean, a token, lm-eval's own sum (nat/token)", "peak over the model by window, MiB",
+    ]  # fmt: skip
+    return (
+        "## The perplexity engine\n\n"
+        f"`rolling:{WINDOW}` over the first {results['engine'][0]['tokens']:,} tokens of `lee`, batch 1, "
+        f"medians of {REPETITIONS} interleaved runs.\n\n{writing.table(head, rows)}\n\n"
+        "Sweep of batch and window (`chunk:W`), tokens/s by batch; the harness takes batch 1 unless told otherwise, "
+        "so the last column is its choice against the best.\n\n"
+        f"{writing.table(['dtype', 'window', 'batch: tokens/s', 'batch 1 / best'], sweep)}"
+    )
+
+
+def kept(yes: bool) -> str:
+    """A figure's verdict."""
+    return "yes" if yes else "**no**"
+
+
+if __name__ == "__main__":
+    raise SystemExit(documents.run(documents.Document("engine", "The perplexity engine's speed", measure, render)))

@@ -1,0 +1,161 @@
+"""Prefill and decode of quantized models: ours, bitsandbytes', torchao's and optimum-quanto's, in turns."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engine import kept, text
+from peers import Unable, Worker, embedded, interleaved, middle
+
+from harness import documents
+from harness.report import writing
+
+REPETITIONS = 7
+SUBJECTS = (  # kind, subject, dtype
+    ("harness", "fp32", "fp32"),
+    ("harness", "bf16", "bf16"),
+    ("harness", "absmax-int8", "fp32"),
+    ("harness", "absmax-int8-w8a8", "fp32"),
+    ("harness", "zeropoint-int8", "fp32"),
+    ("harness", "bnb-int8", "fp32"),
+    ("torchao", "int8", "fp32"),
+    ("torchao", "int8-activations", "fp32"),
+    ("quanto", "int8", "fp32"),
+    ("harness", "nf4", "fp32"),
+    ("harness", "linear-int4", "fp32"),
+    ("harness", "bnb-nf4", "fp32"),
+)
+CODED = ("absmax-int8", "absmax-int8-w8a8")  # methods whose product is not that of the dequantized weight
+PROFILED = (
+    ("fp32", "prefill"),
+    ("fp32", "decode"),
+    ("absmax-int8", "prefill"),
+    ("absmax-int8", "decode"),
+    ("absmax-int8-w8a8", "prefill"),
+    ("nf4", "prefill"),
+    ("nf4", "decode"),
+    ("linear-int4", "decode"),
+)
+TRIED = """\
+What was tried for the products of int8 codes, and why it is not used:
+
+- *Codes turned into bf16 a call* (used): torch's conversion from int8 is not vectorized and shows above as `copy_`.
+- *The product the other way round* (codes as the left matrix, so that oneDNN packs the activations and not the
+  weight): the product itself is quicker, the transposed result slows what follows by more.
+- *fp32 in and out with oneDNN's own rounding to bf16* (`torch.backends.mkldnn.matmul.fp32_precision`): the unpacking
+  writes twice the bytes; no quicker at prefill, slower at decode.
+- *Activations as two or three int8 digits* (exact to 2e-5 and 4e-7 of the result): whole-number products are quick,
+  but splitting and joining take a dozen small operations a layer, and eat the gain.
+- *`torch._weight_int8pack_mm`* (used up to four rows): for more rows it is slower than fp32; in fp32 it is not
+  vectorized; where 16 does not divide a row it reads past its end, so such layers take the other way.
+- *4 bits at decode*: unpacking looks levels up by `index_select`, which runs on one core for flat tensors; `gather`,
+  `take`, indexing, an embedding and a table of four codes were no quicker. A kernel that multiplies packed codes as
+  they lie would be needed; torch's (`_weight_int4pack_mm_for_cpu`) wants another layout, which differs between
+  processors, and knows no table of levels."""
+FIGURES = (  # of what, over what, kind of work, at least
+    ("absmax-int8", "fp32", "prefill", 2.0),
+    ("absmax-int8", "fp32", "decode", 1.3),
+    ("absmax-int8-w8a8", "fp32", "prefill", 2.0),
+    ("absmax-int8-w8a8", "fp32", "decode", 1.3),
+    ("absmax-int8", "bnb-int8", "prefill", 1.0),
+    ("absmax-int8", "bnb-int8", "decode", 1.0),
+    ("absmax-int8", "torchao int8", "prefill", 1.0),
+    ("absmax-int8", "torchao int8", "decode", 1.0),
+    ("absmax-int8", "quanto int8", "prefill", 1.0),
+    ("absmax-int8", "quanto int8", "decode", 1.0),
+    ("nf4", "fp32", "prefill", 1 / 1.5),
+    ("nf4", "fp32", "decode", 1.0),
+    ("linear-int4", "fp32", "prefill", 1 / 1.5),
+    ("linear-int4", "fp32", "decode", 1.0),
+)
+
+
+def named(kind: str, subject: str) -> str:
+    """As the tables say it."""
+    return subject if kind == "harness" else f"{kind} {subject}"
+
+
+def perplexities(workers: Mapping[str, Worker]) -> dict[str, list[float]]:
+    """Perplexity with the method's product and with the dequantized weight in fp32."""
+    found = {}
+    with tempfile.TemporaryDirectory() as home:
+        path = text(Path(home))
+        for name in [name for name in CODED if name in workers]:
+            workers[name].ask("read", text=str(path), protocol="chunk:512")
+            found[name] = [math.exp(float(np.mean(workers[name].ask("nll", exact=exact)))) for exact in (False, True)]
+    return found
+
+
+def measure(models: Sequence[str]) -> dict[str, Any]:
+    """Every subject on the embedded model; one that cannot run is told, not hidden."""
+    folder, workers, unable = embedded(), {}, {}
+    for kind, subject, dtype in SUBJECTS:
+        try:
+            workers[named(kind, subject)] = Worker(kind, subject, folder, dtype)
+            workers[named(kind, subject)].ask("decode")
+        except Unable as error:
+            unable[named(kind, subject)] = str(error)
+            workers.pop(named(kind, subject), None)
+    times = {
+        work: interleaved({name: (worker, {"do": work}) for name, worker in workers.items()}, REPETITIONS)
+        for work in ("prefill", "decode")
+    }
+    storage = {name: worker.ask("storage") for name, worker in workers.items()}
+    quality = perplexities(workers)
+    profiles = [(name, work, workers[name].ask("profile", work=work)) for name, work in PROFILED if name in workers]
+    for worker in workers.values():
+        worker.close()
+    return {"int8": {"times": times, "storage": storage, "quality": quality, "unable": unable, "profiles": profiles}}
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The tables."""
+    found = results["int8"]
+    middles = {work: {name: middle(found["times"][work][name]) for name in found["storage"]} for work in found["times"]}
+    rows = [
+        [
+            f"`{name}`",
+            *(f"{1e3 * middles[work][name]:.1f}" for work in ("prefill", "decode")),
+            *(f"{middles[work]['fp32'] / middles[work][name]:.2f}" for work in ("prefill", "decode")),
+            f"{found['storage'][name] / 2**20:.2f}",
+        ]
+        for name in found["storage"]
+    ]
+    figures = []
+    for ours, other, work, least in FIGURES:
+        if ours in middles[work] and other in middles[work]:
+            ratio = middles[work][other] / middles[work][ours]
+            figures.append([f"`{ours}`", other, work, f"{ratio:.2f}", f"{least:.2f}", kept(ratio >= least)])
+    quality = "; ".join(
+        f"`{name}` {ours:.3f}, dequantized {exact:.3f} ({100 * (ours / exact - 1):+.2f}%)"
+        for name, (ours, exact) in found["quality"].items()
+        if name != "absmax-int8-w8a8"
+    )
+    lossy = found["quality"].get("absmax-int8-w8a8", [math.nan])[0]
+    unable = "".join(f"\n- {name} could not run: {why}" for name, why in found["unable"].items())
+    profiles = [
+        [f"`{name}`", work, ", ".join(f"{key} {100 * share:.0f}%" for key, share in shares)]
+        for name, work, shares in found["profiles"]
+    ]
+    head = ["", "prefill(128) ms", "decode ms", "fp32 / it: prefill", "decode", "storage MiB"]
+    return (
+        f"## int8 and 4-bit\n\nMedians of {REPETITIONS} turns, every model in a process of its own, fp32 activations "
+        f"outside the products.\n\n{writing.table(head, rows)}\n{unable}\n\n"
+        f"{writing.table(['ours', 'against', 'work', 'times as fast', 'wanted', 'reached'], figures)}\n\n"
+        f"Perplexity on the beginning of `lee`: {quality}; `absmax-int8-w8a8` {lossy:.3f}.\n\n"
+        f"Where the time goes (share of one run's processor time):\n\n"
+        f"{writing.table(['', 'work', 'operations'], profiles)}\n\n{TRIED}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(documents.run(documents.Document("int8", "Speed of int8 and 4-bit products", measure, render)))
+    except Unable as error:
+        sys.exit(f"benchmarks/int8.py: {error}")

@@ -1,0 +1,143 @@
+"""Loading: peak memory and time of quantizing random checkpoints of public models' true shapes, made on the spot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import kept
+from peers import ROOT
+
+from harness import documents
+from harness.report import writing
+
+MODELS = ("olmo-1b", "phi-3-mini")
+METHODS = ("absmax-int8:dtype=bf16", "linear-int4:dtype=bf16", "bnb-int8:dtype=bf16", "bnb-nf4:dtype=bf16")
+SHARD_BYTES = 2 * 10**9
+DEVIATION = 0.02  # of the random weights: that of the models' initialisation
+
+
+def make(model: str, folder: Path) -> int:
+    """Write a checkpoint of random bf16 weights, shard by shard; its bytes. Tensors repeat one block of numbers."""
+    import torch
+    from safetensors.torch import save_file
+
+    from harness import architectures, checkpoints
+
+    config = architectures.config_of(model)
+    whole = checkpoints.sketch_model(config, "bf16").state_dict(keep_vars=True)
+    unique = {id(tensor): (name, tensor) for name, tensor in reversed(list(whole.items()))}  # a tied tensor once
+    state = dict(reversed(list(unique.values())))
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    block = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(DEVIATION).bfloat16()
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in state.items():
+        if filled and filled + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    files = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        filling = {name: block.repeat(-(-state[name].numel() // len(block)))[: state[name].numel()] for name in names}
+        save_file({name: filling[name].view(state[name].shape).contiguous() for name in names}, folder / file)
+        files |= dict.fromkeys(names, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def read_seconds(folder: Path) -> float:
+    """Reading the files' bytes once, into one buffer."""
+    room = bytearray(1 << 24)
+    start = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+    return time.perf_counter() - start
+
+
+def load(method: str, folder: str) -> dict[str, float]:
+    """In a process of its own: load once; seconds, peak over what was resident, storage, the largest tensor."""
+    from harness import arguments, catalog, checkpoints, devices, memory
+    from harness.contracts import Checkpoint
+    from harness.specifications import parse
+
+    specification, device = parse(method), devices.Cpu()
+    found = catalog.methods()[specification.name]
+    given = arguments.resolve(specification, found, "cpu")
+    checkpoint = Checkpoint(method, Path(folder), "")
+    shapes = checkpoints.sketch_model(checkpoints.read_config(checkpoint), "bf16").state_dict().values()
+    device.reset_peak()
+    before, start = device.peak()["resident"], time.perf_counter()
+    model = found.load(checkpoint, given, "cpu")
+    seconds = time.perf_counter() - start
+    peak, storage = device.peak()["resident"], memory.storage_bytes(model)
+    largest = max(tensor.nbytes for tensor in shapes)
+    return {"seconds": seconds, "peak": peak - before, "process": peak, "storage": storage, "largest": largest}
+
+
+def measure(models: Sequence[str]) -> dict[str, Any]:
+    """Every method on every model; the checkpoints are deleted afterwards."""
+    found: list[dict[str, Any]] = []
+    for model in models or MODELS:
+        with tempfile.TemporaryDirectory(dir=ROOT) as home:
+            size = make(model, Path(home))
+            for method in METHODS:
+                reading = read_seconds(Path(home))
+                command = [sys.executable, "-W", "ignore", __file__, "--load", method, home]
+                done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+                lines = done.stdout.strip().splitlines()
+                row = json.loads(lines[-1]) if done.returncode == 0 else {"failed": done.stderr.strip()[-300:]}
+                found.append({"model": model, "method": method, "file": size, "reading": reading, **row})
+    return {"loading": found}
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The table."""
+    rows, failed = [], ""
+    for one in results["loading"]:
+        if "failed" in one:
+            failed += f"\n- {one['model']} under `{one['method']}` failed: {writing.escape(one['failed'])}"
+            continue
+        room, times = 1.25 * one["storage"] + one["largest"], one["seconds"] / one["reading"]
+        ours = not one["method"].startswith("bnb")
+        rows.append(
+            [
+                one["model"],
+                f"`{one['method']}`",
+                *(f"{one[name] / 2**30:.2f}" for name in ("file", "storage", "peak", "process")),
+                f"{room / 2**30:.2f}" + (f": {kept(one['peak'] <= room)}" if ours else ""),
+                f"{one['seconds']:.1f}",
+                f"{one['reading']:.1f}",
+                f"{times:.1f}" + (f" (at most 2: {kept(times <= 2)})" if ours else ""),
+            ]
+        )
+    head = [
+        "model", "method", "file GiB", "storage after", "peak over start", "peak of the process",
+        "allowed: 1.25 storage + largest", "load s", "reading the file s", "load / reading",
+    ]  # fmt: skip
+    return (
+        "## Loading\n\nRandom bf16 weights in the models' true shapes, written on the spot and deleted; the file is in "
+        "the page cache when it is read. Each load in a process of its own; ours stream, bitsandbytes goes through "
+        f"transformers with a device map.\n\n{writing.table(head, rows)}\n{failed}"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--load"]:
+        print(json.dumps(load(*sys.argv[2:4])))
+        raise SystemExit(0)
+    raise SystemExit(documents.run(documents.Document("loading", "Peak memory and time of loading", measure, render)))

@@ -1,0 +1,64 @@
+"""docs/performance.md: the engine, int8 and 4-bit products, loading and the session, with peers and physical limits."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import engine
+import int8
+import loading
+import session
+from peers import PINS, ROOT
+
+from harness import documents
+from harness.report import writing
+
+PARTS: Mapping[str, tuple[Callable[[Sequence[str]], dict[str, Any]], Callable[[Mapping[str, Any]], str]]] = {
+    "engine": (engine.measure, engine.render),
+    "int8": (int8.measure, int8.render),
+    "loading": (loading.measure, loading.render),
+    "session": (session.measure, session.render),
+}
+
+
+KEPT = ROOT / "docs" / "data" / "performance.json"
+
+
+def measure(parts: Sequence[str]) -> dict[str, Any]:
+    """All parts; where some are named (with --models, the pages' word for what to measure), the others stay as kept."""
+    found: dict[str, Any] = dict(documents.read(KEPT)["results"]) if parts and KEPT.is_file() else {}
+    made: dict[str, Any] = dict(found.get("made", {}))
+    for part in parts or PARTS:
+        print(f"benchmarks/run.py: {part}", file=sys.stderr, flush=True)
+        before, start = os.getloadavg()[0], time.monotonic()
+        found |= PARTS[part][0](())
+        today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+        minutes = (time.monotonic() - start) / 60
+        made[part] = {"ended": today, "minutes": minutes, "load": [before, os.getloadavg()[0]]}
+    return {**found, "made": made}
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """Every part that was measured, one after another."""
+    rows = [
+        [part, made["ended"], f"{made['minutes']:.1f}", ", ".join(f"{load:.1f}" for load in made["load"])]
+        for part, made in results["made"].items()
+    ]
+    head = (
+        f"Ratios are of medians from one run of a part. Peers: {', '.join(PINS)}, in an environment that the command "
+        "makes. Load average of this two-core machine before and after each part: its own work keeps it at about 2, "
+        "and what lies above is other work, which blurs every time below.\n\n"
+        + writing.table(["part", "ended (UTC)", "minutes", "load before, after"], rows)
+    )
+    shown = [render_part(results) for part, (_, render_part) in PARTS.items() if part in results["made"]]
+    return "\n\n".join([head, *shown])
+
+
+if __name__ == "__main__":
+    page = documents.Document("performance", "As fast as the hardware allows", measure, render, script="run")
+    raise SystemExit(documents.run(page))

@@ -1,0 +1,112 @@
+"""What --resume compares: every change that could move a number makes another key, so that no stale row is taken."""
+
+import dataclasses
+import importlib
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import catalog, group
+from harness.environment import Environment
+from harness.messages import Stop
+from harness.records import Case
+
+HERE = Environment(python="3.11", torch="2.13.0", threads=2, machine="m", instructions="avx2 avx512")
+STOP = Stop(0.01, 0.5, "tokens")
+
+
+class Pretended:
+    """A group's facts without a model."""
+
+    def __init__(self, case: Case, **changed: Any) -> None:
+        facts = {
+            "revision": "weights",
+            "method_id": "nf4:linear",
+            "protocol_id": "chunk",
+            "token_hash": "tokens",
+            "config": "config",
+            "environment": HERE,
+            "code": "code",
+            "repetitions": 10,
+            **changed,
+        }
+        here = facts["environment"]
+        self.case = case
+        self.checkpoint = dataclasses.make_dataclass("C", [("revision", str)])(facts["revision"])
+        self.plan = dataclasses.make_dataclass("P", [("protocol_id", str), ("token_hash", str)])(
+            facts["protocol_id"], facts["token_hash"]
+        )
+        self.method_id, self.repetitions = facts["method_id"], facts["repetitions"]
+        self.world = (
+            facts["config"], here.environment_class, here.machine, str(here.threads), here.wait_policy, facts["code"]
+        )  # fmt: skip
+
+
+def case(metric: str = "perplexity.delta", **changed: str) -> Case:
+    named = {
+        "model": "m",
+        "method": "nf4",
+        "dataset": "lee",
+        "protocol": "chunk:512",
+        "metric": metric,
+        "device": "cpu",
+    }
+    return Case(**{**named, "reference": "fp32", **changed})
+
+
+def key(wanted: Case | None = None, stop: Stop | None = None, **changed: Any) -> str:
+    wanted = wanted or case()
+    return group.Group.key(Pretended(wanted, **changed), wanted, stop)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"revision": "other weights"},
+        {"method_id": "nf4:linear:block=128"},
+        {"protocol_id": "stride"},
+        {"token_hash": "other tokens"},
+        {"config": "another config.json"},
+        {"code": "a changed metric"},
+        {"environment": dataclasses.replace(HERE, torch="2.14.0")},
+        {"environment": dataclasses.replace(HERE, machine="another")},
+        {"environment": dataclasses.replace(HERE, threads=1)},
+        {"environment": dataclasses.replace(HERE, instructions="avx2")},
+        {"wanted": case(reference="bf16")},
+        {"wanted": case(metric="perplexity")},
+        {"stop": STOP},
+    ],
+    ids=str,
+)
+def test_every_change_makes_another_key(changed: dict[str, Any]) -> None:
+    assert key(**changed) != key()
+    assert key(**changed) == key(**changed)
+
+
+@pytest.mark.parametrize("changed", [{"bound": 0.02}, {"variance": None}, {"token_hash": "others"}], ids=str)
+def test_an_early_stop_is_keyed_by_what_stops_it(changed: dict[str, Any]) -> None:
+    assert key(stop=dataclasses.replace(STOP, **changed)) != key(stop=STOP)
+
+
+def test_repetitions_matter_to_timings_alone() -> None:
+    timed = case("latency.decode", dataset="", protocol="")
+    assert key(timed, repetitions=20) != key(timed)
+    assert key(repetitions=20) == key()
+
+
+def test_code_of_installed_methods_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "brought_methods.py"
+    file.write_text("A = 1\n")
+    point = EntryPoint("mine", "brought_methods:METHOD", "harness.methods")
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [point] if group == "harness.methods" else [])
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    before = group.code_version()
+    assert list(catalog.installed_sources()) == [str(file)]
+    assert group.code_version() == before
+    file.write_text("A = 2\n")
+    assert group.code_version() != before
+    assert "brought_methods" not in sys.modules  # read, not run
