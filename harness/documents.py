@@ -60,14 +60,15 @@ def world(seconds: float) -> dict[str, Any]:
 
 
 def page(document: Document, data: Mapping[str, Any]) -> str:
-    """The whole page from what was kept: {"world": ..., "results": ...}."""
+    """The whole page from what was kept: {"world": ..., "results": ...}; a world's `note` says what else to know."""
     made = data["world"]
     versions = ", ".join(f"{name} {made[name]}" for name in KEPT if made[name])
     return (
         f"# {document.title}\n\n"
         f"Made by `{document.command}` on {made['date']}, in {made['minutes']} minutes on {made['threads']} "
         f"thread{'s' * (made['threads'] != 1)} of an {made['cpu']} ({made['instructions']}); Python {made['python']}, "
-        f"{versions}. Every figure is rendered from [what the command measured](data/{document.name}.json).\n\n"
+        f"{versions}. Every figure is rendered from [what the command measured](data/{document.name}.json)."
+        f"{' ' + made['note'] if made.get('note') else ''}\n\n"
         f"{document.render(data['results']).strip()}\n"
     )
 
