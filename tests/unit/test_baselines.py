@@ -52,7 +52,7 @@ def worlds(*environments: Environment) -> dict[str, Any]:
 
 words = st.text(st.sampled_from("ab-_.+@%/ ~=*é"), min_size=1, max_size=6)
 specifications = st.one_of(
-    words.map(lambda text: f"path:{text}"),
+    words.filter(str.strip).map(lambda text: f"path:{text}"),
     st.lists(st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,5}", fullmatch=True), min_size=1, max_size=3).map(":".join),
 ).map(str.strip)
 
