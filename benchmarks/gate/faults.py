@@ -202,12 +202,27 @@ def leaking(model: Any) -> None:
 
 def skipping(right: Any) -> Any:
     """`quantized.apply` that leaves the first weight as it is."""
-    return lambda model, recipe, names: right(model, recipe, list(names)[1:])
+
+    def apply(model: Any, recipe: Any, names: Any, *, read: Any = None) -> None:
+        first, *rest = names
+        if read is not None:
+            read(first)
+        right(model, recipe, rest, read=read)
+
+    return apply
 
 
 def and_head(right: Any) -> Any:
     """`quantized.apply` that takes lm_head too."""
-    return lambda model, recipe, names: right(model, recipe, [*names, "lm_head"])
+
+    def apply(model: Any, recipe: Any, names: Any, *, read: Any = None) -> None:
+        def known(name: str) -> None:
+            if name != "lm_head":  # is there already: it was not to be quantized
+                read(name)
+
+        right(model, recipe, [*names, "lm_head"], read=known if read is not None else None)
+
+    return apply
 
 
 @contextlib.contextmanager
