@@ -3,9 +3,9 @@
 s = max|w| / 127, q = round(w / s) in -127..127, w' = q s (LLM.int8's weights, arXiv 2208.07339, section 2.1). Ties
 round to even. |w - w'| <= s / 2.
 
-Weights only (w8a16). On a processor with bf16 products in tiles (AMX) the product reads the codes as they lie: there
-activations and sums are rounded to bf16 (8 bits of significand), and nothing is quantized besides the weights.
-Elsewhere, and in fp16, the weight is dequantized at every call and the product is that of the activations' dtype.
+Weights only (w8a16). In bf16 (`dtype=bf16`), on a processor with bf16 products in tiles (AMX), the product reads the
+codes as they lie: sums are rounded to bf16 once. Elsewhere, in fp32 and in fp16, the weight is dequantized at every
+call and the product is that of the activations' dtype: fp32 activations are never rounded.
 """
 
 from __future__ import annotations

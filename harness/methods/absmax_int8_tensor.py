@@ -1,7 +1,7 @@
 """Symmetric int8, one scale a tensor: s = max|w| / 127, q = round(w / s) in -127..127, w' = q s.
 
 One outlier coarsens the whole tensor, which is what the per-channel scale of absmax-int8 is for. Ties round to even.
-Weights only: the product is that of absmax-int8, activations in bf16 where the processor has such products in tiles.
+Weights only: the product is that of absmax-int8.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Products with int8 codes: within their stated roundings, and untouched where a processor lacks the instructions."""
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -101,24 +102,35 @@ def tiny() -> Any:
 
 
 @pytest.mark.parametrize("method", [absmax_int8.METHOD, absmax_int8_tensor.METHOD], ids=lambda method: method.name)
-def test_processors_without_tiles_multiply_as_before(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_is_multiplied_in_fp32_on_every_processor(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(1, 20)[None]
     model, plain = tiny(), tiny()
     method.sketch(model, Arguments("fp32", Scope(), {}))
     for weight in method.quantized(model):
         plain.get_submodule(weight.name).weight.copy_(weight.dequantize())
     wanted = plain(ids).logits
-    monkeypatch.setattr(engine, "cpu_flags", lambda: PLAIN)
-    assert torch.equal(model(ids).logits, wanted)
-    monkeypatch.setattr(engine, "cpu_flags", lambda: TILED)
-    tiled = model(ids).logits
-    assert not torch.equal(tiled, wanted)
-    torch.testing.assert_close(tiled, wanted, rtol=0.05, atol=0.05 * float(wanted.std()))
+    for flags in (PLAIN, TILED):
+        monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+        assert torch.equal(model(ids).logits, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
-def test_only_tiles_are_quick(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for flags, wanted in ((TILED, dtype != torch.float16), (PLAIN, False), (frozenset({"avx512_bf16"}), False)):
+@pytest.mark.parametrize("module", [absmax_int8, absmax_int8_tensor], ids=lambda module: module.METHOD.name)
+def test_bf16_products_follow_the_processor_within_their_rounding(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = normal(19, 32).bfloat16(), normal(48, 32, seed=2)
+    stored, found = module.quantize(weight), []
+    for flags in (PLAIN, TILED):
+        monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+        found.append(module.product(x, stored, (48, 32), None).float())
+    plain, tiled = found
+    assert not torch.equal(plain, tiled)
+    torch.testing.assert_close(tiled, plain, rtol=0.05, atol=0.05 * float(plain.std()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+def test_only_bf16_in_tiles_is_quick(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, wanted in ((TILED, dtype == torch.bfloat16), (PLAIN, False), (frozenset({"avx512_bf16"}), False)):
         monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
         assert products.quick(torch.zeros(1, dtype=dtype)) is wanted
     assert not products.quick(torch.zeros(1, dtype=dtype, device="meta"))
