@@ -56,13 +56,18 @@ class Format:
         return self.kind == "llm_int8"
 
 
-def preload() -> None:
-    """Import the library once, for children forked later.
+def hush() -> None:
+    """Let the logger of its CPU backend speak from errors on, before the library is imported.
 
-    On processors with AVX512-BF16 it warns that the `kernels` package is absent, which every environment records and
-    which reads like a fault: that logger speaks from errors on.
+    On processors with AVX512-BF16 it warns at import that the `kernels` package is absent, which every environment
+    records and which reads like a fault.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def preload() -> None:
+    """Import the library once, for children forked later."""
+    hush()
     importlib.import_module("bitsandbytes")
     importlib.import_module("transformers.integrations.bitsandbytes")
 
@@ -156,6 +161,7 @@ def load(format: Format, checkpoint: Checkpoint, arguments: Arguments, device: s
 
 def sketch(format: Format, model: nn.Module, arguments: Arguments) -> None:
     """Replace each target of a model on the meta device by the library's module as it stands before a forward."""
+    hush()
     from harness import bnb_tensors
 
     chosen = options(format, arguments, kept(model))

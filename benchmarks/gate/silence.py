@@ -42,6 +42,7 @@ class Change:
     name: str
     apply: Apply
     loads: bool = False
+    workers: int = 0  # run by pytest with so many pytest-xdist workers, in child processes; 0: in this process
 
 
 def asked(**told: Any) -> Apply:
@@ -239,6 +240,8 @@ CHANGES = (
     Change("2 threads", threads(2)),
     Change("3 threads", threads(3)),
     Change("4 threads", threads(4)),
+    Change("pytest with 2 workers", asked(), loads=True, workers=2),
+    Change("pytest with 3 workers", asked(), loads=True, workers=3),
     Change("windows in reverse", windows_in(lambda places, chance: places[::-1], True)),
     Change("windows shuffled", windows_in(lambda places, chance: chance.sample(places, len(places)), True)),
     Change("a window at a time", windows_in(lambda places, chance: places, False)),
@@ -314,7 +317,10 @@ def tried(bench: Bench, change: Change, repeats: int, kept: dict[str, Any] | Non
     sessions = 0
     for _ in range(repeats):
         with change.apply(bench, chance) as told:
-            outcome = bench.session(kept=None if change.loads else kept, **told)
+            if change.workers:
+                outcome = bench.workers(change.workers)
+            else:
+                outcome = bench.session(kept=None if change.loads else kept, **told)
         sessions += bool(outcome.alarms)
         alarms += [f"{row.case.id}: {row.verdict}: {row.reason}" for row in outcome.alarms]
         count(outcome, words, largest)

@@ -178,8 +178,8 @@ def measure(runs: int = 2000) -> dict[str, Any]:
     for part in (student, ranks, confidence_sequence):
         print(f"coverage: {part.__name__}", file=sys.stderr)
         found[part.__name__] = part(runs)
-    found["session_runs"] = runs // 4
-    found["sessions"] = sessions(runs // 4)
+    print("coverage: sessions", file=sys.stderr)
+    found["sessions"] = sessions(runs)
     return found
 
 
@@ -229,7 +229,7 @@ def render(found: Mapping[str, Any]) -> str:
             "running variance exceeds v. The recorded v is 1.5 times the variance; columns under 1 are texts that "
             "vary more than v says.",
             grid(found["confidence_sequence"], "text"),
-            f"**Sessions that raise an alarm though nothing changed**, percent of {found['session_runs']:,}: noise of "
+            f"**Sessions that raise an alarm though nothing changed**, percent of {found['runs']:,}: noise of "
             f"{BLOCK} windows a test and a floor of zero, every test at its share of 5% and Holm's step at the end. "
             "Claimed: at most 5%. Skewed or correlated noise would break it at a floor of zero: what protects a real "
             "session there is the floor (1e-4 nat on CPU), under which rounding stays.",

@@ -11,6 +11,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +84,7 @@ class Outcome:
     """A judged session."""
 
     rows: tuple[Row, ...]
-    tests: int
+    tests: int  # 0 where pytest's own session counted them
 
     @property
     def alarms(self) -> list[Row]:
@@ -117,6 +120,34 @@ class Bench:
         for name, text in texts.items():
             replace_text(options.report_dir / name, text)
         return Outcome(tuple(rows), live.tests)
+
+    def workers(self, count: int) -> Outcome:
+        """The same session by pytest itself, shared among `count` pytest-xdist workers; its groups run in children.
+
+        Raises:
+            RuntimeError: pytest ended otherwise than by passing or by failed cases, with the end of what it said.
+        """
+        told, report = self.options, self.folder / "workers report"
+        declared = {"models": told.declared.models, "datasets": told.declared.datasets}
+        lines = ["[tool.harness]"]
+        for table, names in declared.items():
+            lines += [f"[tool.harness.{table}]", *(f"{json.dumps(key)} = {json.dumps(names[key])}" for key in names)]
+        replace_text(self.folder / "pyproject.toml", "\n".join(lines) + "\n")
+        chosen = {
+            "models": map(str, told.models), "datasets": map(str, told.datasets), "metrics": told.metrics,
+            "protocols": map(str, told.protocols), "max-tokens": [str(told.max_tokens)], "device": [told.device],
+            "baselines": [str(told.baselines)], "report-dir": [str(report)],
+        }  # fmt: skip
+        words = [word for name, given in chosen.items() for word in (f"--{name}", ",".join(given))]
+        command = [sys.executable, "-m", "pytest", "--pyargs", "harness.cases", "-q", "-n", str(count), *words]
+        world = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(command, cwd=self.folder, env=world, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"pytest -n {count} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+        rows = tuple(map(Row.from_json, (report / "measurements.jsonl").read_text(encoding="utf-8").splitlines()))
+        if len(rows) != len(planning.plan(told, False)):
+            raise RuntimeError(f"pytest -n {count} left {len(rows)} rows: {done.stdout[-2000:]}")
+        return Outcome(rows, 0)
 
     def record(self, check: bool = True) -> Outcome:
         """Record one session as the baseline; the outcome is another judged against it, unless `check` is False."""
