@@ -201,7 +201,7 @@ def _recordable(row: Row) -> bool:
         finite
         and row.case.family != "invariant"  # held to its own limit and to known faults, never to a record
         and compared
-        and "tokens_used" not in row.detail
+        and not row.stopped_early
         and row.verdict_reference is not Verdict.OUT_OF_BOUND
         and not (member and member.exact)
     )

@@ -27,7 +27,7 @@ SUM_DIGITS = 1e-8  # a record keeps ten digits; a sum in another order moves the
 def against_record(trial: Trial) -> Finding:
     """Whether the figure is what was recorded."""
     row, member, recorded = trial.row, trial.member, trial.recorded
-    if "tokens_used" in row.detail:
+    if row.stopped_early:
         read = f"{row.detail['tokens_used']:,} of {row.detail['tokens_available']:,} tokens"
         return Finding(
             Verdict.NOT_COMPARABLE, f"stopped early ({row.detail['decided']}) after {read}: no whole-text figure"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,7 +193,7 @@ class Group:
         started = time.perf_counter()
         assert self.model is not None  # load outside the metric, so that a failure to load reads as one
         figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
-        texts = self._text_facts(member, "tokens_used" not in figure.detail) if case.dataset else {}
+        texts = self._text_facts(member, figure.detail.get("whole", True)) if case.dataset else {}
         calibrated = self._calibration(case)
         grid = self.method.grid and self.method.grid == self.checkpoint.grid
         notes = {"model_note": self.checkpoint.note} if self.checkpoint.note else {}
@@ -237,13 +237,20 @@ class Group:
         known = stop.variance if stop.token_hash == self.plan.token_hash else None
         sequence = sequential.Sequential(known, stop.bound, RESOLUTION_NATS, counts=counts, alpha=stop.alpha)
 
+        losses: dict[int, NDArray[np.float32]] = {}  # of the windows read, by their place in the text
+
         def difference(index: int) -> tuple[float, int]:
-            nll = engine.score(self.model, [windows[index]], device=self.job.device)
-            return float((nll - reference[spans[index]]).mean()), counts[index]
+            losses[index] = engine.score(self.model, [windows[index]], device=self.job.device)
+            return float((losses[index] - reference[spans[index]]).mean()), counts[index]
 
         state = sequential.read(sequence, sequential.order(self.plan.token_hash, counts).tolist(), difference)
         told = {"decided": state.decided, "tokens_used": state.tokens_used, "tokens_available": state.tokens_available}
         detail = {**told, "whole": state.decided == "end", "why_whole": state.whole, "usable": True}
+        if detail["whole"]:  # every token was read: the ordinary figure, with its losses
+            key = self.plan.token_hash + self.plan.protocol_id
+            self._nll[key] = np.concatenate([losses[index] for index in range(len(windows))])
+            figure = catalog.metrics()[self.case.family].measure(self, member_of(self.case))
+            return replace(figure, detail=detail | dict(figure.detail))
         return Figure(state.value, "nat", state.windows, interval=(state.low, state.high), detail=detail)
 
     def _text_facts(self, member: Member, whole: bool) -> dict[str, Any]:

@@ -111,11 +111,13 @@ def fails(row: Row, *, require_baselines: bool, allow_missing: bool) -> bool:
     """Whether this row fails the session.
 
     Out of bound, worse and (unless allowed) missing do, and whatever a non-finite reference leaves undecided; with
-    `require_baselines` unrecorded and not comparable too, latency excepted: elsewhere it has the reference only.
+    `require_baselines` unrecorded and not comparable too, but for latency (on another machine it has the reference
+    only) and for a delta that was decided against its bound before its text ended (the record is of the whole text).
     """
     verdicts = {row.verdict, row.verdict_reference, row.verdict_baseline}
     if row.value is None or row.verdict is Verdict.MISSING:
         return not allow_missing
     if verdicts & FAILING or (row.verdict is Verdict.UNUSABLE and row.detail.get("reference_non_finite")):
         return True
-    return require_baselines and row.case.family != "latency" and bool(verdicts & REQUIRED)
+    excepted = row.case.family == "latency" or row.stopped_early
+    return require_baselines and not excepted and bool(verdicts & REQUIRED)

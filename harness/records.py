@@ -132,6 +132,11 @@ class Row:
         """The case this row answers."""
         return Case(self.model, self.method, self.dataset, self.protocol, self.metric, self.device, self.reference)
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the case was decided before its text ended (`--stop-early`): no whole-text figure."""
+        return "tokens_used" in self.detail and not self.detail.get("whole")
+
     @classmethod
     def of(cls, case: Case, **measured: Any) -> Row:
         """A row for a case."""

@@ -81,7 +81,7 @@ def against_reference(trial: Trial) -> Finding:
     rule = trial.bounds.against_reference(row.case)
     if rule is None or row.method == row.reference:
         return Finding(None)
-    if "tokens_used" in row.detail:
+    if row.stopped_early:
         return _stopped_within(row, rule)
     return _timing_within(trial, rule) if member.timed else _value_within(row, member, rule)
 
@@ -129,7 +129,7 @@ def _stopped_within(row: Row, rule: Rule) -> Finding:
     low, high = row.interval or (-math.inf, math.inf)
     read = f"{detail['tokens_used']:,} of {detail['tokens_available']:,} tokens"
     text = f"{row.metric} {percent(low)} to {percent(high)} against {row.reference} after {read}, bound {rule}"
-    seen = "exact on this text" if detail.get("whole") else percent((high - low) / 2).lstrip("+")
+    seen = percent((high - low) / 2).lstrip("+")
     if low > limit:
         return Finding(Verdict.OUT_OF_BOUND, text, smallest=seen)
     if high <= limit:

@@ -57,10 +57,14 @@ def stopped(rows: Sequence[Row]) -> list[str]:
         if "tokens_used" in row.detail and row.interval is not None:
             used, available = row.detail["tokens_used"], row.detail["tokens_available"]
             why = f"; {escape(row.detail['why_whole'])}" if row.detail.get("why_whole") else ""
+            end = (
+                f"stopped at '{row.detail['decided']}' with {row.interval[0]:+.5f} to {row.interval[1]:+.5f} nat"
+                if row.stopped_early
+                else "undecided before its end"
+            )
             lines.append(
                 f"- {code(row.model)}, {code(row.method)}: {used:,} of {available:,} tokens used "
-                f"({100 * used / available:.0f}%), stopped at '{row.detail['decided']}' with "
-                f"{row.interval[0]:+.5f} to {row.interval[1]:+.5f} nat{why}"
+                f"({100 * used / available:.0f}%), {end}{why}"
             )
     return ["Read early (`--stop-early`), windows in their seeded order:\n\n" + "\n".join(lines)] if lines else []
 

@@ -70,3 +70,19 @@ def test_stop_early_reads_no_further_than_it_must(project: Project) -> None:
     assert stopped["verdict_reference"] == "within bound"
     assert stopped["verdict_baseline"] == "not comparable"
     assert "tokens" in stopped["reason"]
+    assert project.run(*run, "--stop-early", "--methods", "absmax-int8", "--require-baselines", "-k", "delta").ret == 0
+
+
+def test_a_text_read_to_its_end_for_want_of_a_decision_has_its_ordinary_figure(project: Project) -> None:
+    run = ("--methods", "absmax-int8", "--metrics", "perplexity.delta", "--max-tokens", "2048")
+    assert project.run(*run, "--regen-all").ret == 0
+    whole = project.rows()[0]
+    place = next((project.path / "baselines").glob("*/absmax-int8.yaml"))
+    place.write_text(place.read_text().replace("interval:", "was_interval:"))  # then no variance is recorded
+    assert project.run(*run, "--stop-early", "--require-baselines").ret == 0
+    (row,) = project.rows()
+    assert row["detail"]["tokens_used"] == row["detail"]["tokens_available"]
+    assert {name: row[name] for name in ("value", "interval", "nll")} == {
+        name: whole[name] for name in ("value", "interval", "nll")
+    }
+    assert row["verdict_baseline"] == "same"
