@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from harness import baselines, family, judge, merging, planning, report
 from harness.errors import HarnessError
 from harness.files import append_line, replace_text
 from harness.records import Case, Row, Verdict
+from harness.report.reading import plan_text
 from harness.runner import missing
 from harness.session import known_environments, open_report, read_rows
 
@@ -94,7 +96,7 @@ class Collector:
             open_report(options.report_dir, keep=options.resume)
         except HarnessError as error:
             raise self.usage_error(str(error)) from error
-        replace_text(options.report_dir / "plan.json", json.dumps([vars(case) for case in cases], indent=0))
+        replace_text(options.report_dir / "plan.json", plan_text(cases))
         if options.resume:
             self.rows = read_rows(options.report_dir / "measurements.jsonl")
             self.environments = dict(known_environments(options.report_dir))
@@ -118,7 +120,7 @@ class Collector:
         row = Row.from_json(text)
         if report.failed and row.value is not None and not self.fails(row):
             told = f"{row.reason}; exact facts differ from the record" if row.reason else "exact facts differ"
-            row = Row(**{**vars(row), "verdict": Verdict.WORSE, "reason": told})
+            row = replace(row, verdict=Verdict.WORSE, reason=told)
         self.rows[row.case.id] = row
         if row.environment:
             self.environments[row.environment] = properties.get("harness_environment", {})

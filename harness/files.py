@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -21,11 +21,16 @@ def cache_dir() -> Path:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary neighbour, fsync, rename."""
+    replace_pieces(path, (data,))
+
+
+def replace_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """`replace_bytes` for what need not be in memory at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)

@@ -19,12 +19,13 @@ from typing import Any
 
 from harness import family, report
 from harness.errors import BadFile
-from harness.files import replace_text
+from harness.files import replace_pieces, replace_text
 from harness.records import Case, Row, Verdict
-from harness.report.reading import SHA, Session, latest, read_report
+from harness.report.reading import SHA, Session, plan_text, read_report
 from harness.sharding import Shard, partition, plan_digest
 
 SHARD_FILE = "shard.json"
+CASES = '"cases": '  # in shard.json, before the plan
 # of one case two runs may differ in these: they are times, or pages of a process
 FREE = frozenset({"seconds", "key", "environment", "samples", "spread", "interval", "baseline"})
 UNSTEADY = frozenset({"memory.load_peak", "memory.run_peak"})
@@ -52,6 +53,19 @@ class Merged:
     absent: tuple[int, ...]  # shards that never came, counted from 1
 
 
+@dataclass(frozen=True)
+class Found:
+    """The row that stands for a case, and where it came from: of a row that stays as it was the line is copied."""
+
+    row: Row
+    folder: Path | None = None
+    line: bytes = b""
+
+    def written(self, row: Row) -> bytes:
+        """What stands in the merged measurements.jsonl for `row`, which is this one or what was made of it."""
+        return (self.line if self.line and row is self.row else row.to_json().encode()) + b"\n"
+
+
 def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -> None:
     """Say beside a report which part of which plan it is, and how many statistical tests the whole plan makes."""
     cases = [vars(case) for case in whole]
@@ -59,22 +73,28 @@ def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -
     replace_text(folder / SHARD_FILE, json.dumps(told) + "\n")
 
 
-def read_part(folder: Path) -> Part:
-    """A directory with its shard.json, where it has one; BadFile names what is wrong with it."""
-    session = read_report(folder)
+def read_part(folder: Path, plans: dict[str, tuple[Case, ...]] | None = None) -> Part:
+    """A directory with its shard.json, where it has one; BadFile names what is wrong with it.
+
+    `plans` keeps what was read: every shard holds the whole plan, and it is read and checked once.
+    """
+    session = read_report(folder, keep_lines=True)
     path = folder / SHARD_FILE
     if not path.is_file():
         return Part(folder, session)
+    plans = {} if plans is None else plans
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        whole = tuple(Case(**item) for item in told["cases"])
-        shard, digest = Shard(int(told["index"]), int(told["count"])), str(told["plan"])
-        tests = int(told["tests"])
+        head, mark, written = path.read_text(encoding="utf-8").partition(CASES)  # they are last: `write_shard`
+        told = json.loads(f"{head}{mark}null}}" if mark else head)
+        shard, digest, tests = Shard(int(told["index"]), int(told["count"])), str(told["plan"]), int(told["tests"])
+        if (known := f"{digest} {written}") not in plans:
+            whole = tuple(Case(**item) for item in json.loads(f"{{{CASES}{written}")["cases"])
+            plans[known] = whole if plan_digest(whole) == digest else ()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadFile(f"{path} cannot be read ({error}): measure that shard again") from error
-    if plan_digest(whole) != digest or not 1 <= shard.index <= shard.count:
+    if not plans[known] or not 1 <= shard.index <= shard.count:
         raise BadFile(f"{path} does not hold the plan that it names: measure that shard again")
-    return Part(folder, session, shard, digest, whole, tests)
+    return Part(folder, session, shard, digest, plans[known], tests)
 
 
 def merge(folders: Sequence[Path], out: Path) -> Merged:
@@ -85,9 +105,11 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     """
     if (out / "measurements.jsonl").exists():
         raise BadFile(f"{out} holds measurements already: name a new directory with -o")
-    parts = [read_part(folder) for folder in folders]
+    plans: dict[str, tuple[Case, ...]] = {}
+    parts = [read_part(folder, plans) for folder in folders]
     whole, absent = plan_of(parts)
-    rows = joined(parts, whole)
+    found = joined(parts, whole)
+    rows = [one.row for one in found]
     if parts[0].tests:
         rows = family.settle(rows, parts[0].tests)
     if absent:
@@ -99,7 +121,8 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
         used = {row.environment for row in rows}
         environments = {name: world for name, world in sorted(environments.items()) if name in used}
         carry_losses(parts, rows, out / "nll")
-        _write(out, rows, whole, environments)
+        lines = (one.written(row) for one, row in zip(found, rows, strict=True))
+        _write(out, lines, whole, environments)
     except OSError as error:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
     command = merged_command([part.session.command for part in parts], out)
@@ -126,35 +149,35 @@ def plan_of(parts: Sequence[Part]) -> tuple[tuple[Case, ...], tuple[int, ...]]:
     return first.whole, tuple(index for index in range(1, first.shard.count + 1) if index not in came)
 
 
-def joined(parts: Sequence[Part], whole: Sequence[Case]) -> list[Row]:
+def joined(parts: Sequence[Part], whole: Sequence[Case]) -> list[Found]:
     """One row a case of the whole plan, a measurement before a reason why there is none."""
-    found: dict[Case, tuple[Row, Path]] = {}
+    found: dict[Case, Found] = {}
     for part in parts:
-        for row in latest(part.session.rows):
-            known = found.get(row.case)
-            if known and known[0].value is not None and row.value is not None:
-                agree(known, (row, part.folder))
-            elif known is None or known[0].value is None:
-                found[row.case] = row, part.folder
+        lines = part.session.lines or (b"",) * len(part.session.rows)
+        last = {row.case: Found(row, part.folder, line) for row, line in zip(part.session.rows, lines, strict=True)}
+        for case, one in last.items():
+            known = found.get(case)
+            if known and known.row.value is not None and one.row.value is not None:
+                agree(known, one)
+            elif known is None or known.row.value is None:
+                found[case] = one
     planned = dict.fromkeys(whole)
     if extra := next((case for case in found if case not in planned), None):
-        raise BadFile(f"{found[extra][1]} holds {extra.id}, which is not in the plan: measure into a fresh directory")
+        raise BadFile(f"{found[extra].folder} holds {extra.id}, which is not in the plan: measure into a fresh directory")
     never = "not reached: its session stopped before it"
-    return [
-        found[case][0] if case in found else Row.of(case, verdict=Verdict.MISSING, reason=never) for case in planned
-    ]
+    return [found.get(case) or Found(Row.of(case, verdict=Verdict.MISSING, reason=never)) for case in planned]
 
 
-def agree(first: tuple[Row, Path], second: tuple[Row, Path]) -> None:
+def agree(first: Found, second: Found) -> None:
     """BadFile with the field where two measurements of one case differ in more than time."""
-    (one, here), (two, there) = first, second
+    one, two = first.row, second.row
     if one.case.family == "latency" or one.metric in UNSTEADY:
         return
-    ours, theirs = vars(one), vars(two)
+    ours, theirs = one.told(), two.told()
     for name in ours:
         if name not in FREE and name != "detail" and not same(ours[name], theirs[name]):
             raise BadFile(
-                f"{here} and {there} disagree on {one.case.id}, {name}: {_short(ours[name])} and "
+                f"{first.folder} and {second.folder} disagree on {one.case.id}, {name}: {_short(ours[name])} and "
                 f"{_short(theirs[name])}; leave one of the directories out or measure that case again"
             )
 
@@ -185,13 +208,14 @@ def _told(row: Row, reasons: Mapping[Case, str]) -> Row:
 def carry_losses(parts: Sequence[Part], rows: Iterable[Row], folder: Path) -> None:
     """Link (or copy) the per-token losses that the rows name; content-addressed, so equal names are equal files."""
     wanted = {sha for row in rows for sha in (row.nll, row.detail.get("reference_nll")) if sha}
-    wanted = {sha for sha in wanted if isinstance(sha, str) and SHA.fullmatch(sha)}
+    wanted = {f"{sha}.npz" for sha in wanted if isinstance(sha, str) and SHA.fullmatch(sha)}
     folder.mkdir(exist_ok=True)
+    wanted.difference_update(os.listdir(folder))
     for part in parts:
-        for sha in sorted(wanted):
-            source, target = part.folder / "nll" / f"{sha}.npz", folder / f"{sha}.npz"
-            if not target.exists() and source.is_file():
-                _link(source, target)
+        if (kept := part.folder / "nll").is_dir():
+            for name in sorted(wanted.intersection(os.listdir(kept))):
+                _link(kept / name, folder / name)
+                wanted.remove(name)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -201,10 +225,10 @@ def _link(source: Path, target: Path) -> None:
     target.write_bytes(source.read_bytes())
 
 
-def _write(out: Path, rows: Sequence[Row], whole: Sequence[Case], environments: Mapping[str, Any]) -> None:
-    replace_text(out / "plan.json", json.dumps([vars(case) for case in whole], indent=0))
+def _write(out: Path, lines: Iterable[bytes], whole: Sequence[Case], environments: Mapping[str, Any]) -> None:
+    replace_text(out / "plan.json", plan_text(whole))
     replace_text(out / "environments.json", json.dumps(environments, indent=1, sort_keys=True) + "\n")
-    replace_text(out / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
+    replace_pieces(out / "measurements.jsonl", lines)
 
 
 def merged_command(commands: Sequence[str], out: Path) -> str:

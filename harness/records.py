@@ -6,11 +6,17 @@ import functools
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
 
+# fields whose few values stand in many rows
+REPEATED = frozenset(
+    "model method metric device reference dataset protocol revision method_id protocol_id token_hash unit baseline "
+    "environment reason".split()
+)
 SCHEMA = 1  # of measurements.jsonl and of baseline files; a newer one is refused by name
 
 
@@ -127,7 +133,7 @@ class Row:
     key: str = ""  # content key for --resume
     schema: int = SCHEMA
 
-    @property
+    @functools.cached_property  # kept beside the fields, never among them: a report asks a dozen times
     def case(self) -> Case:
         """The case this row answers."""
         return Case(self.model, self.method, self.dataset, self.protocol, self.metric, self.device, self.reference)
@@ -140,22 +146,31 @@ class Row:
     @classmethod
     def of(cls, case: Case, **measured: Any) -> Row:
         """A row for a case."""
-        return cls(**asdict(case), **measured)
+        return cls(**vars(case), **measured)
 
     def to_json(self) -> str:
         """One line of strict JSON: NaN and infinities become strings."""
-        return json.dumps(encode(vars(self)), sort_keys=True, allow_nan=False)
+        return json.dumps(encode(self.told()), sort_keys=True, allow_nan=False)
+
+    def told(self) -> dict[str, Any]:
+        """Every field by name, as it is."""
+        return {name: getattr(self, name) for name in row_fields()}
 
     @classmethod
-    def from_json(cls, text: str) -> Row:
-        """Read a line back; ValueError on a newer schema or an unreadable line."""
+    def from_json(cls, text: str, censuses: dict[str, Any] | None = None) -> Row:
+        """Read a line back; ValueError on a newer schema or an unreadable line.
+
+        `censuses` holds each model's and method's last census: a row with an equal one shares it, most of its bytes.
+        """
         data = json.loads(text)
         if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
             raise ValueError("not a measurement: no schema number")
         if data["schema"] > SCHEMA:
             raise ValueError(f"schema {data['schema']} is newer than this harness reads ({SCHEMA}): upgrade it")
-        known = {item.name for item in fields(cls)}
+        known = row_fields()
         data = {name: value for name, value in data.items() if name in known}
+        if censuses is not None:
+            share(data, censuses)
         for name in ("value", "spread", "bits_per_weight", "seconds"):
             data[name] = decode_number(data.get(name))
         if data.get("interval") is not None:
@@ -166,6 +181,26 @@ class Row:
         for name in ("verdict_reference", "verdict_baseline"):
             data[name] = Verdict(data[name]) if data.get(name) else None
         return cls(**data)
+
+
+@functools.cache
+def row_fields() -> dict[str, None]:
+    """The names of a row's fields, in their order."""
+    return dict.fromkeys(item.name for item in fields(Row))
+
+
+def share(data: dict[str, Any], censuses: dict[str, Any]) -> None:
+    """Let a row's fields be the very objects of rows before it where they are equal."""
+    for name in REPEATED & data.keys():
+        if isinstance(data[name], str):
+            data[name] = sys.intern(data[name])
+    if isinstance(data.get("detail"), dict):
+        data["detail"] = {sys.intern(name): value for name, value in data["detail"].items()}
+    if data.get("census"):
+        place = f"{data.get('model')} {data.get('method_id')}"
+        if data["census"] == censuses.get(place):
+            data["census"] = censuses[place]
+        censuses[place] = data["census"]
 
 
 def encode(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,10 @@ class Session:
     notes: tuple[str, ...] = ()  # what a reader must know of the files themselves
     command: str = ""  # that made it, from session.json where there is one
     folder: Path | None = None  # None for a bare measurements.jsonl: no per-token NLL at hand
+    lines: tuple[bytes, ...] = ()  # of the rows as they were written, without newlines; on request
 
 
-def read_report(path: Path) -> Session:
+def read_report(path: Path, *, keep_lines: bool = False) -> Session:
     """Read a report directory, or a bare `.jsonl` file.
 
     A torn last line (a crash while writing) becomes a note; any other unreadable line is a BadFile, and so are
@@ -46,9 +47,11 @@ def read_report(path: Path) -> Session:
             told = _json(path / "session.json", dict) or {}
             return Session((), (), command=str(told.get("command", "")), folder=path)
         raise MissingAsset(f"{path} holds no measurements: name a report directory or a measurements.jsonl file")
-    rows, notes = read_rows(lines)
+    read, notes = read_lines(lines)
+    rows = tuple(row for row, _ in read)
+    written = tuple(line for _, line in read) if keep_lines else ()
     if not path.is_dir():
-        return Session(rows, tuple(row.case for row in latest(rows)), notes=notes)
+        return Session(rows, tuple(row.case for row in latest(rows)), notes=notes, lines=written)
     planned = read_plan(path / "plan.json")
     if planned is None:
         planned = tuple(row.case for row in latest(rows))
@@ -56,26 +59,42 @@ def read_report(path: Path) -> Session:
     environments = _json(path / "environments.json", dict) or {}
     told = _json(path / "session.json", dict) or {}
     notes += tuple(str(note) for note in told.get("notes", ()))
-    return Session(rows, planned, environments, notes, str(told.get("command", "")), path)
+    return Session(rows, planned, environments, notes, str(told.get("command", "")), path, written)
 
 
 def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """Every line of a measurements.jsonl, and notes on what was wrong with its end."""
+    """Every row of a measurements.jsonl, and notes on what was wrong with its end."""
+    read, notes = read_lines(path)
+    return tuple(row for row, _ in read), notes
+
+
+def read_lines(path: Path) -> tuple[list[tuple[Row, bytes]], tuple[str, ...]]:
+    """The same with each row's line."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror or error}") from error
-    numbered = [(place, line) for place, line in enumerate(lines, 1) if line.strip()]
-    rows: list[Row] = []
-    for place, line in numbered:
+    read: list[tuple[Row, bytes]] = []
+    censuses: dict[str, Any] = {}
+    for place, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(Row.from_json(line.decode()))
+            read.append((Row.from_json(line.decode(), censuses), line))
         except (ValueError, KeyError, TypeError) as error:
             torn = place == len(lines) and isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
             if not torn:  # a line that ends in a newline was written whole
                 raise BadFile(f"{path}:{place} is no measurement ({error}): repair or remove that line") from error
-            return tuple(rows), (f"the last line of {path.name} is torn (a crash while writing): not counted",)
-    return tuple(rows), ()
+            return read, (f"the last line of {path.name} is torn (a crash while writing): not counted",)
+    return read, ()
+
+
+def plan_text(cases: Iterable[Case]) -> str:
+    """A plan as plan.json holds it, one field a line."""
+    # json's own `indent` leaves its C encoder: ten times slower
+    told = (json.dumps(vars(case), separators=(",\n", ": "))[1:-1] for case in cases)
+    text = ",\n".join(f"{{\n{fields}\n}}" for fields in told)
+    return f"[\n{text}\n]" if text else "[]"
 
 
 def read_plan(path: Path) -> tuple[Case, ...] | None:

@@ -21,6 +21,7 @@ from harness.messages import Turn
 from harness.options import Options
 from harness.planning import member_of
 from harness.records import Case, Figure, Row
+from harness.report.reading import plan_text
 from harness.runner import missing
 from harness.upgrade import environments
 from harness.upgrade.environments import Built
@@ -135,7 +136,7 @@ def measure(sides: Sequence[Side], options: Options, cases: Sequence[Case], comm
 def _start(one: Live, options: Options, cases: Sequence[Case], say: Say) -> None:
     """Build, start and prepare a side; what fails is its trouble."""
     _empty(one.folder)
-    replace_text(one.folder / "plan.json", json.dumps([vars(case) for case in cases], indent=0))
+    replace_text(one.folder / "plan.json", plan_text(cases))
     try:
         one.built = environments.build(one.side, say)
         own = replace(options, report_dir=one.folder)
