@@ -73,7 +73,7 @@ def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -
     replace_text(folder / SHARD_FILE, json.dumps(told) + "\n")
 
 
-def read_part(folder: Path, plans: dict[str, tuple[Case, ...]] | None = None) -> Part:
+def read_part(folder: Path, plans: dict[str, tuple[Case, ...] | None] | None = None) -> Part:
     """A directory with its shard.json, where it has one; BadFile names what is wrong with it.
 
     `plans` keeps what was read: every shard holds the whole plan, and it is read and checked once.
@@ -89,12 +89,12 @@ def read_part(folder: Path, plans: dict[str, tuple[Case, ...]] | None = None) ->
         shard, digest, tests = Shard(int(told["index"]), int(told["count"])), str(told["plan"]), int(told["tests"])
         if (known := f"{digest} {written}") not in plans:
             whole = tuple(Case(**item) for item in json.loads(f"{{{CASES}{written}")["cases"])
-            plans[known] = whole if plan_digest(whole) == digest else ()
+            plans[known] = whole if plan_digest(whole) == digest else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadFile(f"{path} cannot be read ({error}): measure that shard again") from error
-    if not plans[known] or not 1 <= shard.index <= shard.count:
+    if (planned := plans[known]) is None or not 1 <= shard.index <= shard.count:
         raise BadFile(f"{path} does not hold the plan that it names: measure that shard again")
-    return Part(folder, session, shard, digest, plans[known], tests)
+    return Part(folder, session, shard, digest, planned, tests)
 
 
 def merge(folders: Sequence[Path], out: Path) -> Merged:
@@ -105,7 +105,7 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     """
     if (out / "measurements.jsonl").exists():
         raise BadFile(f"{out} holds measurements already: name a new directory with -o")
-    plans: dict[str, tuple[Case, ...]] = {}
+    plans: dict[str, tuple[Case, ...] | None] = {}
     parts = [read_part(folder, plans) for folder in folders]
     whole, absent = plan_of(parts)
     found = joined(parts, whole)
@@ -163,7 +163,9 @@ def joined(parts: Sequence[Part], whole: Sequence[Case]) -> list[Found]:
                 found[case] = one
     planned = dict.fromkeys(whole)
     if extra := next((case for case in found if case not in planned), None):
-        raise BadFile(f"{found[extra].folder} holds {extra.id}, which is not in the plan: measure into a fresh directory")
+        raise BadFile(
+            f"{found[extra].folder} holds {extra.id}, which is not in the plan: measure into a fresh directory"
+        )
     never = "not reached: its session stopped before it"
     return [found.get(case) or Found(Row.of(case, verdict=Verdict.MISSING, reason=never)) for case in planned]
 
@@ -210,10 +212,10 @@ def carry_losses(parts: Sequence[Part], rows: Iterable[Row], folder: Path) -> No
     wanted = {sha for row in rows for sha in (row.nll, row.detail.get("reference_nll")) if sha}
     wanted = {f"{sha}.npz" for sha in wanted if isinstance(sha, str) and SHA.fullmatch(sha)}
     folder.mkdir(exist_ok=True)
-    wanted.difference_update(os.listdir(folder))
+    wanted.difference_update(path.name for path in folder.iterdir())
     for part in parts:
         if (kept := part.folder / "nll").is_dir():
-            for name in sorted(wanted.intersection(os.listdir(kept))):
+            for name in sorted(wanted.intersection(path.name for path in kept.iterdir())):
                 _link(kept / name, folder / name)
                 wanted.remove(name)
 

@@ -37,7 +37,10 @@ class Verdict(StrEnum):
     @property
     def severity(self) -> int:
         """0 for the most severe."""
-        return list(Verdict).index(self)
+        return SEVERITY[self]
+
+
+SEVERITY = {verdict: place for place, verdict in enumerate(Verdict)}
 
 
 @functools.cache  # the names of a plan are few, its cases many

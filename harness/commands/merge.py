@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from harness import judge
 from harness.merging import merge
 
 HARM, UNDECIDED = 1, 3
+SHOWN = 20  # reasons that are printed
 
 
 def add(subparsers: Any) -> None:
@@ -30,7 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{len(merged.rows):,} planned, {len(merged.rows) - len(missing):,} ran, {len(missing):,} missing")
     if merged.absent:
         print(f"shards that never came: {', '.join(map(str, merged.absent))}")
-    for reason in dict.fromkeys(row.reason for row in missing):
-        print(f"missing {sum(row.reason == reason for row in missing):,}: {reason}")
+    reasons = Counter(row.reason for row in missing)
+    for reason, count in list(reasons.items())[:SHOWN]:
+        print(f"missing {count:,}: {reason}")
+    if len(reasons) > SHOWN:
+        print(f"… and {len(reasons) - SHOWN:,} more reasons, in the report")
     print(f"report: {merged.report}")
     return HARM if harm else UNDECIDED if missing else 0

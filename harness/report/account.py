@@ -15,6 +15,7 @@ from harness.report.writing import code, escape, plural, table
 FAILING = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)  # what a session fails on, whatever its options
 OPEN = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED)  # nothing could be decided
 METHOD_FILE = re.compile(r"(?<=/)[^/@\s]+(?=@\S*\.yaml\b|\.yaml\b)")  # the method in a baseline file's name
+NAMED = 20  # models, texts or metrics of the opening sentence
 SHOWN = 10  # lines of one list before it is cut; the account below the tables has them all
 
 
@@ -46,7 +47,9 @@ def measured(rows: Sequence[Row]) -> str:
     """What the session set out to measure, in a sentence."""
 
     def names(values: Iterable[str]) -> str:
-        return ", ".join(code(value) for value in dict.fromkeys(values) if value)
+        unique = [code(value) for value in dict.fromkeys(values) if value]
+        more = f" and {len(unique) - NAMED:,} more" if len(unique) > NAMED else ""
+        return ", ".join(unique[:NAMED]) + more
 
     methods = dict.fromkeys(row.method for row in rows if row.method != row.reference)
     texts = names(row.dataset for row in rows)
@@ -163,14 +166,19 @@ def baselines(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) or "Nothing was measured, so no baseline served."
 
 
-def protocols(rows: Sequence[Row]) -> str:
-    """Protocol ids and token hashes; two under one short name are said to be two."""
+def protocols(rows: Sequence[Row], *, clashes_only: bool = False) -> str:
+    """Protocol ids and token hashes; two under one short name are said to be two (and, if asked, no other is said)."""
     groups: dict[tuple[str, str, str], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         if row.protocol_id or row.token_hash:
             key = (row.model, row.dataset, row.protocol)
             groups.setdefault(key, {}).setdefault((row.protocol_id, row.token_hash), []).append(row)
     lines = []
+    if clashes_only and (left := sum(len(found) == 1 for found in groups.values())):
+        lines.append(
+            f"- {plural(left, 'text')} of a model under a protocol: ids and token hashes in measurements.jsonl."
+        )
+        groups = {place: found for place, found in groups.items() if len(found) > 1}
     for (model, dataset, protocol), found in groups.items():
         name = f"{code(dataset)} under {code(protocol)} for {code(model)}"
         if len(found) > 1:

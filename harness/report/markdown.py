@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from harness import published
 from harness.records import Case, Row
-from harness.report import account, behaviour, tables
+from harness.report import account, behaviour, large, tables
 from harness.report.figures import MOST, Figure, drawn, figures
 from harness.report.matrix import NO_TEXT, Section, complete, sections
 from harness.report.verdicts import verdicts
@@ -56,14 +56,7 @@ def render(
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
     if found:
         parts += ["## How to read it", READING]
-    told = sections([row for row in found if row.case.family != behaviour.FAMILY])
-    images = drawn(told)
-    if with_plots and not any(images) and (left := sum(len(figures(section)) for section in told)):
-        parts.append(
-            f"No plots: there would be {left:,}, more than the {MOST} of one report; merge fewer models for some."
-        )
-    for section, pictures in zip(told, images, strict=True):
-        parts += _section(section, pictures if with_plots else ())
+    parts += _measured(sections([row for row in found if row.case.family != behaviour.FAMILY]), len(found), with_plots)
     if behaved := behaviour.section(found):
         parts += ["## Invariants", behaved]
     if not alone:
@@ -77,12 +70,26 @@ def render(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _measured(told: Sequence[Section], cases: int, with_plots: bool) -> list[str]:
+    if large.is_large(cases):
+        return [large.left_out(cases), *map(large.overview, told)]
+    parts, images = [], drawn(told)
+    if with_plots and not any(images) and (left := sum(len(figures(section)) for section in told)):
+        parts.append(
+            f"No plots: there would be {left:,}, more than the {MOST} of one report; merge fewer models for some."
+        )
+    for section, pictures in zip(told, images, strict=True):
+        parts += _section(section, pictures if with_plots else ())
+    return parts
+
+
 def _session(found: Sequence[Row], planned: Sequence[Case]) -> list[str]:
     parts = ["## Planned, ran, missing", account.account(found, planned)]
-    if told := verdicts(found):
+    short = large.is_large(len(found))
+    if told := large.verdicts_that_matter(found) if short else verdicts(found):
         parts += ["## Verdicts, case by case", told]
     parts += ["## Baselines", account.baselines(found)]
-    parts += ["## Protocols, tokens, weights", account.protocols(found)]
+    parts += ["## Protocols, tokens, weights", account.protocols(found, clashes_only=short)]
     if revisions := account.revisions(found):
         parts.append("Weights, by commit or content:\n\n" + revisions)
     return parts

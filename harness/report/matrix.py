@@ -59,9 +59,14 @@ class Section:
 
     def aligned(self, method: str) -> bool:
         """Whether the method's codes can represent the grid on which the model's weights already lie."""
-        return any(
-            row.detail.get("grid_aligned") is True or row.census.get("grid_aligned") is True
-            for _, row in self.by_method.get(method, ())
+        return method in self._aligned
+
+    @functools.cached_property
+    def _aligned(self) -> frozenset[str]:
+        return frozenset(
+            row.method
+            for row in self.cells.values()
+            if row.detail.get("grid_aligned") is True or row.census.get("grid_aligned") is True
         )
 
 

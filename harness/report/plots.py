@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.records import Case, Row
 from harness.report import labels, writing
 from harness.report.figures import Figure, drawable, drawn, sized, timed
+from harness.report.large import is_large
 from harness.report.matrix import NO_TEXT, Section, Text, complete, finite, sections
 from harness.report.tables import interval, quality_ratio
 
@@ -36,7 +37,8 @@ PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # under figures
 
 def plots(rows: Sequence[Row], planned: Sequence[Case] = ()) -> dict[str, str]:
     """SVG by file name, for every figure that `render` links; the same rows give the same bytes."""
-    found = drawn(sections(complete(rows, planned)))
+    answered = complete(rows, planned)
+    found = () if is_large(len(answered)) else drawn(sections(answered))
     return {figure.filename: svg(figure) for figures in found for figure in figures}
 
 

@@ -44,6 +44,17 @@ def rewrite(directory: Path) -> Path:
     return _publish(directory, session.rows, session.planned, session.environments, session.notes, session.command)
 
 
+def excerpt(directory: Path, models: Sequence[str]) -> str:
+    """The report of some of a session's models as markdown without plots; nothing is written."""
+    session = read_report(directory)
+    known = dict.fromkeys(case.model for case in (*session.planned, *(row.case for row in session.rows)))
+    if unknown := [model for model in models if model not in known]:
+        raise BadFile(f"{directory} holds no case of '{unknown[0]}': it has {', '.join(known)}")
+    rows = [row for row in session.rows if row.model in models]
+    planned = [case for case in session.planned if case.model in models]
+    return render(rows, planned, session.environments, notes=session.notes, command=session.command, with_plots=False)
+
+
 def _publish(
     directory: Path,
     rows: Sequence[Row],
