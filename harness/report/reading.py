@@ -70,22 +70,23 @@ def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
 
 def read_lines(path: Path) -> tuple[list[tuple[Row, bytes]], tuple[str, ...]]:
     """The same with each row's line."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror or error}") from error
     read: list[tuple[Row, bytes]] = []
     censuses: dict[str, Any] = {}
-    for place, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            read.append((Row.from_json(line.decode(), censuses), line))
-        except (ValueError, KeyError, TypeError) as error:
-            torn = place == len(lines) and isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
-            if not torn:  # a line that ends in a newline was written whole
-                raise BadFile(f"{path}:{place} is no measurement ({error}): repair or remove that line") from error
-            return read, (f"the last line of {path.name} is torn (a crash while writing): not counted",)
+    try:
+        with path.open("rb") as file:
+            for place, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    read.append((Row.from_json(line.decode(), censuses), line.removesuffix(b"\n")))
+                except (ValueError, KeyError, TypeError) as error:
+                    torn = not line.endswith(b"\n") and isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+                    if not torn:  # a line that ends in a newline was written whole
+                        told = f"{path}:{place} is no measurement ({error}): repair or remove that line"
+                        raise BadFile(told) from error
+                    return read, (f"the last line of {path.name} is torn (a crash while writing): not counted",)
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror or error}") from error
     return read, ()
 
 
