@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 # fields whose few values stand in many rows
-REPEATED = frozenset(
+REPEATED = tuple(
     "model method metric device reference dataset protocol revision method_id protocol_id token_hash unit baseline "
     "environment reason".split()
 )
@@ -171,7 +171,8 @@ class Row:
         if data["schema"] > SCHEMA:
             raise ValueError(f"schema {data['schema']} is newer than this harness reads ({SCHEMA}): upgrade it")
         known = row_fields()
-        data = {name: value for name, value in data.items() if name in known}
+        if not data.keys() <= known.keys():
+            data = {name: value for name, value in data.items() if name in known}
         if censuses is not None:
             share(data, censuses)
         for name in ("value", "spread", "bits_per_weight", "seconds"):
@@ -194,9 +195,9 @@ def row_fields() -> dict[str, None]:
 
 def share(data: dict[str, Any], censuses: dict[str, Any]) -> None:
     """Let a row's fields be the very objects of rows before it where they are equal."""
-    for name in REPEATED & data.keys():
-        if isinstance(data[name], str):
-            data[name] = sys.intern(data[name])
+    for name in REPEATED:
+        if isinstance(value := data.get(name), str):
+            data[name] = sys.intern(value)
     if isinstance(data.get("detail"), dict):
         data["detail"] = {sys.intern(name): value for name, value in data["detail"].items()}
     if data.get("census"):

@@ -37,8 +37,9 @@ PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # under figures
 
 def plots(rows: Sequence[Row], planned: Sequence[Case] = ()) -> dict[str, str]:
     """SVG by file name, for every figure that `render` links; the same rows give the same bytes."""
-    answered = complete(rows, planned)
-    found = () if is_large(len(answered)) else drawn(sections(answered))
+    if is_large(len(planned)) or is_large(len(answered := complete(rows, planned))):
+        return {}
+    found = drawn(sections(answered))
     return {figure.filename: svg(figure) for figures in found for figure in figures}
 
 

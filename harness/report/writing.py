@@ -19,6 +19,8 @@ RISKY = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # control, format (bidi, zero widt
 
 def visible(text: str) -> str:
     r"""Replace what a terminal or a renderer would obey by its code: escapes as \x1b, overrides as \u202e."""
+    if text.isascii() and text.isprintable():
+        return text
     folded = re.sub(r"\r\n|[\n\r\t]", " ", text)
     return "".join(_code_point(char) if unicodedata.category(char) in RISKY else char for char in folded)
 
