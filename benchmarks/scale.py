@@ -1,7 +1,12 @@
-"""Does planning, cutting and merging stay cheap for a large matrix, and how good are the shards? -> docs/scale.md."""
+"""Does planning, cutting and merging stay cheap for a large matrix, and how well is it handed out? -> docs/scale.md.
+
+Costs and examples of rows are those of a real session: costs.json, kept by costs.py.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import multiprocessing
 import resource
 import sys
@@ -11,42 +16,40 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import documents, merging, planning, sharding
-from harness.files import replace_text
-from harness.options import Declared, Options
-from harness.records import Case, Row, Verdict
-from harness.report.writing import table
-from harness.specifications import parse, parse_list
+import makespan
 
-CASES = (1_000, 10_000, 100_000)
-PROTOCOLS = "chunk:512,stride:512:256,gptq:512,rolling:512,half:512,sentence"
-DATASETS = "lee,synthetic,wikitext-2,text:notes.txt"
-SIZES = (0.135, 0.36, 0.5, 1, 1.7, 3, 3.8, 7, 8, 13)  # billions of parameters of the simulated models, in turn
-DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+from harness import documents, merging, planning, sharding
+from harness.files import replace_pieces, replace_text
+from harness.records import Case, digest
+from harness.report.plots import BLUE, DARK, GREY, canvas_of, style
+from harness.report.writing import table
+
+CASES = (1_000, 3_000)
+PARTS = 4  # shards that are merged
+PLOT = "scale.svg"
+WITHIN = 1.1  # of the lower bound
 MIB = 2**20
 
 ABOUT = """\
 A large matrix is planned by every process of a session, cut into shards by each machine for itself, and merged at the
-end. Nothing below loads a model: the rows that are merged are made up, so only the bookkeeping is timed."""
-
-
-def options(models: int) -> Options:
-    """The whole matrix (every core method, metric and protocol, four texts) over so many models."""
-    names = [f"hub:org/model-{number}-{SIZES[number % len(SIZES)]}B" for number in range(models)]
-    return Options(
-        declared=Declared(Path()),
-        models=tuple(parse(name) for name in names),
-        metrics=("all",),
-        datasets=parse_list(DATASETS),
-        protocols=parse_list(PROTOCOLS),
-        device="cpu",
-    )
+end. Nothing below loads a model. Rows that are merged are those of a real session with other names: a row has its
+census, samples and reasons, one in a hundred is `worse`, and each perplexity has its file of losses."""
+MERGING = """\
+Read, joined, settled and written, losses linked, and the report made: up to 5,000 cases with every table and verdict,
+beyond with one table a model and the verdicts that failed or moved. The report of one model of many is
+`python -m harness report DIR --models NAME`."""
+BOUNDS = """\
+Nothing ends before an even share of all work, nor before the longest group: the lower bound is the larger of the two.
+Handing out groups to whoever is free ends before their sum (Graham 1966), whatever the order: *sure to be within*. So
+10% is certain where the longest group is a tenth of an even share. Beyond that the order decides, and where there are
+hardly more groups than devices no order can help: a group is not divided, but by `--shard`, which cuts those above a
+share."""
 
 
 def plan(cases: int) -> list[Case]:
     """The first so many cases of such a matrix."""
-    one = len(planning.plan(options(1), False))
-    return list(planning.plan(options(-(-cases // one)), False))[:cases]
+    one = len(planning.plan(makespan.options(1), False))
+    return list(planning.plan(makespan.options(-(-cases // one)), False))[:cases]
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -67,104 +70,181 @@ def measure_plan(cases: int, home: Path) -> dict[str, float]:
     return {"make": made, "filter": filtered, "cut": cut, "write": written}
 
 
-def measure_merge(cases: int, home: Path) -> dict[str, float]:
-    """Seconds of merging four shards of so many made-up rows, without the report's tables and plots."""
-    found = plan(cases)
-    folders = []
-    for index, part in enumerate(sharding.partition(found, 4), 1):
+def lines_of(cases: Sequence[Case], losses: Path) -> list[bytes]:
+    """A line a case: the example of its metric (or of perplexity), its loss in a file of its own."""
+    examples = makespan.kept()["examples"]
+    losses.mkdir(parents=True)
+    lines = []
+    for place, case in enumerate(cases):
+        row = {**examples.get(case.metric, examples["perplexity"]), **vars(case), "environment": "e", "nll": ""}
+        row["verdict"] = row["verdict_baseline"] = "within noise" if place % 100 else "worse"
+        if case.metric == "perplexity":
+            row["nll"] = digest(case.id)
+            (losses / f"{row['nll']}.npz").write_bytes(b"")  # a merge does not look into it
+        lines.append(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return lines
+
+
+def write_parts(cases: Sequence[Case], home: Path) -> None:
+    """The report directories of shards that measured these cases."""
+    for index, part in enumerate(sharding.partition(cases, PARTS), 1):
         folder = home / str(index)
-        folder.mkdir()
-        rows = [Row.of(case, value=1.0, unit="nat", verdict=Verdict.SAME, environment="e") for case in part]
-        replace_text(folder / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
+        replace_pieces(folder / "measurements.jsonl", lines_of(part, folder / "nll"))
         replace_text(folder / "environments.json", '{"e": {}}')
-        merging.write_shard(folder, sharding.Shard(index, 4), found, 1)
         replace_text(folder / "plan.json", "[]")
-        folders.append(folder)
-    read, parts = timed(lambda: [merging.read_part(folder) for folder in folders])
-    join, rows = timed(lambda: merging.joined(parts, merging.plan_of(parts)[0]))
-    assert len(rows) == len(found)
-    whole, _ = timed(lambda: merging.merge(folders, home / "out"))
-    return {"read": read, "join": join, "whole": whole}
+        merging.write_shard(folder, sharding.Shard(index, PARTS), cases, 1)
 
 
-def in_process(name: str, cases: int, connection: Any) -> None:
+def measure_merge(cases: int, home: Path) -> dict[str, float]:
+    """Seconds of merging shards of so many rows into one report, and the bytes read and shown."""
+    folders = sorted(path for path in home.iterdir() if path.is_dir())
+    size = sum((folder / "measurements.jsonl").stat().st_size for folder in folders)
+    whole, merged = timed(lambda: merging.merge(folders, home / "out"))
+    assert len(merged.rows) == cases
+    return {"whole": whole, "read_bytes": size, "report_bytes": merged.report.stat().st_size}
+
+
+def in_process(name: str, cases: int, home: Path, connection: Any) -> None:
     """One measurement in a process of its own, with its peak resident set."""
-    with tempfile.TemporaryDirectory() as home:
-        seconds = {"plan": measure_plan, "merge": measure_merge}[name](cases, Path(home))
-    connection.send({**seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+    found = {"plan": measure_plan, "merge": measure_merge}[name](cases, home)
+    connection.send({**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
 
 
 def apart(name: str, cases: int) -> dict[str, float]:
-    """`in_process`, from here."""
+    """`in_process`, from here; what it reads is made before it starts."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=in_process, args=(name, cases, there))
-    process.start()
-    there.close()  # so that a child that dies is the end of the pipe
-    found: dict[str, float] = here.recv()
-    process.join()
+    with tempfile.TemporaryDirectory() as home:
+        if name == "merge":
+            write_parts(plan(cases), Path(home))
+        process = context.Process(target=in_process, args=(name, cases, Path(home), there))
+        process.start()
+        there.close()  # so that a child that dies is the end of the pipe
+        found: dict[str, float] = here.recv()
+        process.join()
     return found
-
-
-def simulate() -> dict[str, dict[str, float]]:
-    """Makespan of the shards on so many devices against the lower bound, on predicted costs of 30 x 15 groups."""
-    found = [case for case in planning.plan(options(30), False) if case.dataset in ("", "lee")]
-    price = dict(zip(found, sharding.costs(found), strict=True))
-    total, dearest = sum(price.values()), max(price.values())
-    results = {}
-    for count in DEVICES:
-        loads = [sum(price[case] for case in part) for part in sharding.partition(found, count)]
-        bound = max(total / count, dearest)
-        results[str(count)] = {"makespan": max(loads), "bound": bound}
-    return results
 
 
 def measure(models: Sequence[str]) -> dict[str, Any]:
     """Everything on the page; `models` says nothing here."""
+    session = makespan.kept()
+    groups = {method: sum(seconds.values()) for method, seconds in session["seconds"].items()}
     return {
+        "session": {"model": session["model"], "processor": session["processor"], "groups": groups},
         "plan": {str(cases): apart("plan", cases) for cases in CASES},
         "merge": {str(cases): apart("merge", cases) for cases in CASES},
-        "makespan": simulate(),
+        "makespan": {"many": makespan.simulate(makespan.SIZES), "one": makespan.simulate((1.0,))},
     }
 
 
-def ratio(one: Mapping[str, float]) -> str:
-    """Makespan over the lower bound."""
-    return f"{one['makespan'] / one['bound']:.3f}"
-
-
 def line(cases: str, one: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """One line of a table: seconds, microseconds a case, peak resident MiB."""
-    each = 1e6 * (one.get("whole") or sum(one[name] for name in names)) / int(cases)
-    return [f"{int(cases):,}", *(f"{one[name]:.2f}" for name in names), f"{each:.0f}", f"{one['peak'] / MIB:.0f}"]
+    """One line of a table: seconds of each step, microseconds a case over all, peak resident MiB."""
+    each = 1e6 * sum(one[name] for name in names) / int(cases)
+    return [f"{int(cases):,}", *(f"{one[name]:.2f}" for name in names), f"{each:.0f}", f"{one['peak'] / MIB:,.0f}"]
+
+
+def merged_line(cases: str, one: Mapping[str, float]) -> list[str]:
+    """The same of a merge, with the bytes that were read and the report's."""
+    sizes = [f"{one['read_bytes'] / MIB:,.1f}", f"{one['report_bytes'] / MIB:.2f}"]
+    number, *rest = line(cases, one, ("whole",))
+    return [number, sizes[0], *rest, sizes[1]]
+
+
+def spans(results: Mapping[str, Any]) -> str:
+    """Makespans over the lower bound, one line a number of devices."""
+    lines = []
+    for count, one in results.items():
+        bound = max(one["even"], one["longest"])
+        which = "even share" if one["even"] >= one["longest"] else "longest group"
+        sure = (one["even"] + one["longest"]) / bound
+        ratios = [f"{one[name] / bound:.3f}" for name in ("ordered", "plan_order", "shards")]
+        lines.append([count, f"{bound / 3600:,.2f}", which, *ratios, f"{sure:.3f}"])
+    heads = [
+        "devices",
+        "lower bound h",
+        "which is the",
+        "longest first",
+        "plan order",
+        "static shards",
+        "sure to be within",
+    ]
+    return table(heads, lines, words=(2,))
+
+
+def within(results: Mapping[str, Any]) -> str:
+    """The sentence on how near to the bound our order comes."""
+    ratios = {int(count): one["ordered"] / max(one["even"], one["longest"]) for count, one in results.items()}
+    beyond = [count for count, ratio in ratios.items() if ratio > WITHIN]
+    worst = max(ratios.values())
+    told = f"Longest first ends within {100 * (worst - 1):.1f}% of the lower bound on every number of devices"
+    if not beyond:
+        return f"{told}."
+    kept = max(ratio for ratio in ratios.values() if ratio <= WITHIN)
+    rest = ", ".join(map(str, beyond))
+    return (
+        f"Longest first ends within {100 * (kept - 1):.1f}% of the lower bound, but for {rest} devices (up to "
+        f"{100 * (worst - 1):.0f}%)."
+    )
 
 
 def render(results: Mapping[str, Any]) -> str:
     """The page."""
     planned = [line(cases, one, ("make", "filter", "cut", "write")) for cases, one in results["plan"].items()]
-    merged = [line(cases, one, ("read", "join", "whole")) for cases, one in results["merge"].items()]
-    spans = [
-        [count, *(f"{seconds / 3600:,.2f}" for seconds in (one["makespan"], one["bound"])), ratio(one)]
-        for count, one in results["makespan"].items()
-    ]
-    heads = ["cases", "make s", "filter s", "cut in 16 s", "write s", "µs a case, all", "peak MiB"]
+    merged = [merged_line(cases, one) for cases, one in results["merge"].items()]
+    session, span = results["session"], results["makespan"]
+    least, most = min(session["groups"].values()), max(session["groups"].values())
     return "\n\n".join(
         [
             ABOUT,
-            "## A plan\n\nMade, filtered (one family, one method), cut into 16 shards and written:",
-            table(heads, planned),
-            "## Merging four shards\n\n*read* and *join* apart, *whole* with tables, plots and files:",
-            table(["cases", "read s", "join s", "whole s", "µs a case, whole", "peak MiB"], merged),
-            "## How even the shards are\n\n"
-            "Simulated: the makespan of `--shard I/N` on N equal devices, with the predicted costs of 30 models of "
-            "0.135 to 13 billion parameters under every core method, one text, every protocol and metric, against the "
-            "lower bound (the larger of an even share and the dearest case):",
-            table(["devices", "makespan h", "lower bound h", "ratio"], spans),
+            f"![Cost of a case, and makespans]({PLOT})",
+            "## A plan\n\nMade, filtered (one family), cut into 16 shards and written:",
+            table(["cases", "make s", "filter s", "cut s", "write s", "µs a case, all", "peak MiB"], planned),
+            f"## Merging {PARTS} shards\n\n" + MERGING,
+            table(["cases", "read MiB", "merge s", "µs a case", "peak MiB", "report MiB"], merged),
+            "## In which order work is handed out\n\n"
+            f"`pytest -n` hands whole groups (a model under a method) to whoever is free, dearest first by predicted "
+            f"cost; `--shard I/N` cuts the plan beforehand. Simulated for {makespan.MODELS} models under every core method, "
+            f"perplexity on four texts, memory and latency. A case takes what it took in a session with "
+            f"`{session['model']}` on {session['processor']} ({len(session['groups'])} groups of {least:.0f} to "
+            f"{most:.0f} s), times the ratio of parameters. The order and the shards are made of *predicted* costs, which "
+            "rest on names alone and know no difference between methods.",
+            BOUNDS,
+            f"{makespan.MODELS} models of 0.135 to 13 billion parameters:",
+            spans(span["many"]),
+            within(span["many"]),
+            f"{makespan.MODELS} models of one size, where whole groups are hard to share out evenly (420 groups on 128 "
+            "devices: some take four, none can take 3.3):",
+            spans(span["one"]),
+            within(span["one"]),
         ]
     )
 
 
-DOCUMENT = documents.Document("scale", "Large matrices: planning, shards, merging", measure, render)
+def plots(results: Mapping[str, Any]) -> dict[str, str]:
+    """Microseconds a case against cases, and makespan over the lower bound against devices."""
+    with style():
+        canvas, (left, right) = canvas_of(3.6, "Cost of a case, and makespans", 2)
+        for name, colour, steps in (("plan", DARK, ("make", "filter", "cut", "write")), ("merge", BLUE, ("whole",))):
+            counts = [int(cases) for cases in results[name]]
+            each = [1e6 * sum(one[step] for step in steps) / int(cases) for cases, one in results[name].items()]
+            left.plot(counts, each, "o-", color=colour, label=name)
+        left.set(xscale="log", xlabel="cases", ylabel="µs a case", ylim=(0, None))
+        for name, text, line_style in (("many", "0.135 to 13 billion parameters", "o-"), ("one", "one size", "s--")):
+            found = results["makespan"][name]
+            devices = [int(count) for count in found]
+            for order, colour in (("ordered", BLUE), ("plan_order", GREY)):
+                ratios = [one[order] / max(one["even"], one["longest"]) for one in found.values()]
+                label = f"{'longest first' if order == 'ordered' else 'plan order'}, {text}"
+                right.plot(devices, ratios, line_style, color=colour, label=label)
+        right.set(xscale="log", xlabel="devices", ylabel="makespan / lower bound", ylim=(0.95, None))
+        for axes in (left, right):
+            axes.legend(frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return {PLOT: buffer.getvalue()}
+
+
+DOCUMENT = documents.Document("scale", "Large matrices: planning, shards, merging", measure, render, plots)
 
 if __name__ == "__main__":
     sys.exit(documents.run(DOCUMENT))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from harness.records import Case, Row, Verdict
 from harness.report.reading import plan_text
 from harness.runner import missing
 from harness.session import known_environments, open_report, read_rows
+from harness.sharding import longest_first
 
 if TYPE_CHECKING:
     import pytest
@@ -71,6 +73,7 @@ class Collector:
         from xdist.scheduler import LoadScopeScheduling  # local: only where xdist runs
 
         scheduling = LoadScopeScheduling(config, log)
+        scheduling.workqueue = LongestFirst(lambda: longest_first(self.selected))
         scheduling._split_scope = group_of
         return scheduling
 
@@ -207,6 +210,23 @@ def case_id(nodeid: str) -> str:
     """The case's id within a node id: between the first '[' and the last ']' (xdist appends '@group')."""
     inside, bracket, _ = nodeid.partition("[")[2].rpartition("]")
     return inside if bracket else ""
+
+
+class LongestFirst(OrderedDict[str, Any]):
+    """xdist's queue of groups, taken from in the order that `order` gives when the first is taken; others come last."""
+
+    def __init__(self, order: Callable[[], Sequence[str]]) -> None:
+        super().__init__()
+        self.order = order
+        self.places: dict[str, int] | None = None
+
+    def popitem(self, last: bool = True) -> tuple[str, Any]:
+        """The next group to hand out."""
+        if self.places is None:
+            self.places = {group: place for place, group in enumerate(self.order())}
+        places = self.places
+        name = min(self, key=lambda group: places.get(group, len(places)))
+        return name, self.pop(name)
 
 
 def group_of(nodeid: str) -> str:

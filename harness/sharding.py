@@ -105,6 +105,23 @@ def partition(cases: Sequence[Case], count: int) -> list[list[Case]]:
     return [[cases[place] for place in sorted(places)] for places in shards]
 
 
+def longest_first(cases: Sequence[Case]) -> list[str]:
+    """The groups in the order in which to hand them to whoever is free: dearest first by predicted cost.
+
+    Whoever hands out so is done within total / devices + the dearest group (Graham 1966). A model's reference goes
+    before its other methods, which wait for its losses.
+    """
+    price: dict[str, float] = {}
+    dearest: dict[tuple[str, str], float] = {}
+    for case, seconds in zip(cases, costs(cases), strict=True):
+        price[case.group] = price.get(case.group, 0.0) + seconds
+        place = (case.model, case.device)
+        dearest[place] = max(dearest.get(place, 0.0), price[case.group])
+    price |= {case.group: dearest[case.model, case.device] for case in cases if case.method == case.reference}
+    first = {case.group: case.method != case.reference for case in cases}
+    return sorted(price, key=lambda group: (-price[group], first[group]))
+
+
 def cut(group: Sequence[tuple[float, int]], share: float) -> list[list[tuple[float, int]]]:
     """A group's priced cases in pieces of at most `share` seconds (one case may be dearer), in order."""
     pieces: list[list[tuple[float, int]]] = [[]]

@@ -15,6 +15,7 @@ from harness.__main__ import main
 from harness.errors import BadFile
 from harness.merging import merge, merged_command, write_shard
 from harness.records import Case, Row, Verdict
+from harness.report.reading import plan_text
 from harness.sharding import Shard, partition
 
 PLAN = [Case("m", method, "", "", metric, "cpu") for method in ("fp32", "a", "b") for metric in ("memory.storage", "x")]
@@ -147,3 +148,33 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_the_command_is_that_of_one_run(told: str, command: str) -> None:
     assert merged_command([told], Path("out")) == command
+
+
+def test_an_unchanged_line_is_copied_and_a_changed_row_is_written_anew(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    path = folders[0] / "measurements.jsonl"
+    spaced = path.read_text().replace('"value": 1.0', '"value":  1.0')  # as no row writes it
+    path.write_text(spaced)
+    merge(folders, tmp_path / "out")
+    written = (tmp_path / "out" / "measurements.jsonl").read_text()
+    assert set(spaced.splitlines()) < set(written.splitlines())
+    gone = merge(folders[:2], tmp_path / "gone")
+    lines = (tmp_path / "gone" / "measurements.jsonl").read_text().splitlines()
+    absent = [row.to_json() for row in gone.rows if row.value is None]
+    assert absent
+    assert set(absent) < set(lines)
+
+
+def test_every_shard_is_held_to_the_plan_that_it_names_though_it_is_read_once(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    told = json.loads((folders[2] / "shard.json").read_text())
+    told["plan"] = "0" * 64
+    (folders[2] / "shard.json").write_text(json.dumps(told))
+    with pytest.raises(BadFile, match="does not hold the plan that it names"):
+        merge(folders, tmp_path / "out")
+
+
+def test_a_plan_is_written_as_json_would_indent_it() -> None:
+    plans: tuple[list[Case], ...] = ([], PLAN[:1], [*PLAN, replace(PLAN[0], model='a"},\n{"é')])
+    for plan in plans:
+        assert plan_text(plan) == json.dumps([vars(case) for case in plan], indent=0)

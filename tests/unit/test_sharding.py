@@ -1,8 +1,10 @@
 """Shards: every case in exactly one, alike everywhere, of about equal cost."""
 
+import heapq
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.errors import BadSpecification
 from harness.records import Case
-from harness.sharding import Shard, billions, costs, cut, parse_shard, partition, plan_digest
+from harness.sharding import Shard, billions, costs, cut, longest_first, parse_shard, partition, plan_digest
 
 METRICS = ("memory.storage", "perplexity", "perplexity.delta", "latency.prefill")
 MODELS = ("gpt2", "olmo-1b", "hub:org/Big-8B", "path:mine")
@@ -87,6 +89,27 @@ def test_the_cut_is_the_same_in_another_process() -> None:
     }
     assert len(told) == 1
     assert "gpt2" in told.pop()
+
+
+def test_dear_groups_are_handed_out_first_and_a_reference_before_those_that_wait_for_it() -> None:
+    plan = [case for case in a_plan(methods=2) if case.metric != "perplexity.delta" or case.method == "m1"]
+    plan = [replace(case, reference="m0") for case in plan]
+    order = longest_first(plan)
+    assert set(order) == {case.group for case in plan}
+    assert [group.partition("/")[0] for group in order[:4:2]] == ["hub:org%2FBig-8B", "olmo-1b"]
+    assert all(order.index(f"{model}/m0/cpu") < order.index(f"{model}/m1/cpu") for model in ("gpt2", "olmo-1b"))
+
+
+def test_handing_out_ends_within_grahams_bound() -> None:
+    plan = a_plan(methods=7)
+    price: dict[str, float] = {}
+    for case, seconds in zip(plan, costs(plan), strict=True):
+        price[case.group] = price.get(case.group, 0.0) + seconds
+    for devices in (1, 2, 5, 13):
+        free = [0.0] * devices
+        for group in longest_first(plan):
+            heapq.heappush(free, heapq.heappop(free) + price[group])
+        assert max(free) <= sum(price.values()) / devices + max(price.values())
 
 
 @pytest.mark.parametrize(

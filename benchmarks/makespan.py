@@ -1,0 +1,89 @@
+"""Makespans of a large matrix on many devices, simulated with the costs that a real session measured (costs.json)."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from harness import planning, sharding
+from harness.options import Declared, Options
+from harness.records import Case
+from harness.specifications import parse, parse_list
+
+COSTS = Path(__file__).with_name("costs.json")
+PROTOCOLS = "chunk:512,stride:512:256,gptq:512,rolling:512,half:512,sentence"
+DATASETS = "lee,synthetic,wikitext-2,text:notes.txt"
+SIZES = (0.135, 0.36, 0.5, 1, 1.7, 3, 3.8, 7, 8, 13)  # billions of parameters of the simulated models, in turn
+MODELS = 30
+DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def kept() -> dict[str, Any]:
+    """What benchmarks/costs.py kept of a session."""
+    found: dict[str, Any] = json.loads(COSTS.read_text(encoding="utf-8"))
+    return found
+
+
+def options(models: int, sizes: Sequence[float] = SIZES) -> Options:
+    """The whole matrix (every core method, metric and protocol, four texts) over so many models."""
+    names = [f"hub:org/model-{number}-{sizes[number % len(sizes)]}B" for number in range(models)]
+    return Options(
+        declared=Declared(Path()),
+        models=tuple(parse(name) for name in names),
+        metrics=("all",),
+        datasets=parse_list(DATASETS),
+        protocols=parse_list(PROTOCOLS),
+        device="cpu",
+    )
+
+
+def simulated_cases(sizes: Sequence[float]) -> list[Case]:
+    """The main job (perplexity, memory, latency under one protocol) for 30 models of such sizes on four texts."""
+    chosen = replace(
+        options(MODELS, sizes), metrics=("perplexity", "memory", "latency"), protocols=parse_list("chunk:512")
+    )
+    return list(planning.plan(chosen, False))
+
+
+def measured_costs(cases: Sequence[Case]) -> dict[Case, float]:
+    """Seconds of each case: those of its method and metric in the kept session, times the ratio of parameters."""
+    seconds, unit = kept()["seconds"], sharding.billions(kept()["model"])
+    return {case: seconds[case.method].get(case.metric, 0.0) * sharding.billions(case.model) / unit for case in cases}
+
+
+def handed_out(seconds: Sequence[float], devices: int) -> float:
+    """When the last device is done, if each takes the next group whenever it is free."""
+    free = [0.0] * devices
+    for one in seconds:
+        heapq.heappush(free, heapq.heappop(free) + one)
+    return max(free)
+
+
+def simulate(sizes: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Makespans on so many devices, in seconds: our order, the plan's order, static shards; and the lower bounds."""
+    cases = simulated_cases(sizes)
+    price = measured_costs(cases)
+    groups: dict[str, float] = {}
+    for case in cases:
+        groups[case.group] = groups.get(case.group, 0.0) + price[case]
+    total, longest = sum(groups.values()), max(groups.values())
+    loading = {case.group: price[case] for case in cases if case.metric == "memory.parameters"}
+    firsts = {case.group: case for case in reversed(cases)}
+    results = {}
+    for count in DEVICES:
+        loads = []
+        for part in sharding.partition(cases, count):
+            again = {case.group for case in part} - {case.group for case in part if firsts[case.group] == case}
+            loads.append(sum(price[case] for case in part) + sum(loading[group] for group in again))
+        results[str(count)] = {
+            "even": total / count,
+            "longest": longest,
+            "ordered": handed_out([groups[name] for name in sharding.longest_first(cases)], count),
+            "plan_order": handed_out(list(groups.values()), count),
+            "shards": max(loads),
+        }
+    return results
