@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ PROTOCOLS = "chunk:512,stride:512:256,gptq:512,rolling:512,half:512,sentence"
 DATASETS = "lee,synthetic,wikitext-2,text:notes.txt"
 SIZES = (0.135, 0.36, 0.5, 1, 1.7, 3, 3.8, 7, 8, 13)  # billions of parameters of the simulated models, in turn
 MODELS = 30
+MACHINES = 20  # on which methods cost otherwise than predicted
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -63,27 +65,52 @@ def handed_out(seconds: Sequence[float], devices: int) -> float:
     return max(free)
 
 
-def simulate(sizes: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Makespans on so many devices, in seconds: our order, the plan's order, static shards; and the lower bounds."""
-    cases = simulated_cases(sizes)
-    price = measured_costs(cases)
+def grouped(price: Mapping[Case, float]) -> dict[str, float]:
+    """Seconds of each group, in plan order."""
     groups: dict[str, float] = {}
-    for case in cases:
-        groups[case.group] = groups.get(case.group, 0.0) + price[case]
-    total, longest = sum(groups.values()), max(groups.values())
+    for case, seconds in price.items():
+        groups[case.group] = groups.get(case.group, 0.0) + seconds
+    return groups
+
+
+def bound(groups: Mapping[str, float], devices: int) -> float:
+    """What no order ends before: an even share, or the longest group."""
+    return max(sum(groups.values()) / devices, *groups.values())
+
+
+def shard_loads(cases: Sequence[Case], price: Mapping[Case, float], count: int) -> list[float]:
+    """Seconds of each static shard; a group that was cut is loaded again in each further piece."""
     loading = {case.group: price[case] for case in cases if case.metric == "memory.parameters"}
     firsts = {case.group: case for case in reversed(cases)}
+    loads = []
+    for part in sharding.partition(cases, count):
+        again = {case.group for case in part} - {case.group for case in part if firsts[case.group] == case}
+        loads.append(sum(price[case] for case in part) + sum(loading[group] for group in again))
+    return loads
+
+
+def elsewhere(price: Mapping[Case, float], seed: int) -> dict[Case, float]:
+    """Costs on a machine where each method takes between half and twice as long as predicted from this one's."""
+    generator = random.Random(seed)
+    factors = {method: 2 ** generator.uniform(-1, 1) for method in dict.fromkeys(case.method for case in price)}
+    return {case: seconds * factors[case.method] for case, seconds in price.items()}
+
+
+def simulate(sizes: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Seconds on so many devices: lower bounds, our order, the plan's, static shards; and ratios on other machines."""
+    cases = simulated_cases(sizes)
+    price = measured_costs(cases)
+    groups, order = grouped(price), sharding.longest_first(cases)
+    others = [grouped(elsewhere(price, seed)) for seed in range(MACHINES)]
     results = {}
     for count in DEVICES:
-        loads = []
-        for part in sharding.partition(cases, count):
-            again = {case.group for case in part} - {case.group for case in part if firsts[case.group] == case}
-            loads.append(sum(price[case] for case in part) + sum(loading[group] for group in again))
+        away = [handed_out([one[name] for name in order], count) / bound(one, count) for one in others]
         results[str(count)] = {
-            "even": total / count,
-            "longest": longest,
-            "ordered": handed_out([groups[name] for name in sharding.longest_first(cases)], count),
+            "even": sum(groups.values()) / count,
+            "longest": max(groups.values()),
+            "ordered": handed_out([groups[name] for name in order], count),
             "plan_order": handed_out(list(groups.values()), count),
-            "shards": max(loads),
+            "shards": max(shard_loads(cases, price, count)),
+            "elsewhere": max(away),
         }
     return results
