@@ -1,7 +1,8 @@
 """Compares two finished sessions case by case: what is same, within noise, better or worse, and by how much.
 
 The rule of environments is lifted here (their difference is what a comparison asks about); that of protocol id and
-token hash never is. A is the earlier side, B the later: `worse` says that B is worse.
+token hash never is. A is the earlier side, B the later: `worse` says that B is worse. Each case is decided at 95% by
+itself: unlike a session's verdicts (`harness.family`), a comparison of many cases has no error rate as a whole.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Shards: every case in exactly one, alike everywhere, of about equal cost."""
 
 import heapq
+import json
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +15,18 @@ from hypothesis import strategies as st
 
 from harness.errors import BadSpecification
 from harness.records import Case
-from harness.sharding import Shard, billions, costs, cut, longest_first, parse_shard, partition, plan_digest
+from harness.sharding import (
+    METHODS,
+    OTHER_METHOD,
+    Shard,
+    billions,
+    costs,
+    cut,
+    longest_first,
+    parse_shard,
+    partition,
+    plan_digest,
+)
 
 METRICS = ("memory.storage", "perplexity", "perplexity.delta", "latency.prefill")
 MODELS = ("gpt2", "olmo-1b", "hub:org/Big-8B", "path:mine")
@@ -98,6 +112,15 @@ def test_dear_groups_are_handed_out_first_and_a_reference_before_those_that_wait
     assert set(order) == {case.group for case in plan}
     assert [group.partition("/")[0] for group in order[:4:2]] == ["hub:org%2FBig-8B", "olmo-1b"]
     assert all(order.index(f"{model}/m0/cpu") < order.index(f"{model}/m1/cpu") for model in ("gpt2", "olmo-1b"))
+
+
+def test_methods_are_weighed_as_the_kept_session_measured_them() -> None:
+    kept = json.loads((Path(__file__).parents[2] / "benchmarks" / "costs.json").read_text())["seconds"]
+    total = {method: sum(seconds.values()) for method, seconds in kept.items()}
+    assert METHODS.keys() == total.keys()
+    for method, weight in METHODS.items():
+        assert weight == pytest.approx(total[method] / total["fp32"], abs=0.03), method
+    assert pytest.approx(statistics.median(METHODS.values()), abs=0.03) == OTHER_METHOD
 
 
 def test_handing_out_ends_within_grahams_bound() -> None:
