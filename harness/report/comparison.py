@@ -47,8 +47,9 @@ def render_comparison(comparison: Comparison, *, name_a: str = "A", name_b: str 
     parts.append(
         "Change is B / A (B - A for metrics that are no ratio), with a 95% interval where one could be had: Student's "
         "t over windows for perplexity; for time, whose change is that of its ratio to the reference in the same "
-        "session, the two sessions' intervals combined. Each interval is of 95% by itself, not corrected for the number of "
-        "cases: of twenty that did not move, one may lie beyond its noise floor. Lower is better. MiB is 2^20 bytes."
+        "session, the two sessions' intervals combined. Each interval is of 95% by itself, not corrected for the "
+        "number of cases: of twenty that did not move, one may lie beyond its noise floor. Lower is better. MiB is "
+        "2^20 bytes."
     )
     return "\n\n".join(parts) + "\n"
 
