@@ -40,8 +40,9 @@ end. Nothing below loads a model. Rows that are merged are those of a real sessi
 census, samples and reasons, one in a hundred is `worse`, and each perplexity has its file of losses."""
 MERGING = """\
 Read, joined, settled and written, losses linked, and the report made: up to 5,000 cases with every table and verdict,
-beyond with one table a model and the verdicts that failed or moved. Up to 60 plots are drawn, at a fifth of a second
-each; the time without them is what grows with the cases. The report of one model of many is
+beyond with one table a model and the verdicts that failed or moved. At most 60 plots are drawn; the time without them
+is what grows with the cases. That shards 1/5 to 5/5 merged are one run's lines and report, seconds aside, is tested on
+a tiny model: `test_shards_merged_equal_one_run` in `tests/plugin/test_session.py`. The report of one model of many is
 `python -m harness report DIR --models NAME`."""
 BOUNDS = """\
 Nothing ends before an even share of all work, nor before the longest group: the lower bound is the larger of the two.
@@ -216,8 +217,7 @@ def render(results: Mapping[str, Any]) -> str:
             f"{makespan.MODELS} models of 0.135 to 13 billion parameters:",
             spans(span["many"]),
             within(span["many"]),
-            f"{makespan.MODELS} models of one size, where whole groups are hard to share out evenly (420 groups on 128 "
-            "devices: some take four, none can take 3.3):",
+            f"{makespan.MODELS} models of one size, where groups of nearly equal length do not share out evenly:",
             spans(span["one"]),
             within(span["one"]),
         ]
