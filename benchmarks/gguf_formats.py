@@ -62,7 +62,9 @@ transformers reads GGUF, but in most set-ups unpacks it to floats when it loads:
 - llama.cpp's perplexity scores the second half of each window only (`half:W` here): not to be compared with others.
 - A file and a checkpoint of one name may differ in tokenizer details, and in whether a BOS is added.
 
-Speed and perplexity of GGUF methods are not on this page: no method of the harness runs from GGUF blocks."""
+Perplexity is not on this page: [llamacpp.md](llamacpp.md) has it for seven formats, from the harness's methods `gguf-*`
+and from llama.cpp on the same files. `pytest --methods gguf-q4_0,gguf-q8_0` measures them on any model; its times are
+those of blocks unpacked by torch before each product, not of llama.cpp's kernels."""
 
 
 def measure(models: Sequence[str]) -> dict[str, Any]:
