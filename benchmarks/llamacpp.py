@@ -12,31 +12,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' made-up models
 
+from llamacpp_page import ALIKE, DRAWS, GREEDY, NOISE, PROBES, SHOWN, broken, render
+
 from harness import documents
-from harness.report import writing
 
 KINDS = ("f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-TOLERANCE = {"f32": 0.05, "other": 0.5}  # percent of the perplexity
 WIDTH, TOKENS = 512, 2048  # of a window; of the embedded model's text
-ALIKE = "ours, inputs rounded"
-GREEDY = 20  # tokens
 PROMPTS = ("The capital of France is", "Once upon a time there was", "To measure a perplexity, one")
 SHARPENING = 3.0  # of the random models' heads: their raw logits are so flat that every file would agree
-PROBES = (
-    "The cat sat on the mat, then on 12 other mats.",
-    "Caf\u00e9 2024: it's  two blanks,\nand a line \u2014 na\u00efve?",
-    "them that then the mother",
-)
-HEADERS = ("method", "ours", "llama.cpp", "difference", ALIKE, "difference", "allowed", "largest nat")
-SHOWN = {
-    "smollm2-135m": "the embedded model, its own tokenizer, the text `lee`",
-    "tiny-gpt2": "trained by the harness; GGUF has no word-level tokenizer, so ids only",
-    "tiny-olmo": "trained by the harness; GGUF has no word-level tokenizer, so ids only",
-    "random llama": "random weights, made-up byte-level tokenizer",
-    "random gpt2": "random weights, made-up byte-level tokenizer",
-    "random olmo": "random weights, made-up byte-level tokenizer with NFC",
-    "random phi3": "random weights, made-up SentencePiece vocabulary",
-}
 
 
 def measure(models: Sequence[str]) -> dict[str, Any]:
@@ -63,10 +46,16 @@ def one_model(name: str, folder: Path) -> dict[str, Any]:
         ours, theirs = our_nll(model, windows), their_nll(path, windows)
         with rounded_inputs(model, kind):
             alike = our_nll(model, windows)
+        moved = []
+        for seed in range(DRAWS if kind != "f32" else 0):
+            with rounded_inputs(model, kind, seed):
+                moved.append(our_nll(model, windows))
         result["formats"][kind] = {
             "ours": math.exp(ours.mean()),
             ALIKE: math.exp(alike.mean()),
             "llama.cpp": math.exp(theirs.mean()),
+            "noise": max((abs(100 * math.expm1(other.mean() - alike.mean())) for other in moved), default=None),
+            "noise_largest": max((float(abs(other - alike).max()) for other in moved), default=None),
             "largest": float(abs(alike - theirs).max()),
             "tokens": len(ours),
         }
@@ -79,18 +68,23 @@ def one_model(name: str, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def rounded_inputs(model: Any, kind: str) -> Iterator[None]:
+def rounded_inputs(model: Any, kind: str, seed: int | None = None) -> Iterator[None]:
     """Within, every product of a packed matrix rounds its inputs as llama.cpp's kernels for CPUs do.
 
     fp16 numbers for F16; else int8 codes in blocks of 32 of a row, whose step is rounded to fp16 after the codes are
-    found (ggml's Q8_0 and Q8_1).
+    found (ggml's Q8_0 and Q8_1). With a seed, inputs are moved by a relative NOISE before they are rounded: as much as
+    another order of summing moves them, and enough to tip those that lie half-way between two codes.
     """
     import torch
 
     from harness import quantized
 
+    generator = torch.Generator().manual_seed(seed or 0)
+
     def hook(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         x = given[0]
+        if seed is not None:
+            x = x * (1 + NOISE * torch.randn(x.shape, generator=generator))
         if kind == "f16":
             return (x.half().float(), *given[1:])
         blocks = x.unflatten(-1, (-1, 32))
@@ -219,97 +213,6 @@ def greedy(path: Path, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         found.append({"prompt": prompt, "continuation": tokenizer.decode(ours[len(start) :]), "same": same})
     llama.close()
     return found
-
-
-def off(figures: Mapping[str, Any], ours: str = ALIKE) -> float:
-    """By how many percent llama.cpp's perplexity differs from ours; from the plain one where no other was measured."""
-    return 100 * (float(figures["llama.cpp"]) / float(figures.get(ours, figures["ours"])) - 1)
-
-
-def wide(results: Mapping[str, Any]) -> str:
-    """A sentence on the models for which that cost alone is beyond what is allowed; '' where there are none."""
-    found = [
-        f"`gguf-{kind}` of {name} ({off(figures, 'ours'):+.2f}%)"
-        for name, result in results["models"].items()
-        for kind, figures in result["formats"].items()
-        if abs(off(figures, "ours")) > tolerance(kind)
-    ]
-    return f" It is more than {TOLERANCE['other']}% for {', '.join(found)}." if found else ""
-
-
-def tolerance(kind: str) -> float:
-    """Percent that a format may differ by."""
-    return TOLERANCE.get(kind, TOLERANCE["other"])
-
-
-def broken(results: Mapping[str, Any]) -> list[str]:
-    """What does not agree as it must; [] where all does."""
-    lines = [
-        f"{name} gguf-{kind}: perplexities differ by {off(figures):+.4f}%, more than {tolerance(kind)}%"
-        for name, result in results["models"].items()
-        for kind, figures in result["formats"].items()
-        if not abs(off(figures)) <= tolerance(kind)
-    ]
-    for name, result in results["models"].items():
-        if result["tokenizer"] not in ("none in the file", f"{len(PROBES)} of {len(PROBES)} probes"):
-            lines.append(f"{name}: llama.cpp makes other tokens: {result['tokenizer']}")
-        short = [item["prompt"] for item in result.get("greedy", ()) if item["same"] < GREEDY]
-        lines += [f"{name}: greedy continuations part early: {prompt!r}" for prompt in short]
-    return lines
-
-
-def render(results: Mapping[str, Any]) -> str:
-    """The page."""
-    tables = []
-    for name, result in results["models"].items():
-        rows = [
-            [
-                f"`gguf-{kind}`",
-                f"{figures['ours']:.4f}",
-                f"{figures['llama.cpp']:.4f}",
-                f"{off(figures, 'ours'):+.4f}%",
-                f"{figures[ALIKE]:.4f}" if ALIKE in figures else writing.NOTHING,
-                f"{off(figures):+.4f}%",
-                f"{tolerance(kind)}%",
-                f"{figures['largest']:.4f}",
-            ]
-            for kind, figures in result["formats"].items()
-        ]
-        tokens = next(iter(result["formats"].values()))["tokens"]
-        tables += [
-            f"### {name}\n\n{SHOWN.get(name, 'another text')}. {tokens:,} scored tokens; "
-            f"tokenizer: {result['tokenizer']}.",
-            writing.table(HEADERS, rows),
-        ]
-    continued = [
-        [item["prompt"], " ".join(item["continuation"].split()), f"{item['same']} of {GREEDY}"]
-        for result in results["models"].values()
-        for item in result.get("greedy", ())
-    ]
-    faults = broken(results)
-    verdict = (
-        "All of it agrees." if not faults else "\n".join(["What does not agree:\n", *(f"- {line}" for line in faults)])
-    )
-    return "\n\n".join(
-        [
-            f"""\
-llama-cpp-python {results["llama_cpp_python"]}, built from source without the processor's newest instructions (see the
-environment `llamacpp` in tox.ini; `tox run -e llamacpp` builds it and makes this page again, or fails). Each model is
-written by the harness in every format; llama.cpp loads the file and is fed the same token ids, window by window, as
-the method `gguf-*` of the harness, which runs from the same blocks through transformers. llama.cpp also quantizes the
-*activations* of a quantized product, to 8 bits in blocks of 32. The harness does not, so a second column rounds the
-inputs of its products in the same way, and it is that column which must agree; how far the first is off says what
-llama.cpp's rounding of activations costs.{wide(results)}
-
-"Largest nat" is the largest difference of a single token's loss from the second column. GPT-2's is larger under
-`gguf-f32`: llama.cpp looks its GELU up in a table of fp16 values.""",
-            verdict,
-            "## Perplexity",
-            *tables,
-            "## Greedy continuations from `gguf-f32`",
-            writing.table(["prompt", "continuation (ours)", "same tokens"], continued, words=(0, 1)),
-        ]
-    )
 
 
 _measured: list[Mapping[str, Any]] = []
