@@ -1,8 +1,9 @@
 """Calibration texts: what a calibrated method may look at, and how it is named.
 
-By default the model writes its own: windows drawn token by token from its own distribution with a seed, which needs no
-data, suits any vocabulary, and cannot be the text that is measured on. Any known or declared dataset without arguments
-can be named instead; a plan that measures on it is refused.
+By default it is `lee-50`, news articles that are not among those of `lee`, where the model's tokenizer reads English,
+and else a text that the model writes itself: windows drawn token by token from its own distribution with a seed. Any
+known or declared dataset without arguments can be named instead. A text that is measured on, or that shares a line
+with it, is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness import corpora
 from harness.contracts import Arguments, Parameter
 from harness.errors import BadSpecification, HarnessError
 from harness.specifications import Specification
@@ -18,10 +20,21 @@ if TYPE_CHECKING:  # annotations only
     from torch import Tensor
 
     from harness.contracts import Checkpoint
+    from harness.corpora import Corpus
+    from harness.options import Declared
 
 OWN = "model"  # the text that the model writes
+AUTO, REAL = "auto", "lee-50"
+PROBE = "Members of the council will meet again on Monday to decide where the money should go."
+UNKNOWN = 0.05  # share of unknown tokens in the probe above which a tokenizer does not read English
+SHORTEST = 40  # characters of a line that two texts may not share
 PARAMETERS: Mapping[str, Parameter] = {
-    "text": Parameter(str, OWN, f"calibration text: '{OWN}' draws it from the model, else the name of a dataset"),
+    "text": Parameter(
+        str,
+        AUTO,
+        f"calibration text: a dataset's name, '{OWN}' (the model writes it), or '{AUTO}' ({REAL} where the tokenizer "
+        f"reads English, else {OWN})",
+    ),
     "windows": Parameter(int, 32, "windows of calibration text"),
     "length": Parameter(int, 256, "tokens a window"),
     "seed": Parameter(int, 0, "of the draw: of the model's text, or of where windows start in a dataset"),
@@ -31,16 +44,42 @@ PARAMETERS: Mapping[str, Parameter] = {
 def refuse_evaluation_text(arguments: Arguments, datasets: Sequence[Specification], method: str) -> None:
     """BadSpecification where a method would be calibrated on a text that it is measured on."""
     text = str(arguments.values.get("text", ""))
+    text = REAL if text == AUTO else text
     if text in map(str, datasets):
         raise BadSpecification(f"{method} would be calibrated on '{text}', on which it is measured: name another text")
 
 
-def refuse_same_content(facts: Mapping[str, Any], revision: str, method: str) -> None:
-    """HarnessError where the calibration text is the measured one under another name."""
-    if revision and facts.get("text_revision") == revision:
+def refuse_shared_lines(facts: Mapping[str, Any], measured: Corpus, declared: Declared, method: str) -> None:
+    """HarnessError where a line of the calibration text stands in the measured text, under whatever names."""
+    text = facts["text"]
+    if text == OWN:
+        return
+    if facts.get("text_revision") == measured.revision:
+        raise HarnessError(f"{method} was calibrated on '{text}', which is the very text that it is measured on")
+    if shared := lines(corpora.read(Specification(text), declared)) & lines(measured):
+        told = f"{len(shared)} line{'s' * (len(shared) > 1)} ('{min(shared)[:SHORTEST]}...')"
         raise HarnessError(
-            f"{method} was calibrated on '{facts['text']}', which is the very text that it is measured on"
+            f"{method} was calibrated on '{text}', which shares {told} with '{measured.name}', on which it is "
+            "measured: name another text"
         )
+
+
+def lines(corpus: Corpus) -> set[str]:
+    """A text's lines of some length, blanks around them aside."""
+    found = (line.strip() for document in corpus.documents for line in document.splitlines())
+    return {line for line in found if len(line) >= SHORTEST}
+
+
+def chosen(text: str, checkpoint: Checkpoint) -> str:
+    """The text behind 'auto'; any other as it is."""
+    if text != AUTO:
+        return text
+    from harness import checkpoints
+
+    tokenizer: Any = checkpoints.tokenizer(checkpoint)
+    ids = tokenizer(PROBE, add_special_tokens=False).input_ids
+    unknown = sum(token == tokenizer.unk_token_id for token in ids)
+    return REAL if ids and unknown <= UNKNOWN * len(ids) else OWN
 
 
 def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[list[Tensor], dict[str, Any]]:
@@ -55,7 +94,7 @@ def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[l
     length = min(int(values["length"]), int(context) - 1)  # one token is fed to begin with
     if count < 1 or length < 2:
         raise BadSpecification("a calibration needs at least one window of two tokens")
-    text = str(values["text"])
+    text = chosen(str(values["text"]), checkpoint)
     revision = ""
     if text == OWN:
         found = drawn(model, count, length, seed)
@@ -93,7 +132,7 @@ def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, m
 
     import torch
 
-    from harness import checkpoints, corpora
+    from harness import checkpoints
     from harness.settings import read_declared
 
     _, declared = read_declared(Path.cwd())

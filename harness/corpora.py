@@ -1,7 +1,7 @@
 """Where text comes from: known names, files, package files and the Hub. No torch.
 
-Specifications: `lee`, `wikitext-2`, `synthetic`, `ptb:FILE`, `text:FILE`, `package:DIST/FILE`,
-`hub:ORG/NAME[/CONFIG[/SPLIT]][@REVISION]` (split `test` unless named), a name declared under
+Specifications: `lee`, `lee-50` (other articles, for calibration), `wikitext-2`, `synthetic`, `ptb:FILE`, `text:FILE`,
+`package:DIST/FILE`, `hub:ORG/NAME[/CONFIG[/SPLIT]][@REVISION]` (split `test` unless named), a name declared under
 `[tool.harness.datasets]` (its files relative to that pyproject.toml) or by an entry point `harness.datasets`
 (an object that is one of these specifications as a string). Known names beat declared ones.
 How a dataset's documents reach a protocol stands in one table, `harness.layouts.LAYOUTS`.
@@ -25,6 +25,9 @@ from harness.specifications import Specification, parse
 
 LEE_FILE = "gensim/test/test_data/lee_background.cor"
 LEE_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
+LEE_50_FILE = "gensim/test/test_data/lee.cor"
+LEE_50_SHA256 = "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e"
+GENSIM = "pip install --no-deps gensim==4.4.0"
 PTB_SHA256 = "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"
 PTB_LINES = 3761  # sentences of the test split
 WIKITEXT_2 = "Salesforce/wikitext/wikitext-2-raw-v1/test@b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -117,20 +120,22 @@ def package_file(argument: str) -> Path:
     raise MissingAsset(f"the distribution '{name}' {found.version} holds no file '{inside}'")
 
 
-def lee_file() -> Path:
-    """The Lee background corpus: 300 news items, one a line, inside the distribution gensim."""
+def gensim_file(inside: str, text: str) -> Path:
+    """A text file of the distribution gensim."""
     try:
-        return package_file(f"gensim/{LEE_FILE}")
+        return package_file(f"gensim/{inside}")
     except MissingAsset as error:
-        raise MissingAsset("the text 'lee' lies in the package gensim: pip install --no-deps gensim==4.4.0") from error
+        raise MissingAsset(f"the text '{text}' lies in the package gensim: {GENSIM}") from error
 
 
-def lee_content() -> Content:
-    """`lee`, held to its checksum."""
-    path = lee_file()
-    if hashlib.sha256(read_bytes(path)).hexdigest() != LEE_SHA256:
-        raise BadFile(f"'{path}' has another sha256 than the text 'lee': pip install --no-deps gensim==4.4.0")
-    return file_content(path, "lee")
+def lee_content(text: str, inside: str, sha256: str, encoding: str) -> Content:
+    """`lee` or `lee-50`, held to its checksum."""
+    path = gensim_file(inside, text)
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise BadFile(f"'{path}' has another sha256 than the text '{text}': {GENSIM}")
+    found = data.decode(encoding)
+    return Content((found,), sha256_text(found), text)
 
 
 def ptb_content(argument: str, root: Path) -> Content:
@@ -180,7 +185,8 @@ class Dataset:
 
 
 DATASETS: Mapping[str, Dataset] = {
-    "lee": Dataset("file", lambda argument, root: lee_content()),
+    "lee": Dataset("file", lambda argument, root: lee_content("lee", LEE_FILE, LEE_SHA256, "utf-8")),
+    "lee-50": Dataset("file", lambda argument, root: lee_content("lee-50", LEE_50_FILE, LEE_50_SHA256, "latin-1")),
     "wikitext-2": Dataset(
         "wikitext",
         lambda argument, root: hub_content(WIKITEXT_2, "wikitext-2"),

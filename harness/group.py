@@ -225,8 +225,8 @@ class Group:
             return {}
         facts: Any = self.model.calibration
         if case.dataset:
-            revision = corpora.read(parse(case.dataset), self.job.options.declared).revision
-            calibration.refuse_same_content(facts, revision, case.method)
+            declared = self.job.options.declared
+            calibration.refuse_shared_lines(facts, corpora.read(parse(case.dataset), declared), declared, case.method)
         return {"calibration": facts}
 
     def stopped(self, stop: Stop) -> Figure:

@@ -166,19 +166,36 @@ def test_the_calibration_is_recorded_and_seeded() -> None:
     method, chosen = resolved("gptq-int4:windows=2:length=32:text=synthetic")
     loaded: Any = method.load(checkpoint, chosen, "cpu")
     assert loaded.calibration["text"] == "synthetic"
-    revision = corpora.read(parse("synthetic"), HERE).revision
+    calibration.refuse_shared_lines(loaded.calibration, corpora.read(parse("lee"), HERE), HERE, "gptq-int4")
     with pytest.raises(HarnessError, match="which is the very text that it is measured on"):
-        calibration.refuse_same_content(loaded.calibration, revision, "gptq-int4")
-    calibration.refuse_same_content(loaded.calibration, "another", "gptq-int4")
+        calibration.refuse_shared_lines(loaded.calibration, corpora.read(parse("synthetic"), HERE), HERE, "gptq-int4")
     assert "text=synthetic" in arguments.method_id(method, chosen, 1)
     with pytest.raises(BadSpecification, match="write length=N"):
         calibration.cut("synthetic", checkpoint, 1, 20000, 0, model)
 
 
-def test_never_on_the_text_that_is_measured() -> None:
-    given = {"methods": parse_list("gptq-int4:text=lee"), "datasets": parse_list("lee")}
-    with pytest.raises(BadSpecification, match="would be calibrated on 'lee', on which it is measured"):
+@pytest.mark.parametrize(("method", "text"), [("gptq-int4:text=lee", "lee"), ("gptq-int4", "lee-50")])
+def test_never_on_the_text_that_is_measured(method: str, text: str) -> None:
+    given = {"methods": parse_list(method), "datasets": parse_list(text)}
+    with pytest.raises(BadSpecification, match=f"would be calibrated on '{text}', on which it is measured"):
         plan(build(given, HERE, Path()), False)
+
+
+def test_never_on_a_line_of_the_text_that_is_measured(tmp_path: Path) -> None:
+    both = "The same line in both, long enough to tell them.\nShort.\n"
+    (tmp_path / "mine.txt").write_text(f"A line that only this text has, long enough to tell.\n{both}")
+    (tmp_path / "other.txt").write_text(f"  {both}Another line.\n")
+    here = Declared(tmp_path, datasets={"mine": "text:mine.txt", "other": "text:other.txt"})
+    with pytest.raises(HarnessError, match=r"shares 1 line \('The same line in both.*name another text"):
+        calibration.refuse_shared_lines({"text": "mine"}, corpora.read(parse("other"), here), here, "gptq-int4")
+    calibration.refuse_shared_lines({"text": "model"}, corpora.read(parse("other"), here), here, "gptq-int4")
+
+
+def test_by_default_it_is_real_text_where_the_tokenizer_reads_it() -> None:
+    for model, text in (("smollm2-135m", "lee-50"), ("tiny-olmo", "model")):
+        checkpoint = checkpoints.materialise(parse(model), HERE)
+        assert calibration.chosen("auto", checkpoint) == text
+        assert calibration.chosen("mine", checkpoint) == "mine"
 
 
 def test_scopes_and_blocks_that_cannot_be() -> None:

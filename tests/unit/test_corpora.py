@@ -40,9 +40,23 @@ def test_lee_missing_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lee_of_other_content_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "lee").write_text("something else")
-    monkeypatch.setattr(corpora, "lee_file", lambda: tmp_path / "lee")
-    with pytest.raises(BadFile, match="another sha256"):
-        read("lee")
+    monkeypatch.setattr(corpora, "package_file", lambda argument: tmp_path / "lee")
+    for name in ("lee", "lee-50"):
+        with pytest.raises(BadFile, match=f"another sha256 than the text '{name}'"):
+            read(name)
+
+
+def test_the_calibration_text_has_other_articles_than_the_text_that_is_measured() -> None:
+    fifty, background = (read(name).joined("sentence").texts for name in ("lee-50", "lee"))
+    assert (len(fifty), len(background)) == (50, 300)
+    assert not set(fifty) & set(background)
+
+    def runs(articles: tuple[str, ...]) -> set[tuple[str, ...]]:
+        """Eight words in a row: longer passages that two articles have in common hold one."""
+        words = [article.split() for article in articles]
+        return {tuple(row[at : at + 8]) for row in words for at in range(len(row) - 7)}
+
+    assert not runs(fifty) & runs(background)
 
 
 def test_text_keeps_every_byte(tmp_path: Path) -> None:
