@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import HarnessError
 from harness.files import replace_text
 from harness.report import nll_reader, read_report
-from harness.report.frontier import points, render, standings
+from harness.report.frontier import MEANING, heading, points, render, standings
 from harness.report.matrix import complete, sections
 
 if TYPE_CHECKING:
@@ -47,12 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             shown += 1
             places = standings(here, nll)
-            print(render(section, text, places))
+            head = heading(section, text)
+            print(render(head, places))
             name = re.sub(r"[^A-Za-z0-9]+", "-", "-".join((section.model, section.device, *text))).strip("-").lower()
             home = arguments.output or arguments.directories[-1]
             path = (home if home.is_dir() else home.parent) / f"frontier-{name}.svg"
-            replace_text(path, frontier_plot.svg(f"{section.model}, {section.device}, {' '.join(text)}", places))
+            replace_text(path, frontier_plot.svg(head.title, places))
             print(f"\nPlot: {path}\n")
     if not shown:
         raise HarnessError("no model has two methods with `perplexity.delta`: measure with --metrics perplexity,memory")
+    print(MEANING)
     return 0

@@ -6,7 +6,7 @@ reference's; bytes are exact. An axis on which an interval holds 0 (or two inter
 
 A method is **dominated** where another is better on one axis and worse on none, every axis being separated or equal.
 It stays **undecided** where that holds only if what is not separated counts as equal. The others are the front.
-Intervals are of 95% each, not corrected for the number of pairs.
+Intervals are of 95% each, not corrected for the number of pairs: MEANING says so beside the tables.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ from harness.report.reading import Nll
 from harness.report.writing import code, table
 
 SPEED = "latency.decode"
+KINDS = ("front", "undecided", "dominated")
+MEANING = """\
+Methods stand by quality, the best first; a rank is the range of places that the data allow. *Dominated*: another method
+is better in quality, bytes or decode time and worse in none, each of the three separated by the data or equal.
+*Undecided*: one would dominate it if what the data cannot separate were equal. *Front*: neither. Quality is compared
+pair by pair on the same tokens, so two methods may be told apart though their own intervals overlap. Every interval is
+of 95% by itself: among very many pairs some are told apart by chance."""
 Span = tuple[float, float]
 CENTRE: Span = (0.0, 0.0)
 
@@ -60,11 +67,36 @@ class Standing:
     ranks: tuple[int, int] = (1, 1)  # by quality: the best and worst place that the data allow
 
     @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        return "dominated" if self.dominated_by else "undecided" if self.undecided else "front"
+
+    @property
     def words(self) -> str:
         """As a table says it."""
         if self.dominated_by:
             return "dominated by " + ", ".join(map(code, self.dominated_by[:2]))
         return "undecided: " + ", ".join(map(code, self.undecided[:2])) if self.undecided else "front"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What the rows of a table have in common."""
+
+    model: str
+    device: str
+    text: Text
+    reference: str
+    aligned: frozenset[str]  # methods whose codes can represent the grid of the model's weights
+
+    def marks(self, method: str) -> str:
+        """What follows a method's name."""
+        return " (reference)" * (method == self.reference) + " †" * (method in self.aligned)
+
+    @property
+    def title(self) -> str:
+        """Of the plot."""
+        return f"{self.model}, {self.device}, {' '.join(self.text)}"
 
 
 def points(section: Section, text: Text) -> list[Point]:
@@ -173,20 +205,23 @@ def _compare(place: Standing, other: str, relations: Sequence[Relation]) -> None
         place.undecided.append(other)
 
 
-def render(section: Section, text: Text, places: Sequence[Standing]) -> str:
-    """The table of one model, text and device."""
+def heading(section: Section, text: Text) -> Heading:
+    """What a table's rows have in common."""
+    aligned = frozenset(method for method in section.methods if section.aligned(method))
+    return Heading(section.model, section.device, text, section.reference, aligned)
+
+
+def render(head: Heading, places: Sequence[Standing]) -> str:
+    """The table of one model, text and device, with who is on the front in words."""
     rows = []
     for place in places:
         point, (best, worst) = place.point, place.ranks
         low, high = point.interval or (None, None)
         delta = f"{point.delta:+.4f}" if point.delta is not None else writing.NOTHING
         span = "" if low is None or high is None or point.interval == CENTRE else f" [{low:+.4f}, {high:+.4f}]"
-        name = code(point.method) + (" (reference)" if point.method == section.reference else "")
-        if section.aligned(point.method):
-            name += " †"
         rows.append(
             [
-                name,
+                code(point.method) + head.marks(point.method),
                 f"{best}" if best == worst else f"{best}–{worst}",
                 delta + span,
                 writing.mib(point.bytes),
@@ -197,9 +232,16 @@ def render(section: Section, text: Text, places: Sequence[Standing]) -> str:
     headers = ["method", "rank", "Δ ln PPL, nat [95%]", "storage MiB", "decode ms", "standing"]
     kept = [index for index in range(len(headers)) if index in (0, 2, 5) or any(row[index] != "–" for row in rows)]
     shown = table([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
-    notes = [f"Device {section.device}; text {code(text[0])}, protocol {code(text[1])}."]
+    notes = [f"Device {head.device}; text {code(head.text[0])}, protocol {code(head.text[1])}."]
     if not any(point.seconds is not None for point in (place.point for place in places)):
         notes.append(f"No speeds: `{SPEED}` was not measured, so the front is of quality and bytes.")
-    if any(section.aligned(place.point.method) for place in places):
+    if any(place.point.method in head.aligned for place in places):
         notes.append("† Its codes can represent the grid on which the model's weights were stored before.")
-    return "\n\n".join([f"## {code(section.model)}", " ".join(notes), shown])
+    return "\n\n".join([f"## {code(head.model)}", " ".join(notes), summary(places), shown])
+
+
+def summary(places: Sequence[Standing]) -> str:
+    """Who is on the front, who may be, how many are not."""
+    by_kind = {kind: [place.point.method for place in places if place.kind == kind] for kind in KINDS}
+    lines = [f"- {kind} ({len(found)}): {', '.join(map(code, found))}" for kind, found in by_kind.items() if found]
+    return "\n".join(lines)

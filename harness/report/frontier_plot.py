@@ -17,11 +17,6 @@ MEANINGS = {
 }
 
 
-def kind(place: Standing) -> str:
-    """The word of a standing."""
-    return "dominated" if place.dominated_by else "undecided" if place.undecided else "front"
-
-
 def svg(title: str, places: Sequence[Standing]) -> str:
     """One model's plot; methods without bytes are left out."""
     from matplotlib.lines import Line2D
@@ -34,7 +29,7 @@ def svg(title: str, places: Sequence[Standing]) -> str:
             point = place.point
             x, y = (point.bytes or 0) / writing.MIB, point.delta or 0.0
             low, high = point.interval or CENTRE
-            colour = COLOURS[kind(place)]
+            colour = COLOURS[place.kind]
             errors = [[max(0.0, y - low)], [max(0.0, high - y)]] if point.interval else None
             axes.errorbar(x, y, yerr=errors, fmt="o", ms=6.5, color=colour, ecolor=GREY, lw=1, capsize=2)
             spots.append((x, y))

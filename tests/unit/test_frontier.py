@@ -11,7 +11,7 @@ import pytest
 from harness import nllfiles
 from harness.__main__ import main
 from harness.records import Case, Row
-from harness.report.frontier import Relation, Standing, apart, exactly, points, render, standings
+from harness.report.frontier import Relation, Standing, apart, exactly, heading, points, render, standings
 from harness.report.matrix import sections
 
 TEXT = ("lee", "chunk:8")
@@ -49,7 +49,11 @@ def places(folder: Path, methods: dict[str, tuple[float, float, int]]) -> dict[s
         found += rows(method, reference + shift + rng.normal(0, noise, reference.size), reference, folder, size)
     (section,) = sections(found)
     here = standings(points(section, TEXT), lambda sha: nllfiles.load(folder / "nll", sha))
-    assert "`fp32` (reference)" in render(section, TEXT, here)
+    shown = render(heading(section, TEXT), here)
+    assert "`fp32` (reference)" in shown
+    for kind in ("front", "undecided", "dominated"):
+        named = ", ".join(f"`{place.point.method}`" for place in here if place.kind == kind)
+        assert not named or f"{kind} ({named.count(', ') + 1}): {named}" in shown
     return {place.point.method: place for place in here}
 
 
@@ -110,6 +114,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["frontier", str(made), "-o", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "| `fp32` (reference)" in out
+    assert "some are told apart by chance" in out
     (plot,) = tmp_path.glob("frontier-*.svg")
     assert plot.read_text().startswith("<?xml")
     assert str(plot) in out
