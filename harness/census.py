@@ -89,11 +89,16 @@ def _left(
     seen: set[int] = set()
     found: Counter[tuple[str, str]] = Counter()
     for name, module in model.named_modules():
+        original = original_modules.get(name, module)
         for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen or (name in quantized and key == "weight"):
+            if parameter is None or id(parameter) in seen:
+                continue
+            if name in quantized and (
+                key == "weight" or key not in original._parameters
+            ):  # codes under a library's name
                 continue
             seen.add(id(parameter))
-            found[name, type(original_modules.get(name, module)).__name__] += parameter.numel()
+            found[name, type(original).__name__] += parameter.numel()
     return [(name, kind, elements) for (name, kind), elements in found.items() if elements]
 
 

@@ -77,6 +77,27 @@ def test_modules_that_a_library_leaves_out_are_an_error(tmp_path: Path) -> None:
         census.census(model, method, trial.arguments, original)
 
 
+def test_codes_that_a_library_keeps_as_parameters_are_not_counted_as_left(tmp_path: Path) -> None:
+    class Kept(Layer):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__(layer)
+            codes = self.get_buffer("codes")
+            del self._buffers["codes"]
+            self.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
+
+        def read(self) -> Tensor:
+            return self.get_parameter("codes").float() * self.get_buffer("scale")
+
+    found = []
+    for layers in (LAYERS, Layers(Kept, LAYERS.tensors, Kept.read)):
+        method = library_method(name="made-up", summary="", bits=8, requires=(), layers=layers)
+        trial = Trial(method, contract.checkpoint("llama", tmp_path))
+        original = dict(trial.sketch().named_modules())
+        found.append(census.census(trial.load(), method, trial.arguments, original))
+    assert found[0]["left_elements"] == found[1]["left_elements"]
+    assert found[0]["elements"] == found[1]["elements"]
+
+
 def test_a_conv1d_becomes_the_equal_linear(tmp_path: Path) -> None:
     model: Any = checkpoints.open_model(contract.checkpoint("gpt2", tmp_path), "fp32", "cpu")
     layer = model.transformer.h[0].attn.c_attn
