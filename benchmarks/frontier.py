@@ -83,9 +83,9 @@ def render(results: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["libraries"].items())
     parts = [
         f"One session, `{' '.join(COMMAND)}`, measured every method whose packages are installed ({versions}); "
-        "`tox run -e methods` installs them all and runs it. llm-compressor declares an older transformers than the one "
-        "it runs on here, and is installed without its dependencies. `python -m harness frontier DIR` prints such a "
-        "table for any session.",
+        "`tox run -e methods` installs them all and runs it. llm-compressor declares an older transformers than the "
+        "one it runs on here, and is installed without its dependencies. `python -m harness frontier DIR` prints such "
+        "a table for any session.",
         frontier.MEANING,
     ]
     for found in results["tables"]:
