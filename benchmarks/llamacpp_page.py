@@ -18,7 +18,7 @@ PROBES = (
 )
 BEYOND = (
     f" That is more than the {TOLERANCE['other']}% allowed: on so few tokens no closer agreement of formats whose "
-    "inputs are rounded so can be asked for; `gguf-f32`, without rounding, and `gguf-f16`, with a finer one, check more."
+    "inputs are rounded so can be asked for; `gguf-f32`, without rounding, and `gguf-f16`, with finer, check more."
 )
 HEADERS = ("method", "ours", "llama.cpp", "difference", ALIKE, "difference", "allowed", "noise alone", "largest nat")
 SHOWN = {
