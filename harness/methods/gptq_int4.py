@@ -1,9 +1,9 @@
 """GPTQ (Frantar et al. 2022): the grid and the bytes of `linear-int4`, its codes chosen so that outputs change least.
 
-Columns whose inputs are strongest go first (`act_order`): a few of them carry most of the energy in real models, and what
-they lose can then be made up for by all others. The paper's first version goes from left to right (`act_order=no`).
-`linear-int4` is the round-to-nearest that stands beside it in a table. Calibrated: on which text, with which seed and
-how many windows stands in the method's id and in each measurement.
+Columns whose inputs are strongest go first (`act_order`): a few of them carry most of the energy in real models, and
+what they lose can then be made up for by all others. The paper goes from left to right (`act_order=no`). `linear-int4`
+is the round-to-nearest that stands beside it in a table. Calibrated: on which text, with which seed and how many
+windows stands in the method's id and in each measurement.
 """
 
 from __future__ import annotations
