@@ -17,15 +17,16 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, checkpoints, tiny, turns  # noqa: F401
+from harness import bnb, checkpoints, needs, tiny, turns  # noqa: F401
 from harness.errors import HarnessError
-from harness.group import Group
+from harness.group import CODE, Group
 from harness.invariants import LAYER
 from harness.layergroup import LayerGroup
 from harness.messages import Job, Reply
 from harness.records import Case
 from harness.specifications import parse
 
+CONSULTED = ("prepare", "needs", "code")
 bnb.preload()
 
 
@@ -50,12 +51,25 @@ def prepare(job: Job, cases: list[Case], connection: Connection) -> None:
             group.plan_of(dataset, protocol)
 
 
+def consulted(job: Job, verb: str, argument: Any, connection: Connection) -> Reply:
+    """What needs no group: making ready, what groups will take, and which code this process runs."""
+    if verb == "needs":
+        return Reply("needs", data=vars(needs.needs(job.options, argument)))
+    if verb == "code":
+        return Reply("code", text=CODE)
+    prepare(job, argument, connection)
+    return Reply("done")
+
+
 def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
     """What a living group answers: a key, one turn of a timing, or a row."""
     if verb == "key":
         return Reply("key", text=group.key(*argument))
     if verb == "turn" and isinstance(group, Group):
         return turns.answer(group, argument)
+    if verb == "reference" and isinstance(group, Group):
+        group.compute_reference(argument)
+        return Reply("done")
     return Reply("row", row=group.measure(*argument), data=group.environment.to_dict())
 
 
@@ -78,9 +92,8 @@ def serve(job: Job, connection: Connection) -> None:
             if verb == "close":
                 return
             try:
-                if verb == "prepare":
-                    prepare(job, argument, connection)
-                    reply = Reply("done")
+                if verb in CONSULTED:
+                    reply = consulted(job, verb, argument, connection)
                 else:
                     group = group or (LayerGroup(job) if job.model == LAYER else Group(job, connection))
                     reply = answered(group, verb, argument)

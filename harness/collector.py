@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,7 @@ class Collector:
         try:
             runnable = [case for case in cases if not self.state.absent(case)]
             if runnable:
+                self.state.session.runner.arrived = self.keep
                 self.state.session.prepare(runnable, say)
             open_report(options.report_dir, keep=options.resume)
         except HarnessError as error:
@@ -114,7 +115,7 @@ class Collector:
         """Take a row as its test ends, and flush it."""
         if report.when != "call" and not report.failed:
             return
-        properties = dict(report.user_properties)
+        properties: dict[str, Any] = dict(report.user_properties)
         text = properties.get("harness_row")
         if not isinstance(text, str):
             if report.failed and (name := case_id(report.nodeid)):
@@ -125,8 +126,12 @@ class Collector:
             told = f"{row.reason}; exact facts differ from the record" if row.reason else "exact facts differ"
             row = replace(row, verdict=Verdict.WORSE, reason=told)
         self.rows[row.case.id] = row
-        if row.environment:
-            self.environments[row.environment] = properties.get("harness_environment", {})
+        self.keep(row, properties.get("harness_environment", {}))
+
+    def keep(self, row: Row, world: Mapping[str, Any]) -> None:
+        """Flush a row; one that was measured ahead comes without verdict, and again with it when its test runs."""
+        if row.environment and (world or row.environment not in self.environments):
+            self.environments[row.environment] = world
             self._write_environments()
         append_line(self.state.options.report_dir / "measurements.jsonl", row.to_json())
 
@@ -154,6 +159,8 @@ class Collector:
         if not self.opened:
             return
         options = self.state.options
+        if "session" in self.state.__dict__:  # it was needed
+            self.rows = {row.case.id: row for row in self.state.session.ahead()} | self.rows
         rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in self.selected]
         whole = self.state.whole or self.selected  # a shard's error rate is its share of the whole session's
         tests = family.tests(whole, self.state.bounds, stop_early=options.stop_early)

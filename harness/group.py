@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -171,6 +172,12 @@ class Group:
             if nll is None:
                 raise HarnessError(f"{index} names a file that is gone: measure into a fresh --report-dir")
             return nll
+
+    def compute_reference(self, cases: Sequence[Case]) -> None:
+        """The reference's losses on every text of the cases, where they are not there yet."""
+        for case in cases:
+            self.case = case
+            self.reference_nll()
 
     def score(self, model: nn.Module, batch_size: int) -> NDArray[np.float32]:
         """Run the engine over the plan's windows."""

@@ -36,6 +36,15 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A case, its finished row where the session resumes, and when an early-stopped delta is decided."""
+
+    case: Case
+    before: Row | None = None
+    stop: Stop | None = None
+
+
+@dataclass(frozen=True)
 class Turn:
     """One turn of a timing that several processes take in turn: `lead` untimed repetitions, then a timed one."""
 
@@ -48,7 +57,9 @@ class Turn:
 class Reply:
     """One answer: a row, a key, predicted bytes, or why there is none."""
 
-    kind: str  # 'row', 'key', 'seconds', 'predicted', 'said', 'done', 'error' (one line) or 'bug' (a traceback)
+    kind: (
+        str  # what `data` or `text` holds: 'row', 'key', 'seconds', 'done', ...; 'error' (one line), 'bug' (traceback)
+    )
     row: Row | None = None
     text: str = ""
     data: Mapping[str, Any] | None = None

@@ -10,6 +10,7 @@ from harness.sharding import Shard
 from harness.specifications import Specification
 
 DEVICES = ("auto", "cpu", "cuda")
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -49,4 +50,6 @@ class Options:
     trust_remote_code: bool = False
     regenerate: str = ""  # "", "force" (write and fail) or "all" (write and pass)
     mark_expression: str = ""
+    engine: str = "local"
+    ray_address: str | None = None  # of a running cluster; None: a Ray of this machine's own
     shard: Shard | None = None  # which part of the selected plan this session measures; None: all of it

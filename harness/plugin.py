@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, bounds, door, exact, judge, planning, probe
+from harness import baselines, bounds, door, exact, judge, placing, planning, probe
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.options import Options
@@ -109,9 +109,14 @@ class State:
         return probe.cuda_devices()
 
     @functools.cached_property
+    def cuda(self) -> bool:
+        """Whether cases can run on a CUDA device."""
+        return placing.cuda(self.options, bool(self.gpus))
+
+    @functools.cached_property
     def plan(self) -> tuple[Case, ...]:
         """Every case that the options ask for."""
-        return planning.plan(self.options, bool(self.gpus))
+        return planning.plan(self.options, self.cuda)
 
     @functools.cached_property
     def bounds(self) -> bounds.Bounds:
@@ -123,21 +128,16 @@ class State:
         """Every invariant's case; () where the command line does not speak of invariants."""
         said = (self.config.option.markexpr, self.config.option.keyword, *self.config.args)
         asked = any("invariant" in str(text) for text in said)
-        return planning.invariant_plan(self.options, bool(self.gpus)) if asked else ()
+        return planning.invariant_plan(self.options, self.cuda) if asked else ()
 
     @functools.cached_property
     def session(self) -> Session:
         """The session, made at the first case."""
-        return Session(self.options, threads(), self.selected)
+        return Session(self.options, placing.threads(), self.selected)
 
     def absent(self, case: Case) -> str:
         """Why a case cannot run here at all; '' when it can."""
-        return "no CUDA device" if case.device == "cuda" and not self.gpus else ""
-
-
-def threads() -> int:
-    """One thread a core that this process may use: the same whatever -n says."""
-    return len(os.sched_getaffinity(0))
+        return "no CUDA device" if case.device == "cuda" and not self.cuda else ""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -147,10 +147,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
     try:
         state = State(config)
+        workers = len(config.getoption("tx", None) or ())
+        placing.check(state.options, workers)
         if is_active(config) or any("harness.cases" in argument for argument in config.args):
             _ = state.plan  # every option, name and schema error now, in one line
             baselines.validate(state.options.baselines)
-        workers = len(config.getoption("tx", None) or ())
         worker = getattr(config, "workerinput", None)
         if worker is not None:
             pin(int(worker["workerid"][2:]), int(worker["workercount"]), state)

@@ -67,6 +67,19 @@ def cuda_devices(library: Any | None = None) -> list[Gpu]:
     return [_device(library, index) for index in range(count.value)]
 
 
+def smallest_card(library: Any | None = None) -> int:
+    """Bytes of the smallest visible device's memory, 0 where there is none."""
+    library = open_library() if library is None else library
+    sizes = []
+    for gpu in cuda_devices(library):
+        assert library is not None
+        handle, size = ctypes.c_int(), ctypes.c_size_t()
+        _check(library.cuDeviceGet(ctypes.byref(handle), gpu.index), "cuDeviceGet")
+        _check(library.cuDeviceTotalMem_v2(ctypes.byref(size), handle), "cuDeviceTotalMem")
+        sizes.append(size.value)
+    return min(sizes, default=0)
+
+
 def _device(library: Any, index: int) -> Gpu:
     handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(NAME_BYTES)

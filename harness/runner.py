@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError
 from harness.files import locked
-from harness.messages import Job, Reply, Stop
+from harness.messages import Asked, Job, Reply, Stop
 from harness.planning import member_of
 from harness.records import Case, Row, Verdict
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from harness.options import Options
 
 DEATHS = 2  # a group whose process died this often is given up: the machine cannot carry it
+
+
+Arrived = Callable[[Row, Mapping[str, Any]], None]
 
 
 class Died(Exception):
@@ -86,6 +89,7 @@ class Runner:
     def __init__(self, options: Options, *, threads: int, lock: Path) -> None:
         self.options, self.threads, self.lock = options, threads, lock
         self.environments: dict[str, dict[str, Any]] = {}
+        self.arrived: Arrived = lambda row, world: None  # told of rows that were measured ahead
         self._group = ""
         self._process: Process | None = None
         self._deaths: dict[str, str] = {}
@@ -94,9 +98,13 @@ class Runner:
 
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> None:
         """Make checkpoints and token plans; a HarnessError here is the user's to act on, before anything ran."""
+        self.consult("prepare", cases, say)
+
+    def consult(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
+        """Ask about all cases, in a process that loads no model; its failure is the session's."""
         process = self._start(cases[0])
         try:
-            reply = process.ask("prepare", list(cases), say)
+            reply = process.ask(verb, list(cases), say)
         except Died as error:
             raise HarnessError(f"preparing {cases[0].model} failed: {error}") from error
         finally:
@@ -105,6 +113,14 @@ class Runner:
             raise HarnessError(reply.text)
         if reply.kind == "bug":
             raise RuntimeError(reply.text)
+        return reply
+
+    def begin(self, cases: Sequence[Case], ask: Callable[[Case], Asked]) -> None:
+        """Every case that will be measured, before the first is: for an engine that works ahead. This one does not."""
+
+    def ahead(self) -> list[Row]:
+        """Rows without verdict that came in and that nobody has asked for yet; none where nothing works ahead."""
+        return []
 
     def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
         """One row without verdict, and a traceback where a bug was met; timed cases run with nothing beside them."""

@@ -11,15 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import baselines, bounds, corpora, exact, family, faults, judge, models, nllfiles, report, sequential
+from harness import (
+    baselines,
+    bounds,
+    corpora,
+    exact,
+    family,
+    faults,
+    judge,
+    models,
+    nllfiles,
+    placing,
+    report,
+    sequential,
+)
 from harness.environment import Environment, capture
 from harness.errors import HarnessError
 from harness.files import cache_dir
 from harness.invariants import LAYER
-from harness.messages import Stop
+from harness.messages import Asked, Stop
 from harness.planning import member_of
 from harness.records import Case, Row, Verdict
-from harness.runner import Runner
 from harness.specifications import parse
 
 if TYPE_CHECKING:
@@ -50,7 +62,7 @@ class Session:
         self.baselines = baselines.Baselines(options.baselines)
         self.tests = family.tests(cases, self.bounds, stop_early=options.stop_early)
         # machine-wide: a latency measured in one session must not run beside another session's cases
-        self.runner = Runner(options, threads=threads, lock=cache_dir() / "timing.lock")
+        self.runner = placing.runner_of(options)(options, threads=threads, lock=cache_dir() / "timing.lock")
 
     @cached_property
     def resumable(self) -> dict[str, Row]:
@@ -70,6 +82,7 @@ class Session:
         for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
             corpora.check(parse(dataset), declared)
         self.runner.prepare(cases, say)
+        self.runner.begin(cases, lambda case: Asked(case, self.resumable.get(case.id), self.stop(case)))
 
     def check(self, case: Case, *, reason_missing: str = "") -> tuple[Row, str]:
         """Measure and judge a case; returns its row and, where a bug was met, the traceback."""
@@ -77,6 +90,10 @@ class Session:
             return Row.of(case, verdict=Verdict.MISSING, reason=reason_missing), ""
         row, trouble = self.runner.measure(case, self.resumable, self.stop(case))
         return (row if row.value is None else self.judged(row)), trouble
+
+    def ahead(self) -> list[Row]:
+        """Judged rows that an engine measured ahead and that no test asked for: the session ended before."""
+        return [row if row.value is None else self.judged(row) for row in self.runner.ahead()]
 
     def stop(self, case: Case) -> Stop | None:
         """When an early-stopped delta is decided, by its bound and its recorded variance; None to read everything."""

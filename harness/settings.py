@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import BadFile, BadSpecification, HarnessError, UnknownName
-from harness.options import DEVICES, Declared, Options
+from harness.options import DEVICES, ENGINES, Declared, Options
 from harness.sharding import parse_shard
 from harness.specifications import parse, parse_list
 
@@ -35,6 +35,23 @@ def device(text: str) -> str:
     if text not in DEVICES:
         raise BadSpecification(f"'{text}' is no device: choose {', '.join(DEVICES)}")
     return text
+
+
+def engine(text: str) -> str:
+    """One of ENGINES."""
+    if text not in ENGINES:
+        raise UnknownName("engine", text, ENGINES)
+    return text
+
+
+def address(text: str) -> str:
+    """HOST:PORT, or auto; Ray's client (ray://) is refused."""
+    host, _, port = text.rpartition(":")
+    if text == "auto" or (host and port.isdigit() and int(port) < 1 << 16 and "/" not in host):
+        return text
+    raise BadSpecification(
+        f"'{text}' is no address of a Ray cluster: write HOST:PORT or auto, on a node of that cluster"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,8 @@ SETTINGS = (
     Setting("report_dir", "harness-report", "where report, plots and measurements go", Path, "DIR"),
     Setting("baselines", "baselines", "where recorded figures lie", Path, "DIR"),
     Setting("shard", "the whole plan", "measure one of N parts of equal predicted cost", parse_shard, "I/N"),
+    Setting("engine", "local", "what runs the groups: local processes, or tasks of ray", engine, "NAME"),
+    Setting("ray_address", "a Ray of its own", "with --engine ray, the cluster: HOST:PORT or auto", address, "ADDRESS"),
     Setting("stop_early", "", "stop reading a text once its delta is decided against its bound, or known to 0.005 nat"),
     Setting("resume", "", "keep finished measurements of the report directory whose content key is unchanged"),
     Setting("allow_missing", "", "do not fail the session for planned cases without a number"),
@@ -142,6 +161,8 @@ def build(given: Mapping[str, Any], declared: Declared, here: Path, **extra: Any
             value = _declared_value(setting, declared)
         if value is not None:
             values[setting.name] = base / value if setting.name in PATHS else value
+    if given.get("ray_address") and values.get("engine") != "ray":
+        raise BadSpecification("--ray-address is for --engine ray: add that, or leave the address out")
     values.setdefault("report_dir", here / "harness-report")
     values.setdefault("baselines", declared.root / "baselines")
     return Options(declared=declared, **values, **extra)

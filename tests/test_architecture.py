@@ -29,7 +29,7 @@ LEVELS = (
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording invariants",
-    "door planning child group layergroup turns faults upgrade runner session report judge contract family trial drift "
+    "door planning child group layergroup turns needs faults upgrade runner placing cluster session report judge contract family trial drift "
     "baselines bounds published fits controls documents rebaselining merging",
     "plugin collector publisher commands",
     "cases __main__",
@@ -40,7 +40,7 @@ TORCH_FREE = frozenset(  # and every package's modules: importing these, and all
     "errors records specifications contracts options files catalog admission calibration door methods metrics "
     "arguments protocols corpora models stats environment probe architectures planning runner session report judge "
     "baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding merging faults "
-    "upgrade".split()
+    "upgrade placing cluster".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}

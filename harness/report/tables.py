@@ -163,9 +163,15 @@ def latency(section: Section, metric: str, text: Text) -> str:
         ("device ms", seconds("device_seconds")),
         ("runs", lambda method: _runs(section.row(method, metric, text))),
         ("ratio to reference [95%]", lambda method: pace(section.row(method, metric, text))),
+        ("node", lambda method: _node(section.row(method, metric, text))),
         ("verdict", lambda method: verdict([row] if (row := section.row(method, metric, text)) else [])),
     ]
     return by_method(section, columns)
+
+
+def _node(row: Row | None) -> str:
+    """Where a cluster timed it; of a session on one machine nothing is said."""
+    return escape(str(row.detail["node"])) if row is not None and row.detail.get("node") else NOTHING
 
 
 def _detail(row: Row | None, name: str) -> float | None:

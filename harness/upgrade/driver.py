@@ -139,7 +139,7 @@ def _start(one: Live, options: Options, cases: Sequence[Case], say: Say) -> None
     replace_text(one.folder / "plan.json", plan_text(cases))
     try:
         one.built = environments.build(one.side, say)
-        own = replace(options, report_dir=one.folder)
+        own = replace(options, report_dir=one.folder, engine="local")  # its processes take turns
         threads = len(os.sched_getaffinity(0))
         one.remote = Remote(one.built.python, own, threads, one.folder / "side.log")
         one.ask("prepare", cases, say)
