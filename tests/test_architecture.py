@@ -29,7 +29,8 @@ LEVELS = (
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording invariants",
-    "door planning child group layergroup turns needs faults upgrade runner placing cluster session report judge contract family trial drift "
+    "door planning child group layergroup turns needs faults upgrade runner placing cluster session report judge "
+    "contract family trial drift "
     "baselines bounds published fits controls documents rebaselining merging",
     "plugin collector publisher commands",
     "cases __main__",

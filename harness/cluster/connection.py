@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import os
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 from harness.cluster.requests import Node
 from harness.errors import HarnessError, MissingPackage
 
-REACH_SECONDS = 10  # for a cluster's port to answer
+REACH_SECONDS = 10  # for a cluster's port to open
+STATUS_SECONDS = 30  # for a cluster to say how it is: Ray itself waits for minutes
 STORE_BYTES = 1 << 28  # of the object store of a Ray of our own: losses pass through it, weights do not
 # Set before Ray is imported, where the user has not: it reads them once.
 VARIABLES = {
@@ -67,10 +70,13 @@ def reach(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
-    except OSError as error:
-        raise HarnessError(
-            f"no Ray cluster answers at {address} ({error.strerror or error}): start one with `ray start --head`"
-        ) from error
+        command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+        answered = subprocess.run(command, capture_output=True, timeout=STATUS_SECONDS, check=False).returncode == 0
+        trouble = "" if answered else "what is there is no Ray"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        trouble = "no answer" if isinstance(error, subprocess.TimeoutExpired) else error.strerror or str(error)
+    if trouble:
+        raise HarnessError(f"no Ray cluster answers at {address} ({trouble}): start one with `ray start --head`")
 
 
 @contextlib.contextmanager

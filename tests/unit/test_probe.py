@@ -47,11 +47,22 @@ class Driver:
         ctypes.memmove(identity, uuid.UUID(int=handle.value).bytes, 16)
         return self.fails.get("cuDeviceGetUuid", 0)
 
+    def cuDeviceTotalMem_v2(self, size: Any, handle: Any) -> int:
+        size._obj.value = {40: 80 << 30, 41: 24 << 30}[handle.value]
+        return self.fails.get("cuDeviceTotalMem", 0)
+
 
 class NewDriver(Driver):
     def cuDeviceGetUuid_v2(self, identity: Any, handle: Any) -> int:
         ctypes.memmove(identity, uuid.UUID(int=7).bytes, 16)
         return 0
+
+
+def test_the_smallest_card_is_the_one_a_share_must_fit() -> None:
+    assert probe.smallest_card(Driver()) == 24 << 30
+    assert probe.smallest_card(Driver(cards=[])) == 0
+    with pytest.raises(HarnessError, match="cuDeviceTotalMem with error 3"):
+        probe.smallest_card(Driver({"cuDeviceTotalMem": 3}))
 
 
 def test_devices_are_listed_as_torch_counts_them() -> None:
