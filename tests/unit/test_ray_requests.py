@@ -162,10 +162,10 @@ def test_a_row_that_comes_twice_counts_once_and_a_short_task_hangs_nobody(tmp_pa
 
 def test_what_no_node_can_hold_is_given_up_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled: list[Any] = []
-    nodes = [{"Alive": True, "Resources": {"CPU": 1.0, "memory": 64.0 * GIB}}]
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 1.0, "memory": 64.0 * GIB}}]
     runner = a_runner(tmp_path, nodes=lambda: nodes, cancel=cancelled.append)
     now = [0.0]
-    monkeypatch.setattr(driver.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("harness.cluster.driver.time.monotonic", lambda: now[0])
     task = a_task()
     runner.tasks = [task]
     runner._give_up()
