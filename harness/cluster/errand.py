@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import socket
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 from harness import door, probe
 from harness.cluster.depot import bring
 from harness.errors import HarnessError
-from harness.files import cache_dir
+from harness.files import cache_dir, locked
 from harness.messages import Asked
 from harness.options import Options
 from harness.planning import member_of
@@ -83,19 +84,36 @@ def reference_losses(errand: Errand, depot: Any, before: Losses) -> Losses:
 def runner_for(errand: Errand, depot: Any, losses: Losses) -> Iterator[Runner]:
     """A runner that writes to a folder of its own, with the model and the reference's losses at hand."""
     door.open_to(errand.options.declared)
-    folder = Path(tempfile.mkdtemp(prefix="harness-ray-"))
-    options = replace(errand.options, report_dir=folder)
-    runner = Runner(options, threads=errand.threads, lock=cache_dir() / "timing.lock")
-    try:
-        (folder / "nll").mkdir()
-        for name, content in losses.items():
-            (folder / "nll" / name).write_bytes(content)
-        bring(errand.folder, depot)
-        same_code(errand, runner)
-        yield runner
-    finally:
-        runner.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with own_folder(cache_dir() / "ray") as folder:
+        options = replace(errand.options, report_dir=folder)
+        runner = Runner(options, threads=errand.threads, lock=cache_dir() / "timing.lock")
+        try:
+            (folder / "nll").mkdir()
+            for name, content in losses.items():
+                (folder / "nll" / name).write_bytes(content)
+            bring(errand.folder, depot)
+            same_code(errand, runner)
+            yield runner
+        finally:
+            runner.close()
+
+
+@contextlib.contextmanager
+def own_folder(home: Path) -> Iterator[Path]:
+    """An empty folder for as long as it is needed; what killed processes left beside it is cleared away."""
+    with locked(home / "lock"):
+        for alive in home.glob("*/alive"):
+            with contextlib.suppress(OSError), alive.open("a") as file:  # held by its maker while that lives
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(alive.parent, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=home))
+        mark = (folder / "alive").open("w")
+        fcntl.flock(mark, fcntl.LOCK_EX)
+    with mark:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def same_code(errand: Errand, runner: Runner) -> None:

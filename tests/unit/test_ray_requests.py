@@ -15,7 +15,7 @@ from harness import checkpoints, placing
 from harness.cluster import connection, depot, driver
 from harness.cluster.depot import Depot, bring
 from harness.cluster.driver import RayRunner, Task
-from harness.cluster.errand import Came
+from harness.cluster.errand import Came, own_folder
 from harness.cluster.requests import PROCESS_BYTES, Node, Request, request
 from harness.errors import HarnessError, MissingPackage
 from harness.options import Declared, Options
@@ -209,6 +209,19 @@ def test_a_built_folder_is_brought_once_and_whole(tmp_path: Path, monkeypatch: p
         }
     assert len(puts) == 2  # its two files, once
     assert not [path for path in (tmp_path / "two" / "checkpoints").iterdir() if path.name.startswith(".tiny-x.")]
+
+
+def test_a_folder_that_a_killed_task_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    with own_folder(tmp_path) as first, own_folder(tmp_path) as second:
+        (first / "nll").mkdir()
+        assert first.is_dir()
+        assert second != first
+    assert not first.exists()
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / "alive").touch()
+    with own_folder(tmp_path) as third:
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [third.name]
 
 
 def test_a_retried_task_is_told_what_the_driver_has() -> None:
