@@ -116,6 +116,16 @@ def test_a_worker_that_dies_is_tried_again_and_at_last_given_up(ruthless: Projec
     assert "WorkerCrashedError" in ruthless.report()
 
 
+def test_a_task_that_is_killed_for_memory_is_given_up_too(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")  # every node is short of memory at once
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    result = project.run("--methods", "nf4", "--metrics", "memory.storage", "--engine", "ray")
+    assert result.ret == 1
+    reasons = [row["reason"] for row in project.rows() if row["value"] is None]
+    assert len(reasons) == 2
+    assert all("OutOfMemoryError" in reason and "by prediction" in reason for reason in reasons)
+
+
 def test_an_interruption_keeps_what_came_ahead(project: Project) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "--models", "tiny-gpt2", "--datasets", "synthetic"]
     command += ["--methods", "nf4,fp4,linear-int4,absmax-int8", "--metrics", "memory", "--engine", "ray"]
