@@ -26,7 +26,7 @@ from harness.messages import Asked, Stop
 from harness.planning import member_of
 from harness.records import Case, Row
 from harness.runner import Runner, missing
-from harness.sharding import costs
+from harness.sharding import longest_first
 
 if TYPE_CHECKING:
     from harness.options import Options
@@ -91,16 +91,17 @@ class RayRunner(Runner):
         if any(case.device == "cuda" for case in cases):
             self.card = self._smallest_card()
         groups: dict[str, list[Case]] = {}
-        prices: dict[str, float] = {}
-        for case, price in zip(cases, costs(cases), strict=True):
+        for case in cases:
             groups.setdefault(case.group, []).append(case)
-            prices[case.group] = prices.get(case.group, 0.0) + price
-        references = self._references(list(groups.values()), ask)
-        for name in sorted(groups, key=lambda name: -prices[name]):
+        references = self._references(list(groups.values()))
+        for name in longest_first(cases):
             self._submit(groups[name], ask, references.get((groups[name][0].model, groups[name][0].device)))
 
     def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
         """The case's row, waited for; one that was not handed out ahead is now."""
+        if self.depot is None:
+            self.prepare([case], lambda line: None)
+            self.begin([case], lambda case: Asked(case, resumable.get(case.id), stop))
         if case.id not in self.handed:
             self._submit([case], lambda case: Asked(case, resumable.get(case.id), stop), None)
         while case.id not in self.came.rows:
@@ -148,9 +149,7 @@ class RayRunner(Runner):
         self.handed.update(case.id for case in cases)
         self.tasks.append(Task(tuple(cases), rows, (own, *others), predicted, losses))
 
-    def _references(
-        self, groups: Sequence[Sequence[Case]], ask: Callable[[Case], Asked]
-    ) -> dict[tuple[str, str], tuple[Any, Request]]:
+    def _references(self, groups: Sequence[Sequence[Case]]) -> dict[tuple[str, str], tuple[Any, Request]]:
         """A task a model and device that computes the reference's losses, where more than one group needs them."""
         wanted: dict[tuple[str, str], list[list[Case]]] = {}
         for group in groups:
