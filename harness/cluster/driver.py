@@ -231,9 +231,9 @@ class RayRunner(Runner):
         world = {**came.world, **self.place} if came.world else {}
         if world:
             self.environments[row.environment] = world
+        self.came.rows[row.case.id] = row, came.trouble  # first: an interruption must not lose what is on disk
         if row.value is not None:
             self.arrived(row, world)
-        self.came.rows[row.case.id] = row, came.trouble
         self.depot.note.remote(row.case.id)
 
     def _lost(self, task: Task, reason: str, trouble: str = "") -> None:
