@@ -48,8 +48,11 @@ CI = """\
 Its merge runs though a shard failed, and its status tells: 0 complete and fine, 1 harm, 3 cases are missing."""
 
 RAY = """\
-Nothing of the harness runs on Ray itself; a Ray job can run the commands above, as any scheduler can that gives each of
-its jobs a number."""
+Where Ray runs, it hands out the groups, tries again what a lost node had in its hands, and rows come back to the one
+pytest that writes the report. What a two-node cluster did that lost a node half-way: [ray.md](ray.md).
+
+    pytest --engine ray --ray-address auto -m gpu --models gpt2,olmo-1b
+    python -m harness run --engine ray --models gpt2"""
 
 
 def tried(command: str, home: Path, **variables: str) -> dict[str, Any]:
