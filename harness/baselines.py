@@ -16,6 +16,7 @@ from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -58,6 +59,7 @@ __all__ = [
 ]
 CHANGED = frozenset({Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED})
 
+MOST = 80  # characters of a class in a file name
 Overlay = tuple[str, tuple[Recorded, ...]]  # the class it is for, and its entries
 
 
@@ -133,7 +135,8 @@ def overlays(home: Path, method_stem: str = "") -> list[Path]:
 
 def overlay_path(folder: Path, model: str, method: str, reach: str) -> Path:
     """The file of figures recorded for a device or environment class."""
-    return folder / stem(model) / f"{stem(method)}@{reach.replace(':', '+')}.yaml"
+    safe = quote(reach, safe="-_.=,:").replace(":", "+")  # a report's word: no folder may come of it
+    return folder / stem(model) / f"{stem(method)}@{safe[:MOST]}.yaml"
 
 
 def read_overlay(path: Path) -> Overlay:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from harness import hubmodels, models, prequantized, weightfiles
+from harness.cachefolders import built
 from harness.contracts import Checkpoint
-from harness.errors import HarnessError
-from harness.files import cache_dir, locked, sha256_file
+from harness.files import sha256_file
 from harness.options import Declared
 from harness.specifications import Specification
+from harness.strangers import reading
 
 if TYPE_CHECKING:  # annotations only
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -36,9 +35,8 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 # Written out because the default follows what is installed. The fused kernel never holds the (L, L) scores, and every
 # architecture named in the README has it; eager attention differs from it by rounding only.
 ATTENTION = "sdpa"
-RECORD = "harness.json"  # beside a built folder's weights: what it is, how large its files are
+DESCRIBED = "the model that config.json describes"
 EXPANSION = 8  # fp32 bytes for a byte of GGUF at 4 bits: room asked of the disk before a conversion
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 Say = Callable[[str], None]
 
 
@@ -53,11 +51,12 @@ def materialise(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     say: Say = _silent,
+    verify: bool = False,
 ) -> Checkpoint:
     """A plain folder with a model's weights: found, downloaded, converted or trained, whatever its source needs.
 
-    `say` gets a line before and after what takes long. Raises as `models.locate`, and HarnessError where the cache
-    cannot be written.
+    `say` gets a line before and after what takes long; `verify` hashes what lies in the cache. Raises as
+    `models.locate`, and HarnessError where the cache cannot be written.
     """
     found = models.locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     allowed: Any = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
@@ -66,15 +65,15 @@ def materialise(
         if found.snapshot.directory is None:
             say(f"fetching {found.snapshot.repository} at {found.snapshot.commit[:12]}")
         directory = hubmodels.download(found.snapshot)
-        return _plain(Checkpoint(name, directory, found.snapshot.commit, **allowed), say)
+        return _plain(Checkpoint(name, directory, found.snapshot.commit, **allowed), say, verify)
     if found.kind == "folder":
         revision = weightfiles.revision(found.path, f"model '{name}'", allow_pickle=allow_pickle)
-        return _plain(Checkpoint(name, found.path, revision, **allowed), say)
-    directory, record = _tiny(found.tiny, say) if found.tiny else _converted(found, say)
+        return _plain(Checkpoint(name, found.path, revision, **allowed), say, verify)
+    directory, record = _tiny(found.tiny, say, verify) if found.tiny else _converted(found, say, verify)
     return Checkpoint(name, directory, record["revision"], record.get("note", ""), record.get("grid", ""), **allowed)
 
 
-def _plain(checkpoint: Checkpoint, say: Say) -> Checkpoint:
+def _plain(checkpoint: Checkpoint, say: Say, verify: bool) -> Checkpoint:
     """The checkpoint, unpacked into the cache where it is quantized already."""
     prequantized.check(checkpoint.directory, f"model '{checkpoint.specification}'")
     if prequantized.configuration(checkpoint.directory) is None:
@@ -82,14 +81,14 @@ def _plain(checkpoint: Checkpoint, say: Say) -> Checkpoint:
 
     def build(folder: Path) -> dict[str, str]:
         say(f"unpacking the quantized {checkpoint.specification} to fp32 (once)")
-        with quiet():
+        with quiet(), reading(f"the quantized {checkpoint.specification}"):
             return prequantized.unpack(checkpoint.directory, folder, trust_remote_code=checkpoint.trust_remote_code)
 
-    directory, record = built(f"unpacked-{checkpoint.revision[:16]}-v{prequantized.VERSION}", build)
+    directory, record = built(f"unpacked-{checkpoint.revision[:16]}-v{prequantized.VERSION}", build, verify)
     return replace(checkpoint, directory=directory, revision=record["revision"], note=record["note"])
 
 
-def _converted(found: models.Located, say: Say) -> tuple[Path, dict[str, Any]]:
+def _converted(found: models.Located, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
     from harness import gguf_weights
 
     source = found.sha256 or sha256_file(found.path)
@@ -99,15 +98,15 @@ def _converted(found: models.Located, say: Say) -> tuple[Path, dict[str, Any]]:
         if free < needed:
             raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, {free >> 20} MiB free")
         say(f"converting {found.path.name} to fp32 (once, some 10 seconds)")
-        with quiet():
+        with quiet(), reading(str(found.path)):
             facts = gguf_weights.convert(found.path, folder)
         say(f"converted {found.path.name}")
         return {**facts, "source_sha256": source}
 
-    return built(f"gguf-{source[:16]}-v{gguf_weights.VERSION}", build)
+    return built(f"gguf-{source[:16]}-v{gguf_weights.VERSION}", build, verify)
 
 
-def _tiny(architecture: str, say: Say) -> tuple[Path, dict[str, Any]]:
+def _tiny(architecture: str, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
     from harness import tiny
 
     def build(folder: Path) -> dict[str, str]:
@@ -115,62 +114,7 @@ def _tiny(architecture: str, say: Say) -> tuple[Path, dict[str, Any]]:
             tiny.build(architecture, folder, say)
         return {"note": "trained by the harness on its synthetic language; never quantized"}
 
-    return built(tiny.cache_name(architecture), build)
-
-
-def built(name: str, build: Callable[[Path], dict[str, str]]) -> tuple[Path, dict[str, Any]]:
-    """The cache's folder `name` and its record, made by `build(empty folder) -> facts` where it is not there whole.
-
-    One process builds, others wait. What a killed process left unfinished, or a folder whose files have other sizes
-    than recorded, is cleared away under the lock.
-    """
-    home = cache_dir() / "checkpoints"
-    folder = home / name
-    try:
-        record = _record(folder)
-        if record is None:
-            with locked(home / f"{name}.lock"):
-                record = _record(folder) or _build(folder, build)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise HarnessError(
-            f"{name} cannot be written to the cache {home} ({error.strerror}): "
-            "make room, or set HARNESS_CACHE to a folder with more"
-        ) from error
-    return folder, record
-
-
-def _build(folder: Path, build: Callable[[Path], dict[str, str]]) -> dict[str, Any]:
-    prefix = f".{folder.name}."
-    for left in (*folder.parent.glob(f"{prefix}*"), folder):  # we hold the lock: whoever made them is gone
-        if left.is_dir():
-            shutil.rmtree(left)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
-    try:
-        facts = build(temporary)
-        revision = weightfiles.revision(temporary, f"the built {folder.name}")
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # a cache may be shared; safetensors writes for its owner alone
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        record = {**facts, "revision": revision, "sizes": sizes}
-        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return record
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    """The record of a built folder, or None where it is not there, or not whole."""
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-    return record if whole else None
+    return built(tiny.cache_name(architecture), build, verify)
 
 
 @contextlib.contextmanager
@@ -191,8 +135,12 @@ def read_config(checkpoint: Checkpoint | Path) -> PretrainedConfig:
     """The configuration of a checkpoint, or of a plain folder (no remote code then)."""
     directory = checkpoint if isinstance(checkpoint, Path) else checkpoint.directory
     trusted = isinstance(checkpoint, Checkpoint) and checkpoint.trust_remote_code
-    with quiet():
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
+    with quiet(), reading(f"the config.json in {directory}"):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
+    if isinstance(checkpoint, Checkpoint):
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        weightfiles.require_layers(directory, layers, allow_pickle=checkpoint.allow_pickle)
+    return config
 
 
 def attention_of(config: PretrainedConfig) -> str:
@@ -220,7 +168,7 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
         options["device_map"] = {"": device}  # straight to the device, one tensor at a time
     name = f"model '{checkpoint.specification}'"
     weights = weightfiles.weights_files(checkpoint.directory, name, allow_pickle=checkpoint.allow_pickle)
-    with quiet():
+    with quiet(), reading(f"{name}: the model in {checkpoint.directory}"):
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory,
             dtype=TORCH_DTYPES[dtype],
@@ -242,7 +190,7 @@ def empty_model(config: PretrainedConfig, dtype: str) -> nn.Module:
     from accelerate import init_empty_weights
 
     trusted = type(config).__module__.startswith("transformers_modules")
-    with quiet(), init_empty_weights(include_buffers=False):
+    with quiet(), reading(DESCRIBED), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),
             dtype=TORCH_DTYPES[dtype],
@@ -257,7 +205,7 @@ def empty_model(config: PretrainedConfig, dtype: str) -> nn.Module:
 def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:
     """The model that `open_model` gives, on the meta device: same parameters, buffers, dtypes and ties, no weights."""
     trusted = type(config).__module__.startswith("transformers_modules")  # whoever read the config allowed its code
-    with quiet(), torch.device("meta"):
+    with quiet(), reading(DESCRIBED), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),  # building a model writes into it
             dtype=TORCH_DTYPES[dtype],
@@ -269,9 +217,17 @@ def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def modules(checkpoint: Checkpoint, config: PretrainedConfig, dtype: str) -> dict[str, nn.Module]:
+    """The unquantized model's modules without weights; BadFile where the folder's weights cannot be so many."""
+    sketch = sketch_model(config, dtype)
+    count, pickle = sum(one.numel() for one in sketch.parameters()), checkpoint.allow_pickle
+    weightfiles.require_parameters(checkpoint.directory, checkpoint.specification, count, allow_pickle=pickle)
+    return dict(sketch.named_modules())
+
+
 def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer."""
-    with quiet():
+    with quiet(), reading(f"the tokenizer in {checkpoint.directory}"):
         return AutoTokenizer.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
         )

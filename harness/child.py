@@ -17,38 +17,47 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, checkpoints, needs, tiny, turns  # noqa: F401
+from harness import bnb, cachefolders, checkpoints, needs, tiny, turns, weightfiles  # noqa: F401
 from harness.errors import HarnessError
 from harness.group import CODE, Group
+from harness.inputs import files
 from harness.invariants import LAYER
 from harness.layergroup import LayerGroup
 from harness.messages import Job, Reply
 from harness.records import Case
 from harness.specifications import parse
+from harness.strangers import starved
 
 CONSULTED = ("prepare", "needs", "code")
 bnb.preload()
 
 
-def prepare(job: Job, cases: list[Case], connection: Connection) -> None:
-    """Make every checkpoint and token plan that the cases need, so that what cannot be is said before measuring."""
+def prepare(job: Job, cases: list[Case], connection: Connection) -> dict[str, str]:
+    """Make every checkpoint and token plan that the cases need, so that what cannot be is said before measuring.
+
+    Returns what identifies each: a group that finds something else later refuses to measure.
+    """
 
     def say(line: str) -> None:
         connection.send(Reply("said", text=line))
 
-    options = job.options
+    options, inputs = job.options, dict[str, str]()
     for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
-        checkpoints.materialise(
+        checkpoint = checkpoints.materialise(
             parse(model),
             options.declared,
             allow_pickle=options.allow_pickle,
             trust_remote_code=options.trust_remote_code,
             say=say,
+            verify=True,
         )
+        seen = weightfiles.stamp(checkpoint.directory)  # before the group hashes them
         first = next(case for case in cases if case.model == model)
         group = Group(Job(options, model, first.method, "cpu", job.reference, job.threads, job.log), connection)
         for dataset, protocol in dict.fromkeys((case.dataset, case.protocol) for case in cases if case.dataset):
             group.plan_of(dataset, protocol)
+        inputs |= {**group.inputs.found, files(model): seen}
+    return inputs
 
 
 def consulted(job: Job, verb: str, argument: Any, connection: Connection) -> Reply:
@@ -57,8 +66,7 @@ def consulted(job: Job, verb: str, argument: Any, connection: Connection) -> Rep
         return Reply("needs", data=vars(needs.needs(job.options, argument)))
     if verb == "code":
         return Reply("code", text=CODE)
-    prepare(job, argument, connection)
-    return Reply("done")
+    return Reply("done", data=prepare(job, argument, connection))
 
 
 def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
@@ -97,13 +105,18 @@ def serve(job: Job, connection: Connection) -> None:
                 else:
                     group = group or (LayerGroup(job) if job.model == LAYER else Group(job, connection))
                     reply = answered(group, verb, argument)
-            except HarnessError as error:
-                reply = Reply("error", text=str(error))
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                reply = Reply("error", text=f"out of memory: {str(error).splitlines()[0] if str(error) else ''}")
-            except RuntimeError as error:
-                kind = "error" if "can't allocate memory" in str(error) else "bug"
-                reply = Reply(kind, text="out of memory" if kind == "error" else traceback.format_exc())
-            except Exception:
-                reply = Reply("bug", text=traceback.format_exc())
+            except Exception as error:
+                reply = told(error)
             connection.send(reply)
+
+
+def told(error: Exception) -> Reply:
+    """What went wrong: one line where the user or the machine is to blame, else a traceback."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, HarnessError):
+        return Reply("error", text=str(error))
+    if starved(error):
+        return Reply("error", text=f"out of memory: {text}")
+    if cachefolders.no_room(error):
+        return Reply("error", text=f"a disk is full or cannot be written ({text}): make room, then --resume")
+    return Reply("bug", text="".join(traceback.format_exception(error)))

@@ -12,17 +12,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
-from harness import baselines, family, judge, merging, planning, report
+from harness import baselines, family, inputs, judge, merging, planning, report
 from harness.errors import HarnessError
 from harness.files import append_line, replace_text
+from harness.plain import visible
 from harness.records import Case, Row, Verdict
 from harness.report.reading import plan_text
 from harness.runner import missing
-from harness.session import known_environments, open_report, read_rows
+from harness.session import known_environments, open_report, read_rows, take, writing
 from harness.sharding import longest_first
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Collector:
         self.environments: dict[str, Any] = {}
         self.crashed: dict[str, str] = {}
         self.report_path: Path | None = None
+        self.troubles: list[str] = []  # why something could not be written at the end
+        self.owner: IO[str] | None = None  # the lock on the report directory, held while this object lives
 
     # which cases
 
@@ -93,18 +96,21 @@ class Collector:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         say = reporter.write_line if reporter is not None else print
         try:
+            self.owner = self.owner or take(options.report_dir)
             runnable = [case for case in cases if not self.state.absent(case)]
             if runnable:
                 self.state.session.runner.arrived = self.keep
-                self.state.session.prepare(runnable, say)
+            began = self.state.session.prepare(runnable, say) if runnable else {}
             open_report(options.report_dir, keep=options.resume)
+            with writing(options.report_dir):
+                inputs.write(options.report_dir, began)
+                replace_text(options.report_dir / "plan.json", plan_text(cases))
+            if options.resume:
+                known = read_rows(options.report_dir / "measurements.jsonl", say)
+                self.environments = dict(known_environments(options.report_dir))
+                self.rows = {case.id: known[case.id] for case in cases if case.id in known}
         except HarnessError as error:
             raise self.usage_error(str(error)) from error
-        replace_text(options.report_dir / "plan.json", plan_text(cases))
-        if options.resume:
-            self.rows = read_rows(options.report_dir / "measurements.jsonl")
-            self.environments = dict(known_environments(options.report_dir))
-            self.rows = {case.id: self.rows[case.id] for case in cases if case.id in self.rows}
         self.selected, self.opened = cases, True
         say(f"harness: {len(cases)} cases planned, report in {options.report_dir}")
 
@@ -121,6 +127,8 @@ class Collector:
             if report.failed and (name := case_id(report.nodeid)):
                 self.crashed[name] = str(report.longrepr).strip().splitlines()[-1] if report.longrepr else "crashed"
             return
+        if unwritten := properties.get("harness_unwritten"):
+            self.troubles.append(str(unwritten))
         row = Row.from_json(text)
         if report.failed and row.value is not None and not self.fails(row):
             told = f"{row.reason}; exact facts differ from the record" if row.reason else "exact facts differ"
@@ -130,10 +138,16 @@ class Collector:
 
     def keep(self, row: Row, world: Mapping[str, Any]) -> None:
         """Flush a row; one that was measured ahead comes without verdict, and again with it when its test runs."""
-        if row.environment and (world or row.environment not in self.environments):
-            self.environments[row.environment] = world
-            self._write_environments()
-        append_line(self.state.options.report_dir / "measurements.jsonl", row.to_json())
+        try:
+            with writing(self.state.options.report_dir):
+                if row.environment and (world or row.environment not in self.environments):
+                    self.environments[row.environment] = world
+                    self._write_environments()
+                append_line(self.state.options.report_dir / "measurements.jsonl", row.to_json())
+        except HarnessError as error:  # nothing more is measured that could not be kept
+            import pytest  # local: in a session pytest is there
+
+            raise pytest.exit.Exception(f"{error}; then go on with --resume", returncode=FAILED) from error
 
     @hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
@@ -166,23 +180,46 @@ class Collector:
         tests = family.tests(whole, self.state.bounds, stop_early=options.stop_early)
         rows = family.settle(rows, tests)
         self.rows = {row.case.id: row for row in rows}
-        replace_text(options.report_dir / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
-        self._write_environments()
-        if options.shard and self.state.whole:
-            merging.write_shard(options.report_dir, options.shard, self.state.whole, tests)
-        if options.regenerate:
-            baselines.record(
-                options.baselines,
-                baselines.to_record(rows, options.regenerate),
-                self.environments,
-                options.report_dir / "nll",
-            )
-        command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
-        self.report_path = report.write(options.report_dir, rows, self.selected, self.environments, command=command)
+        for step in (self._keep, self._record, self._publish):  # one that fails leaves the others standing
+            try:
+                step(rows, tests, session)
+            except HarnessError as error:
+                self.troubles.append(str(error))
+        if self.troubles and session.exitstatus == 0:
+            session.exitstatus = FAILED
         if session.exitstatus == NO_TESTS and options.shard:
             session.exitstatus = 0  # more shards than pieces: nothing to do is done
         if session.exitstatus == 0 and any(self.fails(row) for row in rows):
             session.exitstatus = FAILED
+
+    @hookimpl
+    def pytest_unconfigure(self) -> None:
+        """Leave the report directory to the next session."""
+        if self.owner is not None:
+            self.owner.close()
+
+    def _keep(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
+        """The tables that a resumed session, a merge and every command start from."""
+        options = self.state.options
+        with writing(options.report_dir):
+            replace_text(options.report_dir / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
+            self._write_environments()
+            if options.shard and self.state.whole:
+                merging.write_shard(options.report_dir, options.shard, self.state.whole, tests)
+
+    def _record(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
+        """The baselines, where they are recorded anew."""
+        options = self.state.options
+        if options.regenerate:
+            chosen, losses = baselines.to_record(rows, options.regenerate), options.report_dir / "nll"
+            with writing(options.baselines):
+                baselines.record(options.baselines, chosen, self.environments, losses)
+
+    def _publish(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
+        """The report and its plots."""
+        command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
+        folder = self.state.options.report_dir
+        self.report_path = report.write(folder, rows, self.selected, self.environments, command=command)
 
     def why_not(self, case: Case) -> str:
         """Why a selected case has no row."""
@@ -195,11 +232,13 @@ class Collector:
     @hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Planned, ran, missing, and where the report lies."""
-        if not self.report_path:
+        if not (self.report_path or self.troubles):
             return
         rows = list(self.rows.values())
         ran = [row for row in rows if row.value is not None]
         terminalreporter.section("harness")
+        for trouble in self.troubles:
+            terminalreporter.write_line(f"ERROR: {trouble}")
         terminalreporter.write_line(f"{len(rows)} planned, {len(ran)} ran, {len(rows) - len(ran)} missing")
         gpu = [row for row in rows if row.device == "cuda"]
         if gpu:
@@ -207,10 +246,11 @@ class Collector:
         reasons = dict.fromkeys(row.reason for row in rows if row.value is None)
         for reason in reasons:
             count = sum(row.reason == reason for row in rows if row.value is None)
-            terminalreporter.write_line(f"missing {count}: {reason}")
+            terminalreporter.write_line(f"missing {count}: {visible(reason)}")
         counts = {verdict: sum(row.verdict is verdict for row in ran) for verdict in Verdict}
         terminalreporter.write_line(", ".join(f"{verdict} {count}" for verdict, count in counts.items() if count))
-        terminalreporter.write_line(f"report: {self.report_path}")
+        if self.report_path:
+            terminalreporter.write_line(f"report: {self.report_path}")
 
 
 def case_id(nodeid: str) -> str:
@@ -245,6 +285,6 @@ def group_of(nodeid: str) -> str:
 def brief(row: Row) -> str:
     """The figure in a few characters."""
     if row.value is None:
-        return f"missing: {row.reason}"
+        return f"missing: {visible(row.reason)}"
     scale, unit, digits = {"B": (2**-20, "MiB", 2), "s": (1e3, "ms", 1)}.get(row.unit, (1.0, row.unit, 4))
     return f"{row.value * scale:.{digits}f} {unit} ({row.verdict})"

@@ -77,8 +77,8 @@ def read_bytes(path: Path) -> bytes:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise MissingAsset(f"there is no text file '{path}'") from error
-    except OSError as error:
-        raise BadFile(f"cannot read the text file '{path}': {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a name can hold what no system allows
+        raise BadFile(f"cannot read the text file '{path}': {getattr(error, 'strerror', error)}") from error
     if not data.strip():
         raise BadFile(f"the text file '{path}' is empty")
     return data

@@ -5,9 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from harness.plain import visible
+
+LONGEST = 2000  # characters of a message: a stranger's file must not fill the terminal
+
 
 class HarnessError(Exception):
-    """A mistake in the user's input or world, told in one line."""
+    """A mistake in the user's input or world, told in one line that is harmless in a terminal."""
+
+    def __str__(self) -> str:
+        text = visible(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 class UnknownName(HarnessError):

@@ -27,6 +27,7 @@ from harness.wording import token_limit
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast where libyaml is there
 BRIEF = 12  # characters of a hash or table that tell it from another in a line
+DEEPEST = 32  # levels of nesting; ours have eight
 NAME_LENGTH = 120  # of a model's or method's part of a file name: file systems take 255 for all of it
 FIX = "restore it from version control, or delete it and record again with --regen-all"
 
@@ -47,7 +48,9 @@ def exact_path(folder: Path, case: Case) -> Path:
 def read_document(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
     """A YAML file of ours with these top-level keys; BadFile, one line, for anything else or a newer schema."""
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+        text = path.read_text(encoding="utf-8")
+        _refuse_traps(text)
+        document = yaml.load(text, Loader=LOADER)
     except (yaml.YAMLError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadFile(f"{path} cannot be read as YAML ({first}): {FIX}") from error
@@ -61,6 +64,17 @@ def read_document(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
             raise BadFile(f"{path} has no place for '{key}' (known: {', '.join(known)}): {FIX}")
     found: dict[str, Any] = document
     return found
+
+
+def _refuse_traps(text: str) -> None:
+    """ValueError for what the loader would die of: nesting beyond its stack, and aliases that unfold without end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it holds an alias, which no baseline needs")
 
 
 def exact_facts(row: Row, member: Member) -> dict[str, Any]:

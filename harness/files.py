@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from platformdirs import user_cache_path
 
@@ -45,18 +46,59 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode())
 
 
+@contextlib.contextmanager
+def rewritten(path: Path) -> Iterator[Path]:
+    """A copy of the file under the same name elsewhere, which replaces it whole at the end, an error or not."""
+    before = path.read_bytes() if path.is_file() else None
+    with tempfile.TemporaryDirectory(prefix="harness-draft-") as folder:
+        draft = Path(folder) / path.name
+        if before is not None:
+            draft.write_bytes(before)
+        try:
+            yield draft
+        finally:
+            if draft.is_file() and draft.read_bytes() != before:
+                replace_bytes(path, draft.read_bytes())
+
+
 def append_line(path: Path, line: str) -> None:
-    """Append one line and force it to disk, so that a crash keeps every line before it."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line and force it to disk, so that a crash keeps every line before it.
+
+    What a crash left of a line is ended first. A line that does not go in whole (a full disk) is taken back.
+    """
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        try:
+            rest = memoryview(f"{line}\n".encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def sha256_file(path: Path) -> str:
     """sha256 (hex) of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def owned(path: Path) -> IO[str] | None:
+    """The open file that holds a lock for as long as it stays open, None where another process holds it.
+
+    The kernel drops the lock when its holder dies, and no program that the holder starts inherits it.
+    """
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 @contextlib.contextmanager

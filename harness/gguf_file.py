@@ -43,10 +43,10 @@ class GgufFile:
     """A GGUF file's `metadata` and `tensors`; BadFile, in one line, where it cannot be read as one."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = len(MAGIC)
         try:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if self._bytes[: self._at] != MAGIC:
                 raise ValueError("its first bytes are not 'GGUF'")
             version, tensors, pairs = self._unpack("IQQ")
@@ -54,10 +54,12 @@ class GgufFile:
                 raise ValueError(f"its version is {version}, and 2 and 3 are read")
             self.metadata = dict(self._pair() for _ in range(pairs))
             entries = [self._entry() for _ in range(tensors)]
-            alignment = int(self.metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+            alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+            if type(alignment) is not int or alignment < 1:
+                raise ValueError(f"its tensors are aligned to {alignment!r:.20}")
             start = -(-self._at // alignment) * alignment
             self.tensors = {name: self._stored(kind, shape, start + at) for name, shape, kind, at in entries}
-        except (struct.error, KeyError, ValueError, OverflowError, MemoryError) as error:
+        except (struct.error, KeyError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             raise BadFile(f"{path} cannot be read as GGUF ({error}): copy or download it again") from error
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
@@ -95,6 +97,8 @@ class GgufFile:
     def _stored(self, kind: int, shape: tuple[int, ...], start: int) -> StoredTensor:
         quantization = GGMLQuantizationType(kind)
         block, block_bytes = GGML_QUANT_SIZES[quantization]
+        if not shape:
+            raise ValueError("a tensor has no dimension")
         if shape[-1] % block:
             raise ValueError(f"a row of {shape[-1]} is no multiple of {quantization.name}'s block of {block}")
         size = math.prod(shape) // block * block_bytes

@@ -31,8 +31,9 @@ from harness import (
 )
 from harness.contracts import Member, Method, TokenPlan
 from harness.devices import open_device
-from harness.errors import HarnessError, MissingPackage
+from harness.errors import MissingPackage
 from harness.files import locked, replace_text, sha256_file
+from harness.inputs import Inputs
 from harness.messages import Job, Reply, Stop
 from harness.planning import member_of, method_of, missing_packages
 from harness.records import Case, Figure, Row, digest
@@ -57,11 +58,10 @@ class Group:
         self.method_id = arguments.method_id(self.method, self.arguments, self.batch_size)
         self.reference_method = method_of(parse(job.reference), catalog.methods())
         self.reference_arguments = arguments.resolve(parse(job.reference), self.reference_method, job.device)
-        self.checkpoint = checkpoints.materialise(
-            parse(job.model),
-            options.declared,
-            allow_pickle=options.allow_pickle,
-            trust_remote_code=options.trust_remote_code,
+        self.inputs = Inputs(job.inputs)
+        allowed: Any = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+        self.checkpoint = self.inputs.checkpoint(
+            lambda: checkpoints.materialise(parse(job.model), options.declared, **allowed)
         )
         self.repetitions = options.repetitions
         self.device = open_device(job.device)
@@ -94,13 +94,15 @@ class Group:
     def plan_of(self, dataset: str, protocol: str) -> TokenPlan:
         """The token plan of a text under a protocol."""
         options = self.job.options
-        return protocols.plan(
+        plan = protocols.plan(
             corpora.read(parse(dataset), options.declared),
             protocols.parse(parse(protocol)),
             self.tokenizer,
             context=getattr(self.config, "max_position_embeddings", None) or sys.maxsize,
             max_tokens=options.max_tokens,
         )
+        self.inputs.hold(f"tokens of {dataset} under {protocol} for {self.job.model}", plan.token_hash)
+        return plan
 
     @property
     def plan(self) -> TokenPlan:
@@ -116,11 +118,11 @@ class Group:
             predicted = memory.predict(self.config, self.method, self.arguments)
             self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
             self.connection.send(Reply("predicted", data=self.predicted))
+            original = checkpoints.modules(self.checkpoint, self.config, self.arguments.dtype)
             self.device.reset_peak()
             model = self.method.load(self.checkpoint, self.arguments, self.job.device)
             peak = self.device.peak()
             self.before = {**memory.measure(model), "memory.load_peak": max(peak.values()), **peak}
-            original = dict(checkpoints.sketch_model(self.config, self.arguments.dtype).named_modules())
             self.census = census.census(model, self.method, self.arguments, original)
             self._model = model
             if self.job.device != "cpu":  # evidence that the device did the work, kept with every row
@@ -164,13 +166,14 @@ class Group:
         folder = self.job.options.report_dir / "nll"
         index = folder / f"reference-{key[:32]}"
         with locked(folder / f".{key[:32]}.lock"):
-            if not index.exists():
+            sha = index.read_text(errors="replace") if index.is_file() else ""
+            if not nllfiles.holds(folder, sha):  # nobody computed it yet, or what was kept is damaged
                 own = self.case.method == self.case.reference
                 sha = nllfiles.save(folder, self.score(self.model if own else self.reference, batch))
+                self.inputs.untouched(self.checkpoint)
                 replace_text(index, sha)
-            nll = nllfiles.load(folder, index.read_text())
-            if nll is None:
-                raise HarnessError(f"{index} names a file that is gone: measure into a fresh --report-dir")
+            nll = nllfiles.load(folder, sha)
+            assert nll is not None
             return nll
 
     def compute_reference(self, cases: Sequence[Case]) -> None:
@@ -207,6 +210,7 @@ class Group:
         proof = {"proof": self.proof} if self.proof else {}
         aligned = {"grid_aligned": True} if grid else {}
         detail = {**figure.detail, **calibrated, **notes, **proof, **aligned, **texts.pop("detail", {})}
+        self.inputs.untouched(self.checkpoint)
         return Row.of(
             case,
             revision=self.checkpoint.revision,

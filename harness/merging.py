@@ -21,7 +21,7 @@ from typing import Any
 from harness import family, report
 from harness.errors import BadFile
 from harness.files import replace_pieces, replace_text
-from harness.records import Case, Row, Verdict
+from harness.records import Case, Row, Verdict, parse_json
 from harness.report.reading import SHA, Session, plan_text, read_report
 from harness.sharding import Shard, partition, plan_digest
 
@@ -86,10 +86,10 @@ def read_part(folder: Path, plans: dict[str, tuple[Case, ...] | None] | None = N
     plans = {} if plans is None else plans
     try:
         head, mark, written = path.read_text(encoding="utf-8").partition(CASES)  # they are last: `write_shard`
-        told = json.loads(f"{head}{mark}null}}" if mark else head)
+        told = parse_json(f"{head}{mark}null}}" if mark else head)
         shard, digest, tests = Shard(int(told["index"]), int(told["count"])), str(told["plan"]), int(told["tests"])
         if (known := f"{digest} {written}") not in plans:
-            whole = tuple(Case(**item) for item in json.loads(f"{{{CASES}{written}")["cases"])
+            whole = tuple(Case.from_dict(item) for item in parse_json(f"{{{CASES}{written}")["cases"])
             plans[known] = whole if plan_digest(whole) == digest else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadFile(f"{path} cannot be read ({error}): measure that shard again") from error

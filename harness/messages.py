@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Job:
     reference: str
     threads: int
     log: Path  # the process's stdout and stderr
+    inputs: Mapping[str, str] = field(default_factory=dict)  # what the session's weights and texts were at its start
 
 
 @dataclass(frozen=True)

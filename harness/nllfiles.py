@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from harness.records import digest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+SHA = re.compile(r"[0-9a-f]{64}")
+LARGEST = 2**30  # bytes of one text's losses: a quarter of a billion tokens
+
 
 def name_of(nll: NDArray[np.float32]) -> str:
     """The sha256 (hex) that names the values."""
@@ -23,26 +27,47 @@ def name_of(nll: NDArray[np.float32]) -> str:
 
 
 def save(folder: Path, nll: NDArray[np.float32]) -> str:
-    """Write the values where no file holds them yet; returns their name."""
+    """Write the values where no file holds them yet, or one that was damaged; returns their name."""
     sha = name_of(nll)
-    path = folder / f"{sha}.npz"
-    if not path.exists():
+    if not holds(folder, sha):
         buffer = io.BytesIO()
         np.savez_compressed(buffer, nll=nll.astype("<f4"))
-        replace_bytes(path, buffer.getvalue())
+        replace_bytes(folder / f"{sha}.npz", buffer.getvalue())
     return sha
 
 
+def holds(folder: Path, sha: str) -> bool:
+    """Whether the values of that name are there and whole."""
+    try:
+        return load(folder, sha) is not None
+    except BadFile:
+        return False
+
+
 def load(folder: Path, sha: str) -> NDArray[np.float32] | None:
-    """(tokens,) nats, None where there is no such file; BadFile where its bytes do not hash to its name."""
+    """(tokens,) nats, None where there is no such file; BadFile where its bytes do not hash to its name.
+
+    A name that is no sha256 has no file, wherever it points: it may be a stranger's word.
+    """
     path = folder / f"{sha}.npz"
-    if not path.is_file():
+    if not SHA.fullmatch(sha) or not path.is_file():
         return None
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
-            nll: NDArray[np.float32] = data["nll"].astype("<f4")
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise BadFile(f"{path} cannot be read ({error}): delete it and measure again") from error
+        nll = _values(path.read_bytes())
+    except Exception as error:  # zipfile, zlib and numpy each have their own ways to say that bytes are wrong
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadFile(f"{path} cannot be read ({detail}): delete it and measure again") from error
     if name_of(nll) != sha:
         raise BadFile(f"{path} does not hold what its name says: delete it and measure again")
     return nll
+
+
+def _values(data: bytes) -> NDArray[np.float32]:
+    with ZipFile(io.BytesIO(data)) as archive:  # small archives can unpack to more than the memory holds
+        if sum(item.file_size for item in archive.infolist()) > LARGEST:
+            raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        found = arrays["nll"]
+    if found.ndim != 1 or found.dtype.kind != "f":
+        raise ValueError("it holds no list of numbers")
+    return found.astype("<f4")  # type: ignore[no-any-return]

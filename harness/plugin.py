@@ -7,6 +7,7 @@ exist; elsewhere only `--harness-...`, so that another project's own `--device` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 from harness import baselines, bounds, door, exact, judge, placing, planning, probe
 from harness.collector import Collector
 from harness.errors import HarnessError
+from harness.files import rewritten
 from harness.options import Options
 from harness.publisher import Publisher
 from harness.records import Case, Row, Verdict
@@ -269,11 +271,13 @@ def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
         not exact.holds(recorded, facts) or row.verdict_baseline is Verdict.NOT_COMPARABLE
     ):
         return  # the judge says so, with the command that records it
-    if recorded is None and state.options.regenerate == "force":
-        path.parent.mkdir(parents=True, exist_ok=True)
     world = state.session.world(row)
     document = exact.exact_document(recorded, facts, exact.provenance(world))
-    request.getfixturevalue("data_regression").check(document, fullpath=path)
+    try:  # the fixture writes in place: a kill or a full disk would leave half a file
+        with rewritten(path) if state.options.regenerate else contextlib.nullcontext(path) as draft:
+            request.getfixturevalue("data_regression").check(document, fullpath=draft)
+    except OSError as error:
+        request.node.user_properties.append(("harness_unwritten", f"{path} cannot be written ({error.strerror})"))
 
 
 def conclude(state: State, row: Row) -> None:

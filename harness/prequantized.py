@@ -8,7 +8,6 @@ at import.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from harness.errors import HarnessError, MissingPackage
+from harness.records import parse_json
 
 READERS: Mapping[str, str] = MappingProxyType(  # quant_method -> the distribution that reads it
     {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
@@ -29,7 +29,7 @@ def configuration(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+        found = parse_json(path.read_bytes()).get("quantization_config")
     except (ValueError, AttributeError):
         return None  # whoever reads the folder says what is wrong with it
     return found if isinstance(found, dict) else None

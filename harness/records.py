@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -18,6 +19,7 @@ REPEATED = tuple(
     "environment reason".split()
 )
 SCHEMA = 1  # of measurements.jsonl and of baseline files; a newer one is refused by name
+CHECKED = re.compile(r', "check": "([0-9a-f]{16})"}$')  # how a line of measurements.jsonl ends; its digest
 
 
 class Verdict(StrEnum):
@@ -63,6 +65,13 @@ class Case:
     metric: str
     device: str  # "cpu" or "cuda"
     reference: str = "fp32"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Case:
+        """Read `vars` of one back; TypeError where it is anything else."""
+        if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+            raise TypeError("a case is a table of texts")
+        return cls(**data)
 
     @property
     def id(self) -> str:
@@ -152,8 +161,9 @@ class Row:
         return cls(**vars(case), **measured)
 
     def to_json(self) -> str:
-        """One line of strict JSON: NaN and infinities become strings."""
-        return json.dumps(encode(self.told()), sort_keys=True, allow_nan=False)
+        """One line of strict JSON: NaN and infinities become strings; at its end stands a digest of all the rest."""
+        body = json.dumps(encode(self.told()), sort_keys=True, allow_nan=False)
+        return f'{body[:-1]}, "check": "{sha256_text(body)}"}}'
 
     def told(self) -> dict[str, Any]:
         """Every field by name, as it is."""
@@ -161,25 +171,28 @@ class Row:
 
     @classmethod
     def from_json(cls, text: str, censuses: dict[str, Any] | None = None) -> Row:
-        """Read a line back; ValueError on a newer schema or an unreadable line.
+        """Read a line back; ValueError on a newer schema, an unreadable line, or one that was changed.
 
         `censuses` holds each model's and method's last census: a row with an equal one shares it, most of its bytes.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        data = parse_json(text)
+        if not isinstance(data, dict) or type(data.get("schema")) is not int:
             raise ValueError("not a measurement: no schema number")
         if data["schema"] > SCHEMA:
             raise ValueError(f"schema {data['schema']} is newer than this harness reads ({SCHEMA}): upgrade it")
+        end = CHECKED.search(text := text.strip())  # lines of older harnesses have none
+        if end and end[1] != sha256_text(f"{text[: end.start()]}}}"):
+            raise ValueError("it was changed after it was written: its digest differs")
         known = row_fields()
         if not data.keys() <= known.keys():
             data = {name: value for name, value in data.items() if name in known}
+        _require_types(data)
         if censuses is not None:
             share(data, censuses)
         for name in ("value", "spread", "bits_per_weight", "seconds"):
             data[name] = decode_number(data.get(name))
         if data.get("interval") is not None:
-            low, high = data["interval"]
-            data["interval"] = (decode_number(low), decode_number(high))
+            data["interval"] = tuple(decode_number(value) for value in data["interval"])
         data["samples"] = tuple(decode_number(value) for value in data.get("samples", ()))
         data["verdict"] = Verdict(data["verdict"])
         for name in ("verdict_reference", "verdict_baseline"):
@@ -207,6 +220,47 @@ def share(data: dict[str, Any], censuses: dict[str, Any]) -> None:
         censuses[place] = data["census"]
 
 
+TEXT, NONE = frozenset({str}), type(None)
+KINDS: dict[str, frozenset[type]] = {  # of a row's fields in JSON; every other is text
+    **dict.fromkeys(("value", "spread", "bits_per_weight"), frozenset({float, int, NONE})),
+    **dict.fromkeys(("verdict_reference", "verdict_baseline"), frozenset({str, NONE})),
+    **dict.fromkeys(("detail", "census"), frozenset({dict})),
+    **dict.fromkeys(("count", "schema"), frozenset({int})),
+    "seconds": frozenset({float, int}),
+    "interval": frozenset({NONE}),
+    "samples": frozenset(),
+}
+NEEDED = frozenset({"model", "method", "metric", "device", "reference", "verdict"})
+
+
+def _require_types(data: dict[str, Any]) -> None:
+    """ValueError with the first field of a row that is not what it should be: the line may be a stranger's."""
+    if not data.keys() >= NEEDED:
+        raise ValueError(f"it has no '{min(NEEDED - data.keys())}'")
+    for name, value in data.items():
+        if type(value) not in KINDS.get(name, TEXT) and not _lists_or_words(name, value):
+            raise ValueError(f"its '{name}' is no such thing as a {name}")
+
+
+def _lists_or_words(name: str, value: Any) -> bool:
+    """Whether a field holds a list of numbers, or a number that JSON has no digits for."""
+    if name in ("interval", "samples"):
+        return isinstance(value, list) and all(map(_is_number, value)) and (name == "samples" or len(value) == 2)
+    return float in KINDS.get(name, TEXT) and isinstance(decode_number(value), float)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) or isinstance(decode_number(value), float)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files that a stranger may have written: nesting beyond reason is a ValueError too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def encode(value: Any) -> Any:
     """Make a value strict JSON: non-finite floats as 'nan', 'inf', '-inf'; tuples as lists."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -221,6 +275,11 @@ def encode(value: Any) -> Any:
 def decode_number(value: Any) -> Any:
     """Undo `encode` for one number."""
     return float(value) if isinstance(value, str) and value in {"nan", "inf", "-inf"} else value
+
+
+def sha256_text(text: str) -> str:
+    """16 hex digits of a text's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digest(value: Any) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import inputs
 from harness.errors import HarnessError
 from harness.files import locked
 from harness.messages import Asked, Job, Reply, Stop
@@ -95,25 +98,36 @@ class Runner:
         self._deaths: dict[str, str] = {}
         self._died: dict[str, int] = {}
         self._logs = Path(tempfile.mkdtemp(prefix="harness-logs-"))
+        weakref.finalize(self, shutil.rmtree, self._logs, ignore_errors=True)
 
-    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> None:
-        """Make checkpoints and token plans; a HarnessError here is the user's to act on, before anything ran."""
-        self.consult("prepare", cases, say)
+    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
+        """Make checkpoints and token plans; a HarnessError here is the user's to act on, before anything ran.
+
+        Returns what identifies the weights and texts (`harness.child.prepare`).
+        """
+        return self.consult("prepare", cases, say).data or {}
 
     def consult(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
-        """Ask about all cases, in a process that loads no model; its failure is the session's."""
-        process = self._start(cases[0])
-        try:
-            reply = process.ask(verb, list(cases), say)
-        except Died as error:
-            raise HarnessError(f"preparing {cases[0].model} failed: {error}") from error
-        finally:
-            process.close()
+        """Ask about all cases, in a process that loads no model; its failure is the session's, its death is not yet."""
+        for tries in range(DEATHS):
+            try:
+                reply = self._consulted(verb, cases, say)
+                break
+            except Died as error:
+                if tries + 1 == DEATHS:
+                    raise HarnessError(f"preparing {cases[0].model} failed: {error}") from error
         if reply.kind == "error":
             raise HarnessError(reply.text)
         if reply.kind == "bug":
             raise RuntimeError(reply.text)
         return reply
+
+    def _consulted(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
+        process = self._start(cases[0], {})
+        try:
+            return process.ask(verb, list(cases), say)
+        finally:
+            process.close()
 
     def begin(self, cases: Sequence[Case], ask: Callable[[Case], Asked]) -> None:
         """Every case that will be measured, before the first is: for an engine that works ahead. This one does not."""
@@ -125,14 +139,20 @@ class Runner:
     def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
         """One row without verdict, and a traceback where a bug was met; timed cases run with nothing beside them."""
         exclusive = member_of(case).timed
-        with locked(self.lock, shared=not exclusive):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.lock, shared=not exclusive))
+            except OSError as error:
+                told = f"the lock {self.lock} cannot be written ({error.strerror})"
+                return missing(case, f"{told}: make room, or set HARNESS_CACHE to a folder with more"), ""
             return self._measure(case, resumable, stop)
 
     def _measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None) -> tuple[Row, str]:
         if self._died.get(case.group, 0) >= DEATHS:
             return missing(case, f"not tried: {self._deaths[case.group]}"), ""
-        process = self._process_for(case)
+        process: Process | None = None
         try:
+            process = self._process_for(case)
             before = resumable.get(case.id)
             if before is not None:
                 key = process.ask("key", (case, stop))
@@ -140,7 +160,7 @@ class Runner:
                     return before, ""
             reply = process.ask("measure", (case, stop))
         except Died as error:
-            needed = process.predicted.get("memory.storage")
+            needed = process.predicted.get("memory.storage") if process else None
             reason = f"{error}" + (f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed else "")
             self._died[case.group] = self._died.get(case.group, 0) + 1
             self._deaths[case.group] = reason
@@ -166,17 +186,26 @@ class Runner:
     def _process_for(self, case: Case) -> Process:
         if self._process is None or self._group != case.group:
             self.close()
-            self._process, self._group = self._start(case), case.group
+            self._process, self._group = self._start(case, inputs.read(self.options.report_dir)), case.group
         return self._process
 
-    def _start(self, case: Case) -> Process:
+    def _start(self, case: Case, began: Mapping[str, str]) -> Process:
+        """A group's process; `Died` where the system gives none, a fork server that went down tried anew once."""
+        for tries in range(DEATHS):
+            try:
+                return self._started(case, began)
+            except (OSError, EOFError) as error:
+                if tries + 1 == DEATHS:
+                    raise Died(f"the group's process could not be started ({error!r})") from error
+        raise AssertionError("unreachable")
+
+    def _started(self, case: Case, began: Mapping[str, str]) -> Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["harness.child", "harness.runner"])
         with environment_variables(server_environment(self.threads)):
             forkserver.ensure_running()
-        job = Job(
-            self.options, case.model, case.method, case.device, case.reference, self.threads, self._logs / "child.log"
-        )
+        log = self._logs / "child.log"
+        job = Job(self.options, case.model, case.method, case.device, case.reference, self.threads, log, began)
         here, there = context.Pipe()
         process = context.Process(target=run_group, args=(job, there), daemon=True)
         process.start()

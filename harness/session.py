@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,12 +27,12 @@ from harness import (
     sequential,
 )
 from harness.environment import Environment, capture
-from harness.errors import HarnessError
-from harness.files import cache_dir
+from harness.errors import BadFile, HarnessError
+from harness.files import cache_dir, owned
 from harness.invariants import LAYER
 from harness.messages import Asked, Stop
 from harness.planning import member_of
-from harness.records import Case, Row, Verdict
+from harness.records import Case, Row, Verdict, parse_json
 from harness.specifications import parse
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ TABLES = (
     "shard.json",
     "published.json",
     "report.md",
+    "inputs.json",
 )
+UNFINISHED = (*(f".{name}.*" for name in TABLES), ".*.svg.*", ".writable-*", "nll/.*.npz.*", "nll/.reference-*")
 
 
 class Session:
@@ -69,8 +72,11 @@ class Session:
         """Finished rows of the report directory by case id, with --resume."""
         return read_rows(self.options.report_dir / "measurements.jsonl") if self.options.resume else {}
 
-    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> None:
-        """Check assets here, without torch, then make checkpoints and token plans in a process of their own."""
+    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
+        """Check assets here, without torch, then make checkpoints and token plans in a process of their own.
+
+        Returns what identifies them, to be held to for the whole session.
+        """
         declared = self.options.declared
         for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
             models.check(
@@ -81,15 +87,19 @@ class Session:
             )
         for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
             corpora.check(parse(dataset), declared)
-        self.runner.prepare(cases, say)
+        inputs = self.runner.prepare(cases, say)
         self.runner.begin(cases, lambda case: Asked(case, self.resumable.get(case.id), self.stop(case)))
+        return inputs
 
     def check(self, case: Case, *, reason_missing: str = "") -> tuple[Row, str]:
         """Measure and judge a case; returns its row and, where a bug was met, the traceback."""
         if reason_missing:
             return Row.of(case, verdict=Verdict.MISSING, reason=reason_missing), ""
-        row, trouble = self.runner.measure(case, self.resumable, self.stop(case))
-        return (row if row.value is None else self.judged(row)), trouble
+        try:
+            row, trouble = self.runner.measure(case, self.resumable, self.stop(case))
+            return (row if row.value is None else self.judged(row)), trouble
+        except HarnessError as error:  # a baseline or a loss file that became unreadable under the session
+            return Row.of(case, verdict=Verdict.MISSING, reason=f"not judged: {error}"), ""
 
     def ahead(self) -> list[Row]:
         """Judged rows that an engine measured ahead and that no test asked for: the session ended before."""
@@ -158,29 +168,78 @@ class Session:
         self.runner.close()
 
 
-def read_rows(path: Path) -> dict[str, Row]:
-    """Measured rows by case id, the last one winning."""
-    rows = report.reading.read_rows(path)[0] if path.is_file() else ()
-    return {row.case.id: row for row in rows if row.value is not None}
+def read_rows(path: Path, note: Callable[[str], None] = lambda line: None) -> dict[str, Row]:
+    """Measured rows by case id that can be resumed, the last one winning.
+
+    A damaged line, and a row whose losses or environment are gone or damaged, are left out: their cases are measured
+    again. `note` gets a line on them.
+    """
+    rows, damaged = report.reading.sound_rows(path) if path.is_file() else ((), 0)
+    measured = {row.case.id: row for row in rows if row.value is not None}
+    worlds = known_environments(path.parent)
+    whole = functools.cache(functools.partial(nllfiles.holds, path.parent / "nll"))  # many rows share a loss
+    found = {name: row for name, row in measured.items() if row.environment in worlds and losses_hold(row, whole)}
+    if damaged or len(found) < len(measured):
+        lost = len(measured) - len(found)
+        note(f"harness: {damaged} damaged lines and {lost} rows without their losses or environment: measured again")
+    return found
+
+
+def losses_hold(row: Row, whole: Callable[[str], bool]) -> bool:
+    """Whether the per-token losses that a row names are there and whole."""
+    names = [name for name in (row.nll, row.detail.get("reference_nll")) if name]
+    return all(isinstance(name, str) and whole(name) for name in names)
 
 
 def open_report(folder: Path, *, keep: bool) -> None:
-    """Make the report directory ready, emptied of an earlier session's measurements unless they are kept."""
+    """Make the report directory ready, emptied of an earlier session's measurements unless they are kept.
+
+    Only what sessions leave is removed, never what lies behind a link.
+    """
+    losses = folder / "nll"
     try:
-        (folder / "nll").mkdir(parents=True, exist_ok=True)
+        for path in (losses, *(folder / name for name in TABLES)):
+            if path.is_symlink():  # what is written and removed here stays here
+                raise HarnessError(f"--report-dir {folder}: its {path.name} is a link to another place: remove it")
+        losses.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
-        if not keep:
-            for old in TABLES:
-                (folder / old).unlink(missing_ok=True)
-            for old_file in (*(folder / "nll").iterdir(), *folder.glob("*.svg")):
-                old_file.unlink()
+        for pattern in UNFINISHED:  # of a session that was killed
+            for left in folder.glob(pattern):
+                left.unlink(missing_ok=True)
+        for old in () if keep else (*(folder / name for name in TABLES), *folder.glob("*.svg"), *losses.iterdir()):
+            old.unlink(missing_ok=True)
     except OSError as error:
         raise HarnessError(f"--report-dir {folder} cannot be written: {error.strerror or error}") from error
 
 
+def take(folder: Path) -> IO[str]:
+    """The lock that one session holds on its report directory; HarnessError where another one has it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = owned(folder / ".session.lock")
+    if owner is None:
+        raise HarnessError(f"another session writes --report-dir {folder}: wait for its end, or name another directory")
+    return owner
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what a disk says (full, read-only, gone) into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise HarnessError(
+            f"{folder} cannot be written ({error.strerror or error}): make room or name another"
+        ) from error
+
+
 def known_environments(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """environments.json of a report directory, empty when there is none."""
+    """environments.json of a report directory, each known by the digest that it still has; empty without one."""
     path = folder / "environments.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        data = parse_json(path.read_bytes())
+        return {name: world for name, world in data.items() if Environment.from_dict(world).id == name}
+    except (OSError, ValueError, AttributeError, TypeError, BadFile):
+        return {}

@@ -102,15 +102,23 @@ def read_declared(root: Path) -> tuple[bool, Declared]:
     if not path.is_file():
         return False, Declared(root)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("harness")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
+    except (ValueError, OSError, RecursionError) as error:
         raise BadFile(f"{path} is no TOML: {error}") from error
+    table = tools.get("harness") if isinstance(tools, dict) else None
     if table is None:
         return False, Declared(root)
+    return True, read_table(path, table)
+
+
+def read_table(path: Path, table: Any) -> Declared:
+    """What the [tool.harness] table of the file at `path` declares; BadFile, one line, for what is wrong with it."""
+    if not isinstance(table, dict):
+        raise BadFile(f"{path}: [tool.harness] must be a table")
     _check_shape(path, table)
     names, files = ("models", "datasets", "options"), ("methods", "metrics")
-    return True, Declared(
-        root, *(table.get(name, {}) for name in names), *(tuple(table.get(kind, ())) for kind in files)
+    return Declared(
+        path.parent, *(table.get(name, {}) for name in names), *(tuple(table.get(kind, ())) for kind in files)
     )
 
 
@@ -128,6 +136,8 @@ def _check_shape(path: Path, table: Mapping[str, Any]) -> None:
         if not isinstance(value, dict):
             raise BadFile(f"{path}: [tool.harness.{kind}] must be a table of {known[kind]}")
         for key, text in value.items():
+            if kind != "options" and not isinstance(text, str):
+                raise BadFile(f"{path}: [tool.harness.{kind}] {key} must be text, a specification")
             if kind != "options":
                 _checked(path, f"{kind}.{key}", functools.partial(parse, str(text)))
             elif key not in flags:

@@ -21,14 +21,15 @@ import harness
 
 HOME = Path(harness.__file__).parent
 LEVELS = (
-    "errors records specifications contracts options sharding files",
+    "plain errors records specifications contracts options sharding files",
     "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors "
     "engine products divergence sequential devices timing models checkpoints gguf_weights gguf_file gguf_families "
     "gguf_blocks gguf_tokenizers gguf_write gguf_method admission calibration gptq "
     "libraries torchao_layers quanto_layers prequantized int4_store llmcompressor_layers streaming "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext architectures protocols "
-    "windows stats environment probe settings messages recorded exact wording invariants",
+    "windows stats environment probe settings messages recorded exact wording invariants inputs strangers "
+    "cachefolders",
     "door planning child group layergroup turns needs faults upgrade runner placing cluster session report judge "
     "contract family trial drift "
     "baselines bounds published fits controls documents rebaselining merging",
@@ -41,7 +42,7 @@ TORCH_FREE = frozenset(  # and every package's modules: importing these, and all
     "errors records specifications contracts options files catalog admission calibration door methods metrics "
     "arguments protocols corpora models stats environment probe architectures planning runner session report judge "
     "baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding merging faults "
-    "upgrade placing cluster".split()
+    "upgrade placing cluster inputs plain strangers cachefolders".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}

@@ -72,16 +72,17 @@ class RayRunner(Runner):
         self.card = 0
         self.place = checkout(Path.cwd())  # the cases' own: a node's working directory says nothing
 
-    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> None:
+    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Reach Ray, make checkpoints and token plans here, and predict what each group takes."""
         if self.options.stop_early and any(case.device == "cuda" for case in cases) and not probe.cuda_devices():
             raise HarnessError("--stop-early looks at this device's record: start the session on a node with a card")
         self.ray = connection.connect(self.options.ray_address, self.threads)
-        super().prepare(cases, say)
+        inputs = super().prepare(cases, say)
         self.needs = self.consult("needs", cases, say).data or {}
         self.code = self.consult("code", cases, say).text
         nodes = connection.living(self.ray)
         say(f"Ray: {len(nodes)} node{'s' * (len(nodes) != 1)}, {sum(node.cpus for node in nodes):g} CPUs")
+        return inputs
 
     def begin(self, cases: Sequence[Case], ask: Callable[[Case], Asked]) -> None:
         """Hand out every group, the dearest first."""

@@ -21,7 +21,7 @@ from harness.errors import BadFile
 from harness.files import replace_text
 from harness.published.conventions import describe
 from harness.published.judging import Finding, Judgement
-from harness.records import decode_number, encode
+from harness.records import decode_number, encode, parse_json
 
 MIB = 2**20
 FILE = "published.json"  # in a report directory
@@ -86,7 +86,7 @@ def kept(folder: Path) -> tuple[Entry, ...]:
     if not path.is_file():
         return ()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["claims"]
+        found = parse_json(path.read_bytes())["claims"]
         needed = (
             "report",
             "model",

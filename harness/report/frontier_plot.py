@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+from harness.plain import visible
 from harness.report import writing
 from harness.report.frontier import CENTRE, Standing
 from harness.report.plots import BLUE, GREY, VERMILION, canvas_of, label, plain, style
@@ -44,6 +45,6 @@ def svg(title: str, places: Sequence[Standing]) -> str:
         canvas.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
         label(canvas, axes, names, spots, lines)
         buffer = io.StringIO()
-        metadata = {"Date": None, "Creator": None, "Title": writing.visible(title)}
+        metadata = {"Date": None, "Creator": None, "Title": visible(title)}
         canvas.savefig(buffer, format="svg", metadata=metadata)
         return buffer.getvalue()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from harness.plain import visible
 from harness.records import Case, Row
 from harness.report import labels, writing
 from harness.report.figures import Figure, drawable, drawn, sized, timed
@@ -47,7 +48,7 @@ def svg(figure: Figure) -> str:
     """One figure as SVG text."""
     with style():
         buffer = io.StringIO()
-        metadata = {"Date": None, "Creator": None, "Title": writing.visible(figure.caption)}
+        metadata = {"Date": None, "Creator": None, "Title": visible(figure.caption)}
         draw(figure).savefig(buffer, format="svg", metadata=metadata)
         return buffer.getvalue()
 
@@ -87,7 +88,7 @@ def _freeze(canvas: Canvas) -> None:
 
 def plain(text: str) -> str:
     """Text that matplotlib draws as it is: no math, nothing its font lacks, not too long."""
-    text = writing.visible(text)
+    text = visible(text)
     if len(text) > NAME_LENGTH:
         half = (NAME_LENGTH - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import published
 from harness.errors import BadFile, MissingAsset
-from harness.records import Case, Row
+from harness.records import Case, Row, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,8 +57,11 @@ def read_report(path: Path, *, keep_lines: bool = False) -> Session:
         planned = tuple(row.case for row in latest(rows))
         notes += ("plan.json is not there: cases that never ran are unknown, only rows are counted",)
     environments = _json(path / "environments.json", dict) or {}
+    if not all(isinstance(world, dict) for world in environments.values()):
+        raise BadFile(f"{path / 'environments.json'} holds no environments: measure again to write it anew")
     told = _json(path / "session.json", dict) or {}
-    notes += tuple(str(note) for note in told.get("notes", ()))
+    kept = told.get("notes", ())
+    notes += tuple(map(str, kept if isinstance(kept, list) else ()))
     return Session(rows, planned, environments, notes, str(told.get("command", "")), path, written)
 
 
@@ -98,13 +101,28 @@ def plan_text(cases: Iterable[Case]) -> str:
     return f"[\n{text}\n]" if text else "[]"
 
 
+def sound_rows(path: Path) -> tuple[tuple[Row, ...], int]:
+    """The lines of a measurements.jsonl that can be read, and how many cannot: what a session may build on."""
+    rows, damaged = [], 0
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror or error}") from error
+    for line in filter(bytes.strip, lines):
+        try:
+            rows.append(Row.from_json(line.decode()))
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    return tuple(rows), damaged
+
+
 def read_plan(path: Path) -> tuple[Case, ...] | None:
     """The planned cases, None where no plan was written."""
     data = _json(path, list)
     if data is None:
         return None
     try:
-        return tuple(Case(**item) for item in data)
+        return tuple(map(Case.from_dict, data))
     except TypeError as error:
         raise BadFile(f"{path} is no plan ({error}): measure again to write it anew") from error
 
@@ -113,7 +131,7 @@ def _json(path: Path, kind: type) -> Any:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadFile(f"{path} cannot be read ({error}): measure again to write it anew") from error
     if not isinstance(data, kind):

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Collection, Sequence
 
 from tabulate import tabulate
+
+from harness.plain import visible
 
 MIB = 2**20  # bytes; tables are in MiB and say so
 NOTHING = "–"  # not planned, or not applicable
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .:=@,+/_*()-]*")  # harmless inside a code span: no pipe, backtick, HTML
 SPECIAL = re.compile(r"[\\`*|\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # markdown, tables, math; x_y stays as it is
 ENTITY = re.compile(r"&(?=#?\w+;)")
-RISKY = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # control, format (bidi, zero width), private, surrogate, separators
-
-
-def visible(text: str) -> str:
-    r"""Replace what a terminal or a renderer would obey by its code: escapes as \x1b, overrides as \u202e."""
-    if text.isascii() and text.isprintable():
-        return text
-    folded = re.sub(r"\r\n|[\n\r\t]", " ", text)
-    return "".join(_code_point(char) if unicodedata.category(char) in RISKY else char for char in folded)
-
-
-def _code_point(char: str) -> str:
-    number = ord(char)
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 def escape(text: str) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OlmoConfig, Phi3Config
 from transformers.utils import logging
 
-from harness import checkpoints, gguf_file, gguf_weights, weightfiles
+from harness import cachefolders, checkpoints, gguf_file, gguf_weights, weightfiles
 from harness.contracts import DTYPES, Checkpoint
 from harness.errors import BadFile, HarnessError, MissingAsset
 from harness.files import sha256_file
@@ -177,7 +177,7 @@ def fill(folder: Path) -> dict[str, str]:
 
 
 def test_a_folder_is_built_once(cache: Path) -> None:
-    folder, record = checkpoints.built("thing", fill)
+    folder, record = cachefolders.built("thing", fill)
     assert folder == cache / "thing"
     assert record["note"] == "filled"
     assert record["revision"] == sha256_file(folder / "model.safetensors")
@@ -185,7 +185,7 @@ def test_a_folder_is_built_once(cache: Path) -> None:
     def never(_: Path) -> dict[str, str]:
         raise AssertionError
 
-    assert checkpoints.built("thing", never) == (folder, record)
+    assert cachefolders.built("thing", never) == (folder, record)
 
 
 def test_a_build_that_fails_leaves_nothing(cache: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_build_that_fails_leaves_nothing(cache: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.built("thing", fail)
+        cachefolders.built("thing", fail)
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
@@ -204,14 +204,68 @@ def test_leftovers_and_truncated_folders_are_built_anew(cache: Path) -> None:
     (left / "model.safetensors").write_text("half")
     other = cache / ".thing-2.busy"
     other.mkdir()
-    folder, record = checkpoints.built("thing", fill)
+    folder, record = cachefolders.built("thing", fill)
     assert not left.exists()
     assert other.exists()  # another name's, under another lock
     os.truncate(folder / "model.safetensors", 10)
-    assert checkpoints.built("thing", fill) == (folder, record)
+    again = cachefolders.built("thing", fill)
+    assert (again[0], again[1]["revision"]) == (folder, record["revision"])
     assert (folder / "model.safetensors").stat().st_size > 10
-    (folder / checkpoints.RECORD).write_text("{")
-    assert checkpoints.built("thing", fill) == (folder, record)
+    (folder / cachefolders.RECORD).write_text("{")
+    assert cachefolders.built("thing", fill)[1]["revision"] == record["revision"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "harness.json"])
+def test_a_flipped_bit_is_built_anew(cache: Path, name: str) -> None:
+    folder, record = cachefolders.built("thing", fill)
+    flip(folder / name)
+    assert cachefolders.built("thing", fill)[1]["revision"] == record["revision"]
+    assert weightfiles.revision(folder, "it") == record["revision"]
+
+
+def test_a_flipped_bit_under_an_old_date_is_found_where_files_are_verified(cache: Path) -> None:
+    folder, record = cachefolders.built("thing", fill)
+    weights = folder / "model.safetensors"
+    status = weights.stat()
+    flip(weights)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert cachefolders.built("thing", fill, verify=True)[1]["revision"] == record["revision"]
+    assert weightfiles.revision(folder, "it") == record["revision"]
+
+
+def test_a_folder_of_a_harness_of_before_is_adopted_where_it_is_whole(cache: Path) -> None:
+    folder, record = cachefolders.built("thing", fill)
+    old = json.dumps({name: record[name] for name in ("note", "revision", "sizes")})
+    (folder / cachefolders.RECORD).write_text(old)
+    assert cachefolders.built("thing", lambda folder: pytest.fail("built again"))[1] == record
+    kept = json.loads((folder / cachefolders.RECORD).read_text())
+    assert all((folder / name).stat().st_size == size for name, size in kept["sizes"].items())  # all they look at
+    flip(folder / "model.safetensors")
+    (folder / cachefolders.RECORD).write_text(old)
+    cachefolders.built("thing", fill)
+    assert weightfiles.revision(folder, "it") == record["revision"]
+
+
+def test_files_that_were_only_touched_are_kept(cache: Path) -> None:
+    folder, record = cachefolders.built("thing", fill)
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert cachefolders.built("thing", lambda folder: pytest.fail("built again")) == (folder, record)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("I/O error: full (os error 28)")])
+def test_a_full_disk_is_one_line_whoever_tells_it(cache: Path, error: Exception) -> None:
+    def fail(folder: Path) -> dict[str, str]:
+        raise error
+
+    with pytest.raises(HarnessError, match="make room, or set HARNESS_CACHE"):
+        cachefolders.built("thing", fail)
+    assert not list(cache.glob(".thing.*"))
 
 
 def test_two_at_once_build_once(cache: Path) -> None:
@@ -223,7 +277,7 @@ def test_two_at_once_build_once(cache: Path) -> None:
         inside.wait(0.3)
         return fill(folder)
 
-    threads = [threading.Thread(target=checkpoints.built, args=("thing", slow)) for _ in range(3)]
+    threads = [threading.Thread(target=cachefolders.built, args=("thing", slow)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -235,7 +289,7 @@ def test_a_cache_that_cannot_be_written_names_the_fix(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "file"))
     with pytest.raises(HarnessError, match="set HARNESS_CACHE to a folder with more") as caught:
-        checkpoints.built("thing", fill)
+        cachefolders.built("thing", fill)
     assert "\n" not in str(caught.value)
 
 

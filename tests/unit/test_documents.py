@@ -25,7 +25,18 @@ from harness.specifications import parse
 
 ROOT = Path(__file__).parents[2]
 DOCS, BENCHMARKS = ROOT / "docs", ROOT / "benchmarks"
-SCRIPTS = ("pitfalls", "nf4", "sensitivity", "gguf_formats", "gate/run", "llamacpp", "gptq", "scale", "ray_cluster")
+SCRIPTS = (
+    "pitfalls",
+    "nf4",
+    "sensitivity",
+    "gguf_formats",
+    "gate/run",
+    "llamacpp",
+    "gptq",
+    "scale",
+    "ray_cluster",
+    "faults/run",
+)
 PAGES = sorted(DOCS.glob("*.md"))
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import time
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.files import append_line, cache_dir, locked, replace_bytes, replace_text, sha256_file
+from harness.files import append_line, cache_dir, locked, owned, replace_bytes, replace_text, rewritten, sha256_file
 
 
 def test_replace_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +25,46 @@ def test_append_adds_a_line(tmp_path: Path) -> None:
     append_line(path, "a")
     append_line(path, "b")
     assert path.read_text() == "a\nb\n"
+
+
+def test_a_draft_replaces_the_file_at_its_end_an_error_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "facts.yaml"
+    with rewritten(path) as draft:
+        assert draft.name == path.name
+        draft.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+    with contextlib.suppress(ValueError), rewritten(path) as draft:
+        assert draft.read_text() == "one"
+        draft.write_text("two")
+        raise ValueError("told")
+    assert path.read_text() == "two"
+
+
+def test_append_ends_what_a_crash_left_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('whole\n{"torn": ')
+    append_line(path, "b")
+    assert path.read_text() == 'whole\n{"torn": \nb\n'
+
+
+def test_a_line_that_does_not_go_in_whole_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_line(path, "a")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        append_line(path, "b")
+    assert path.read_text() == "a\n"
+
+
+def test_one_owner_at_a_time(tmp_path: Path) -> None:
+    first = owned(tmp_path / "lock")
+    assert first is not None
+    assert owned(tmp_path / "lock") is None
+    first.close()
+    second = owned(tmp_path / "lock")
+    assert second is not None
+    second.close()
 
 
 def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:

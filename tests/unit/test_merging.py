@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def test_the_command_is_that_of_one_run(told: str, command: str) -> None:
 def test_an_unchanged_line_is_copied_and_a_changed_row_is_written_anew(tmp_path: Path) -> None:
     folders = shards(tmp_path)
     path = folders[0] / "measurements.jsonl"
-    spaced = path.read_text().replace('"value": 1.0', '"value":  1.0')  # as no row writes it
+    old = re.sub(r', "check": "[0-9a-f]{16}"', "", path.read_text())  # lines of older harnesses have no digest
+    spaced = old.replace('"value": 1.0', '"value":  1.0')  # as no row writes it
     path.write_text(spaced)
     merge(folders, tmp_path / "out")
     written = (tmp_path / "out" / "measurements.jsonl").read_text()

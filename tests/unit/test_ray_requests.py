@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import checkpoints, placing
+from harness import cachefolders, placing
 from harness.cluster import connection, depot, driver
 from harness.cluster.depot import Depot, bring
 from harness.cluster.driver import RayRunner, Task
@@ -186,7 +186,7 @@ def test_what_no_node_can_hold_is_given_up_after_a_while(tmp_path: Path, monkeyp
 
 
 def test_a_built_folder_is_brought_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert depot.RECORD == checkpoints.RECORD
+    assert depot.RECORD == cachefolders.RECORD
     built = tmp_path / "driver" / "checkpoints" / "tiny-x"
     built.mkdir(parents=True)
     (built / "model.safetensors").write_bytes(bytes(range(256)))

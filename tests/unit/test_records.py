@@ -65,3 +65,51 @@ def test_severity_is_the_order_of_the_words() -> None:
 def test_digest_does_not_depend_on_key_order() -> None:
     assert digest({"a": 1, "b": math.nan}) == digest({"b": math.nan, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_a_changed_line_is_refused_whatever_changed() -> None:
+    line = Row.of(CASE, value=1.25, reason="none", detail={"tokens": 3}).to_json()
+    for place in range(len(line)):
+        for bit in (1, 2, 16):
+            changed = line[:place] + chr(ord(line[place]) ^ bit) + line[place + 1 :]
+            try:
+                row = Row.from_json(changed)
+            except (ValueError, KeyError, TypeError):
+                continue
+            assert row == Row.from_json(line), changed  # the name of the digest itself
+
+
+def test_a_line_of_an_older_harness_has_no_digest_and_is_read() -> None:
+    data = json.loads(Row.of(CASE, value=1.25).to_json())
+    assert len(data.pop("check")) == 16
+    assert Row.from_json(json.dumps(data)).value == 1.25
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("detail", []),
+        ("census", "x"),
+        ("value", "much"),
+        ("value", True),
+        ("interval", [1]),
+        ("interval", 3),
+        ("samples", [None]),
+        ("model", None),
+        ("count", 1.5),
+        ("seconds", None),
+        ("verdict", "splendid"),
+        ("verdict_baseline", 3),
+        ("nll", 7),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused(field: str, value: object) -> None:
+    data = json.loads(Row.of(CASE, value=1.25).to_json())
+    del data["check"]
+    with pytest.raises(ValueError, match=field.split("_")[0] if value != "splendid" else "splendid"):
+        Row.from_json(json.dumps({**data, field: value}))
+
+
+def test_nesting_beyond_reason_is_no_measurement() -> None:
+    with pytest.raises(ValueError, match="nested too deep"):
+        Row.from_json("[" * 100_000)

@@ -1,0 +1,98 @@
+"""What a resumed session builds on: sound rows with their losses and environment, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import nllfiles
+from harness.environment import Environment
+from harness.errors import HarnessError
+from harness.files import append_line, replace_text
+from harness.records import Case, Row, encode
+from harness.session import known_environments, open_report, read_rows, take, writing
+
+WORLD = Environment(device="cpu", cpu="some")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    import json
+
+    open_report(tmp_path, keep=False)
+    replace_text(tmp_path / "environments.json", json.dumps(encode({WORLD.id: WORLD.to_dict()})))
+    for number in range(3):
+        sha = nllfiles.save(tmp_path / "nll", np.full(4, number, np.float32))
+        case = Case("m", f"method-{number}", "t", "chunk:4", "perplexity", "cpu")
+        append_line(tmp_path / "measurements.jsonl", Row.of(case, value=1.0, nll=sha, environment=WORLD.id).to_json())
+    return tmp_path
+
+
+def methods(folder: Path) -> list[str]:
+    return [row.method for row in read_rows(folder / "measurements.jsonl").values()]
+
+
+def test_sound_rows_are_taken_without_a_word(folder: Path) -> None:
+    said: list[str] = []
+    assert len(read_rows(folder / "measurements.jsonl", said.append)) == 3
+    assert not said
+
+
+def test_damaged_lines_are_left_out_and_told(folder: Path) -> None:
+    lines = (folder / "measurements.jsonl").read_text().splitlines()
+    changed = lines[1].replace('"value": 1.0', '"value": 9.0')
+    (folder / "measurements.jsonl").write_text("\n".join((lines[0], changed, lines[2][:40])))
+    said: list[str] = []
+    read_rows(folder / "measurements.jsonl", said.append)
+    assert methods(folder) == ["method-0"]
+    assert said == ["harness: 2 damaged lines and 0 rows without their losses or environment: measured again"]
+
+
+def test_rows_without_their_losses_are_left_out(folder: Path) -> None:
+    first, second, _ = sorted((folder / "nll").glob("*.npz"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-9])
+    assert len(methods(folder)) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[1]", '{"x": 1}', '{"x": {"device": 3}}', "[" * 100_000])
+def test_rows_without_their_environment_are_left_out(folder: Path, text: str) -> None:
+    (folder / "environments.json").write_text(text)
+    assert known_environments(folder) == {}
+    assert methods(folder) == []
+
+
+def test_an_environment_that_was_changed_is_unknown(folder: Path) -> None:
+    path = folder / "environments.json"
+    path.write_text(path.read_text().replace('"some"', '"other"'))
+    assert known_environments(folder) == {}
+
+
+def test_what_a_killed_session_left_unfinished_is_taken_away(folder: Path) -> None:
+    left = [folder / ".measurements.jsonl.abcd1234", folder / ".report.md.x", folder / "nll" / f".{'0' * 64}.npz.y"]
+    for path in left:
+        path.touch()
+    (folder / ".mine").touch()
+    open_report(folder, keep=True)
+    assert not any(path.exists() for path in left)
+    assert (folder / ".mine").exists()
+    assert len(methods(folder)) == 3
+
+
+def test_a_directory_has_one_session_at_a_time(folder: Path) -> None:
+    first = take(folder)
+    with pytest.raises(HarnessError, match="another session writes"):
+        take(folder)
+    first.close()
+    take(folder).close()
+
+
+def test_what_a_disk_says_is_one_line(folder: Path) -> None:
+    with (
+        pytest.raises(HarnessError, match=r"cannot be written \(No space left on device\): make room"),
+        writing(folder),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
