@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from harness.contracts import DTYPES, Arguments, Checkpoint, Method, Parameter, QuantizedWeight
+from harness.contracts import AS_MODEL, DTYPES, Arguments, Checkpoint, Method, Parameter, QuantizedWeight
 from harness.errors import UnknownName
 
 if TYPE_CHECKING:  # annotations only
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # annotations only
 
 DEFAULT_THRESHOLD = 6.0  # activations beyond it are outliers (Dettmers et al. 2022, arXiv:2208.07339, section 3.2)
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-AS_MODEL = "dtype"  # a compute dtype that follows the model's
 
 SPEAKERS = ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules")  # loggers that repeat themselves a forward
 NOISE = re.compile("MatMul8bitLt: inputs will be cast|Input type into Linear4bit is torch.float16")

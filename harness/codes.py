@@ -6,6 +6,7 @@ the flattened row-major (out, in) weight, as in bitsandbytes; the last one may b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
 # 64: the block of QLoRA and bitsandbytes; powers of two, so that a block never splits a byte
 BLOCK = Parameter(int, 64, "weights that share a scale", choices=(16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
 
-PIECE = 2**20  # weights quantized at once: their temporaries stay in the cache, and no fresh page is touched for them
-
 
 def divide(weight: Tensor, scale: Tensor) -> Tensor:
     """Divide, where a scale of 0 (a row of zeros, or one too small for fp32) becomes 1."""
@@ -27,16 +26,22 @@ def divide(weight: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_rows(weight: Tensor) -> dict[str, Tensor]:
     """Symmetric int8 a row: (out, in) fp32 -> codes (out, in) int8, scale (out, 1) fp32 = max|row| / 127."""
-    import torch
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return {"codes": divide(weight, scale).round_().clamp_(-127, 127).char(), "scale": scale}
 
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = weight.new_empty((weight.shape[0], 1))
-    step = max(1, PIECE // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = weight[start : start + step]
-        scale[start : start + step] = steps = rows.abs().amax(dim=1, keepdim=True) / 127
-        codes[start : start + step] = divide(rows, steps).round_().clamp_(-127, 127)
-    return {"codes": codes, "scale": scale}
+
+def dequantize_int8(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """Multiply int8 codes by their scale, one for all or one a row: (out, in) fp32."""
+    return stored["codes"].float().mul_(stored["scale"])
+
+
+def product_int8(
+    x: Tensor, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None, compute: str = "dtype"
+) -> Tensor:
+    """The product with them, as `products.of_codes` has it: (..., in) -> (..., out)."""
+    from harness import products
+
+    return products.of_codes(x, stored, lambda: dequantize_int8(stored, shape), bias, compute)
 
 
 def blocks(weight: Tensor, block: int) -> Tensor:
@@ -79,14 +84,34 @@ def pack(codes: Tensor, count: int) -> Tensor:
 def unpack(packed: Tensor, levels: Tensor, count: int) -> Tensor:
     """Look up the level of each 4-bit code: (ceil(count / 2),) uint8, (16,) fp32 -> (count,) fp32, freshly allocated.
 
-    One gather of 8 bytes a packed byte: a pair of levels travels as one int64, since gathering rows of two floats,
-    or splitting the nibbles first, takes several times as long on a CPU.
+    Levels travel in one element as wide as several: four of two bytes where the count allows, else two of one byte.
+    Gathering rows of floats, or splitting the nibbles first, takes several times as long on a CPU.
     """
     import torch
 
-    pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # (256, 2)
-    chosen = pairs.view(torch.int64).view(-1).index_select(0, packed.int())  # (ceil(count / 2),)
+    if packed.device.type == "cpu" and count % 4 == 0:
+        wide = torch.take(_quads(tuple(levels.tolist())), packed.view(torch.uint16).long())  # (count / 4,)
+        return torch.view_as_real(wide).view(torch.float32).view(-1)
+    chosen = _pairs(levels).view(torch.int64).view(-1).index_select(0, packed.int())  # (ceil(count / 2),)
     return chosen.view(torch.float32)[:count]
+
+
+def _pairs(levels: Tensor) -> Tensor:
+    """Both levels of every byte: (16,) -> (256, 2), the high nibble's first."""
+    import torch
+
+    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
+
+
+@functools.lru_cache(maxsize=16)  # a megabyte each, one a table of levels
+def _quads(levels: tuple[float, ...]) -> Tensor:
+    """All four levels of every two bytes, as 16 bytes of complex128: (65536,), in the order of the bytes in memory."""
+    import torch
+
+    with torch.inference_mode(False):
+        both = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2).long()
+        four = _pairs(torch.tensor(levels, dtype=torch.float32))[both].view(-1, 4)  # (65536, 4)
+        return torch.view_as_complex(four.view(torch.float64))
 
 
 def rescale(values: Tensor, block: int, scale: Tensor, minimum: Tensor | None = None) -> Tensor:

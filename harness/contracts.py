@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # annotations only
     from torch import nn
 
 DTYPES = ("fp32", "bf16", "fp16")
+AS_MODEL = "dtype"  # a compute dtype that follows the model's
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,22 @@
 """Products with int8 codes as they lie, without a dequantized weight in fp32: activations in bf16, or in int8.
 
 An int8 code is a whole number below 2^8, so bf16 holds it exactly, and a product of bf16 matrices sums in fp32: what
-is rounded is the activation, and each sum once, to 8 bits of significand. Processors without bf16 products in tiles
-(AMX) keep the dequantized weight in fp32: there the detour is slower, and figures recorded there stay what they are.
+is rounded is the activation, and each sum once, to 8 bits of significand. Where activations are in bf16, processors
+without bf16 products in tiles (AMX) keep the dequantized weight: there the detour is slower, and figures recorded there
+stay what they are. `compute=bf16` asks for these roundings on every processor, whatever the activations are in.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from harness import engine
+from harness.contracts import AS_MODEL
 
 TILES = frozenset({"amx_bf16"})
 TINY = 2.0**-126  # smallest normal fp32: a row of zeros keeps its zeros
@@ -23,12 +26,43 @@ FEW_ROWS = 4  # rows up to which reading the codes once beats unpacking them: cr
 
 def quick(x: Tensor) -> bool:
     """Whether x is in bf16 already, where products of it in tiles are the quicker ones; fp32 is never rounded."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(TILES & engine.cpu_flags())
+    return x.dtype == torch.bfloat16 and tiled(x)
 
 
-def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x weight^T + bias in x's dtype; weight (out, in) fp32."""
-    return F.linear(x, weight.to(x.dtype), bias)
+def tiled(x: Tensor) -> bool:
+    """Whether bf16 products run in tiles where x lies."""
+    return x.device.type == "cpu" and bool(TILES & engine.cpu_flags())
+
+
+def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = AS_MODEL) -> Tensor:
+    """Compute x weight^T + bias; weight (out, in) fp32.
+
+    Args:
+        x: (..., in).
+        weight: rounded to the dtype of the product.
+        bias: (out,) or None.
+        compute: `weightmethod.COMPUTE`; where it asks for bf16 and x is not, x is rounded, sums are rounded once.
+
+    Returns:
+        (..., out) in x's dtype.
+    """
+    if compute == AS_MODEL or x.dtype == torch.bfloat16:
+        return F.linear(x, weight.to(x.dtype), bias)
+    return _finished(x, _rounded_product(x.bfloat16(), weight.bfloat16()).float(), bias)
+
+
+def _rounded_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """The product of bf16 matrices, summed in fp32 and rounded to bf16 on every processor."""
+    if rows.device.type != "cpu" or engine.native(torch.bfloat16):
+        return F.linear(rows, weight)
+    return F.linear(rows.float(), weight.float()).bfloat16()
+
+
+def _finished(x: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+    """Add the bias in fp32 and give back x's shape and dtype: (M, out) or (..., out) fp32."""
+    if bias is not None:
+        sums += bias
+    return sums.view(*x.shape[:-1], sums.shape[-1]).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=64)  # widths that a model has: some bytes each
@@ -37,11 +71,31 @@ def _ones(count: int) -> Tensor:
         return torch.ones(count, dtype=torch.bfloat16)
 
 
-def in_bf16(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x (codes scale)^T + bias with activations in bf16, on a processor that is `quick`.
+def of_codes(
+    x: Tensor, stored: Mapping[str, Tensor], weight: Callable[[], Tensor], bias: Tensor | None, compute: str
+) -> Tensor:
+    """The product of symmetric int8: in bf16 with the codes where that is asked for or quick, else dequantized.
 
     Args:
-        x: (..., in), bf16.
+        x: (..., in).
+        stored: codes (out, in) int8, scale.
+        weight: gives the dequantized weight (out, in) fp32.
+        bias: (out,) or None.
+        compute: `weightmethod.COMPUTE`.
+
+    Returns:
+        (..., out) in x's dtype.
+    """
+    if quick(x) or compute != AS_MODEL:
+        return in_bf16(x, stored["codes"], stored["scale"], bias)
+    return dequantized(x, weight(), bias)
+
+
+def in_bf16(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x (codes scale)^T + bias with activations in bf16: quick where products in tiles are.
+
+    Args:
+        x: (..., in), rounded to bf16.
         codes: (out, in) int8.
         scale: fp32, one for all or one an output channel.
         bias: (out,) or None.
@@ -51,14 +105,11 @@ def in_bf16(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     """
     outputs, inputs = codes.shape
     rows = x.reshape(-1, inputs).bfloat16()  # (M, in)
-    if rows.shape[0] <= FEW_ROWS and inputs % STEP == 0:
+    if rows.shape[0] <= FEW_ROWS and inputs % STEP == 0 and tiled(x):
         sums = torch._weight_int8pack_mm(rows, codes, _ones(outputs))  # (M, out) bf16: the scale comes after, in fp32
     else:
-        sums = F.linear(rows, codes.bfloat16())  # (M, out) bf16
-    found = torch.mul(sums, scale.view(-1))  # (M, out) fp32
-    if bias is not None:
-        found += bias
-    return found.view(*x.shape[:-1], outputs).to(x.dtype)
+        sums = _rounded_product(rows, codes.bfloat16())  # (M, out) bf16
+    return _finished(x, torch.mul(sums, scale.view(-1)), bias)  # (M, out) fp32
 
 
 def in_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,7 +123,4 @@ def in_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     whole = torch.div(rows, step.clamp_min_(TINY)).round_().char()  # (M, in)
     known = not x.is_cuda and bool(engine.cpu_flags() & engine.INT8_FLAGS)
     sums = torch._int_mm(whole, codes.t()) if known else engine.int8_product(whole, codes.t())  # (M, out) int32
-    found = torch.mul(sums, step).mul_(scale.view(-1))  # (M, out) fp32
-    if bias is not None:
-        found += bias
-    return found.view(*x.shape[:-1], codes.shape[0]).to(x.dtype)
+    return _finished(x, torch.mul(sums, step).mul_(scale.view(-1)), bias)  # (M, out) fp32

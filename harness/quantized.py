@@ -7,19 +7,21 @@ load with a state_dict. Tied weights share one `StoredWeight`, every module of a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.contracts import QuantizedWeight
+from harness import products
+from harness.contracts import AS_MODEL, QuantizedWeight
 from harness.errors import HarnessError
 
 Values = Mapping[str, int | float | str]
+PIECE = 2**18  # weights quantized at once: what is made on the way stays in the cache, and no fresh page is touched
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Recipe:
     tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     product: Callable[..., Tensor] | None = None
     values: Values = field(default_factory=dict)
+    compute: str = AS_MODEL
+    grain: str = ""
 
 
 class KeepsDtype(nn.Module):
@@ -71,12 +75,10 @@ class StoredWeight(KeepsDtype):
         self.recipe, self.tables = recipe, tables
         self.kind, self.layout, self.dtype = type(module).__name__, tuple(weight.shape), weight.dtype
         self.transposed = isinstance(module, Conv1D)  # GPT-2 keeps (in, out); scales belong to output channels
-        matrix = weight.float().reshape(-1, weight.shape[-1])
-        matrix = matrix.T.contiguous() if self.transposed else matrix.contiguous()  # (out, in)
-        self.matrix = (matrix.shape[0], matrix.shape[1])
-        _refuse_non_finite(recipe, {"weight": matrix})
-        stored = recipe.quantize(matrix, **recipe.values)
-        _refuse_non_finite(recipe, stored)
+        rows = weight.reshape(-1, weight.shape[-1])
+        rows = rows.T if self.transposed else rows  # (out, in)
+        self.matrix = (rows.shape[0], rows.shape[1])
+        stored = quantized_rows(recipe, rows)
         for name, tensor in stored.items():
             self.register_buffer(name, _owning(tensor))
 
@@ -100,16 +102,51 @@ class StoredWeight(KeepsDtype):
         return self.matrix[0] * self.matrix[1]
 
 
-def _refuse_non_finite(recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor):
-            count = int((~tensor.isfinite()).sum())
-            raise HarnessError(f"{recipe.method} cannot quantize it: {count} non-finite values in its {name}")
+def quantized_rows(recipe: Recipe, rows: Tensor) -> dict[str, Tensor]:
+    """What the recipe makes of a weight (out, in) of any dtype, piece by piece where its grain allows.
+
+    Raises:
+        HarnessError: a weight or a scale is not finite.
+    """
+    step = _piece(recipe, rows)
+    whole = recipe.quantize(_fp32(rows[:step]), **recipe.values)
+    if step < rows.shape[0]:
+        first, parts = whole, rows.shape[0] / step
+        whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
+        for start in range(0, rows.shape[0], step):
+            made = recipe.quantize(_fp32(rows[start : start + step]), **recipe.values) if start else first
+            for name, tensor in made.items():
+                place = start // step * len(first[name])
+                whole[name][place : place + len(tensor)] = tensor
+    for name, tensor in whole.items():
+        if not _finite(tensor):
+            _refuse(recipe, "weight", rows)
+            _refuse(recipe, name, tensor)
+    return whole
+
+
+def _fp32(rows: Tensor) -> Tensor:
+    return rows.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
+def _piece(recipe: Recipe, rows: Tensor) -> int:
+    """Rows quantized at once: about PIECE weights, no block or byte of two codes cut; all of a meta weight."""
+    if not recipe.grain or rows.is_meta:
+        return max(1, rows.shape[0])
+    unit = math.lcm(2, int(recipe.values["block"])) if recipe.grain == "block" else 1
+    apart = unit // math.gcd(unit, rows.shape[1])  # rows between two possible cuts
+    return apart * max(1, PIECE // (apart * rows.shape[1]))
 
 
 def _finite(tensor: Tensor) -> bool:
     """Whether all is finite, in one pass without a mask: a NaN is both the least and the largest value."""
-    return all(bool(end.isfinite()) for end in tensor.aminmax())
+    return tensor.is_meta or not tensor.is_floating_point() or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def _refuse(recipe: Recipe, name: str, tensor: Tensor) -> None:
+    count = int((~tensor.isfinite()).sum())
+    if count:
+        raise HarnessError(f"{recipe.method} cannot quantize it: {count} non-finite values in its {name}")
 
 
 def _owning(tensor: Tensor) -> Tensor:
@@ -141,7 +178,7 @@ class QuantizedLinear(nn.Module):
         if recipe.product is not None:
             found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
             return found
-        return F.linear(x, store.dequantize().to(x.dtype), bias)
+        return products.dequantized(x, store.dequantize(), bias, recipe.compute)
 
     def extra_repr(self) -> str:
         """Shape and method, for print(model)."""

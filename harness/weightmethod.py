@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from harness import scopes
-from harness.contracts import Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
+from harness.contracts import AS_MODEL, Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
     from torch import Tensor, nn
 
     from harness import quantized
+
+
+COMPUTE = Parameter(
+    str, AS_MODEL, "dtype of the products: bf16 rounds activations to it; 'dtype' is the model's", (AS_MODEL, "bf16")
+)
 
 
 def weight_method(
@@ -24,6 +30,8 @@ def weight_method(
     parameters: Mapping[str, Parameter] | None = None,
     tables: Mapping[str, tuple[float, ...]] | None = None,
     product: Callable[..., Tensor] | None = None,
+    computes: bool = False,
+    grain: str = "",
     grid: str = "",
     core: bool = True,
 ) -> Method:
@@ -41,17 +49,24 @@ def weight_method(
         tables: code tables, fp32, stored once a model.
         product: (x (..., in), stored, shape, bias or None, **values) -> (..., out) in x's dtype, where that is
             faster than F.linear on the dequantized weight; None for the latter.
+        computes: `product` takes the argument `compute` (COMPUTE), as every method without one does.
+        grain: 'row' or 'block' where no row, or block of `values["block"]` flattened weights, depends on another: the
+            weight is then quantized piece by piece, in the cache. '' quantizes it whole.
         grid: 'affine4:32' where the codes can represent such a grid exactly.
         core: planned by default.
 
     Returns:
         A Method that takes a scope, loads, sketches and counts.
     """
+    takes = (computes or product is None) and "compute" not in (parameters or {})  # an own one is the method's
 
     def recipe(arguments: Arguments) -> quantized.Recipe:
         from harness import quantized
 
-        return quantized.Recipe(name, quantize, dequantize, tables or {}, product, arguments.values)
+        values = dict(arguments.values)
+        compute = str(values.pop("compute", AS_MODEL)) if takes else AS_MODEL
+        chosen = functools.partial(product, compute=compute) if product and takes else product
+        return quantized.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain)
 
     def targets(model: nn.Module, arguments: Arguments) -> list[str]:
         return scopes.select(model, arguments.scope or Scope())
@@ -79,9 +94,8 @@ def weight_method(
 
         return quantized.weights(model)
 
-    return Method(
-        name, summary, bits, load, sketch, weights, targets, parameters or {}, scoped=True, grid=grid, core=core
-    )
+    every = {**(parameters or {}), **({"compute": COMPUTE} if takes else {})}
+    return Method(name, summary, bits, load, sketch, weights, targets, every, scoped=True, grid=grid, core=core)
 
 
 def reference_method(*, name: str, summary: str, bits: float) -> Method:

@@ -5,39 +5,16 @@ round to even. |w - w'| <= s / 2.
 
 Weights only (w8a16). In bf16 (`dtype=bf16`), on a processor with bf16 products in tiles (AMX), the product reads the
 codes as they lie: sums are rounded to bf16 once. Elsewhere, in fp32 and in fp16, the weight is dequantized at every
-call and the product is that of the activations' dtype: fp32 activations are never rounded.
+call and the product is that of the activations' dtype: fp32 activations are never rounded, unless `compute=bf16` asks
+for it. Then activations and sums are rounded to bf16 once each on every processor, and the scale comes after, in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from harness.codes import quantize_rows
+from harness.codes import dequantize_int8, product_int8, quantize_rows
 from harness.weightmethod import weight_method
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def quantize(weight: Tensor) -> dict[str, Tensor]:
-    """(out, in) fp32 -> codes (out, in) int8, scale (out, 1) fp32."""
-    return quantize_rows(weight)
-
-
-def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """(out, in) fp32."""
-    return stored["codes"].float().mul_(stored["scale"])
-
-
-def product(x: Tensor, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-    """(..., in) -> (..., out)."""
-    from harness import products
-
-    if products.quick(x):
-        return products.in_bf16(x, stored["codes"], stored["scale"], bias)
-    return products.dequantized(x, dequantize(stored, shape), bias)
-
+quantize, dequantize, product = quantize_rows, dequantize_int8, product_int8
 
 METHOD = weight_method(
     name="absmax-int8",
@@ -46,4 +23,6 @@ METHOD = weight_method(
     quantize=quantize,
     dequantize=dequantize,
     product=product,
+    computes=True,
+    grain="row",
 )

@@ -11,21 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness.codes import quantize_rows
+from harness.codes import dequantize_int8, quantize_rows
 from harness.weightmethod import weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def quantize(weight: Tensor) -> dict[str, Tensor]:
-    """(out, in) fp32 -> codes (out, in) int8, scale (out, 1) fp32."""
-    return quantize_rows(weight)
-
-
-def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """(out, in) fp32."""
-    return stored["codes"].float().mul_(stored["scale"])
+quantize, dequantize = quantize_rows, dequantize_int8
 
 
 def product(x: Tensor, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
@@ -42,5 +35,6 @@ METHOD = weight_method(
     quantize=quantize,
     dequantize=dequantize,
     product=product,
+    grain="row",
     core=False,
 )

@@ -36,6 +36,7 @@ METHOD = weight_method(
     bits=4,
     quantize=quantize,
     dequantize=dequantize,
+    grain="block",
     parameters={"block": BLOCK},
     tables={"levels": LEVELS},
 )

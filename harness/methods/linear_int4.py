@@ -38,5 +38,6 @@ METHOD = weight_method(
     bits=4,
     quantize=quantize,
     dequantize=dequantize,
+    grain="block",
     parameters={"block": BLOCK},
 )

@@ -41,6 +41,7 @@ METHOD = weight_method(
     bits=4,
     quantize=quantize,
     dequantize=dequantize,
+    grain="block",
     parameters={"block": BLOCK},
     grid="affine4:32",  # with block=32: lossless where the weights were stored so; other blocks straddle that grid
 )

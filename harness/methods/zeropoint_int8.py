@@ -41,4 +41,5 @@ METHOD = weight_method(
     bits=8,
     quantize=quantize,
     dequantize=dequantize,
+    grain="row",
 )

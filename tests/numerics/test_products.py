@@ -7,10 +7,22 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.pytorch_utils import Conv1D
 
-from harness import engine, memory, products
+from harness import engine, memory, products, quantized
+from harness.arguments import resolve
 from harness.contracts import Arguments, Method, Scope
-from harness.methods import absmax_int8, absmax_int8_tensor, absmax_int8_w8a8
+from harness.methods import (
+    absmax_int8,
+    absmax_int8_tensor,
+    absmax_int8_w8a8,
+    fp4,
+    linear_int4,
+    linear_int4_affine,
+    nf4,
+    zeropoint_int8,
+)
+from harness.specifications import parse
 
 SHAPES = [
     (1, 64, 96),
@@ -150,3 +162,57 @@ def test_the_lossier_method_says_so() -> None:
     assert "activations" in absmax_int8_w8a8.METHOD.summary
     assert not absmax_int8_w8a8.METHOD.core
     assert absmax_int8_w8a8.METHOD.batch_invariant
+
+
+def quantized_layers(text: str, method: Method, *layers: nn.Module) -> nn.ModuleList:
+    """These layers under a method, as if they were a model's."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(layers)
+    method.sketch(model.requires_grad_(False), resolve(parse(text), method, "cpu"))
+    return model.layers
+
+
+ROUNDED = [absmax_int8, absmax_int8_tensor, zeropoint_int8, linear_int4, linear_int4_affine, nf4, fp4]
+
+
+@pytest.mark.parametrize("module", ROUNDED, ids=lambda module: module.METHOD.name)
+def test_compute_in_bf16_rounds_activations_weights_and_sums_once_each(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layer,) = quantized_layers(f"{module.METHOD.name}:compute=bf16", module.METHOD, nn.Linear(64, 48))
+    restored, bias = layer.weight, layer.bias
+    assert isinstance(restored, torch.Tensor)
+    assert isinstance(bias, torch.Tensor)
+    for rows in (1, 9):
+        x = normal(rows, 64)
+        wanted = exact(x, restored, bias)
+        sizes = x.double().abs() @ restored.double().abs().T
+        for flags in (PLAIN, frozenset({"avx512_bf16"}), TILED):
+            monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+            found = layer(x)
+            assert found.dtype == torch.float32
+            error = (found.double() - wanted).abs()
+            assert bool((error <= 2.0**-9 * 1.1 * (2 * sizes + (wanted - bias).abs()) + 1e-5 * sizes).all())
+            assert float(error.max()) > 1e-4  # it is rounded
+
+
+def test_compute_in_bf16_changes_nothing_where_all_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cpu_flags", lambda: TILED)
+    x, found = normal(9, 64).bfloat16(), []
+    for text in ("nf4:dtype=bf16", "nf4:dtype=bf16:compute=bf16"):
+        torch.manual_seed(0)
+        (layer,) = quantized_layers(text, nf4.METHOD, nn.Linear(64, 48).bfloat16())
+        found.append(layer(x))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("module", ROUNDED, ids=lambda module: module.METHOD.name)
+def test_a_weight_is_quantized_in_pieces_as_it_is_whole(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for piece in (2**18, 300):
+        monkeypatch.setattr(quantized, "PIECE", piece)
+        torch.manual_seed(0)
+        layers = quantized_layers(module.METHOD.name, module.METHOD, nn.Linear(48, 41), Conv1D(47, 48))
+        found.append(layers.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())

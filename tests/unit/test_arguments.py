@@ -24,12 +24,12 @@ def library(**parameters: Parameter) -> Method:
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "fp32"), ("cuda", "fp16")])
 def test_defaults_depend_on_the_device(device: str, dtype: str) -> None:
-    assert resolve(parse("nf4"), nf4.METHOD, device) == Arguments(dtype, Scope(), {"block": 64})
+    assert resolve(parse("nf4"), nf4.METHOD, device) == Arguments(dtype, Scope(), {"block": 64, "compute": "dtype"})
 
 
 def test_everything_given() -> None:
     found = resolve(parse("nf4:mlp:layers=2-5:names=*up*:block=128:dtype=bf16"), nf4.METHOD, "cpu")
-    assert found == Arguments("bf16", Scope("mlp", (2, 5), "*up*"), {"block": 128})
+    assert found == Arguments("bf16", Scope("mlp", (2, 5), "*up*"), {"block": 128, "compute": "dtype"})
     assert type(found.values["block"]) is int
 
 
@@ -53,7 +53,7 @@ def test_types_of_values() -> None:
         ("nf4:block=many", nf4.METHOD, BadSpecification, r"block is a whole number \(weights .*\), not 'many'"),
         ("nf4:block=64.0", nf4.METHOD, BadSpecification, "block is a whole number"),
         ("nf4:dtype=int8", nf4.METHOD, BadSpecification, "dtype is one of fp32, bf16, fp16, not 'int8'"),
-        ("absmax-int8:block=64", absmax_int8.METHOD, UnknownName, r"'block' \(known: dtype, layers, names\)"),
+        ("absmax-int8:block=64", absmax_int8.METHOD, UnknownName, r"'block' \(known: compute, dtype, layers, names\)"),
         ("bf16:dtype=fp32", bf16.METHOD, BadSpecification, "bf16 is a reference in bf16, drop dtype="),
         ("bf16:all", bf16.METHOD, BadSpecification, "bf16 takes no scope"),
         ("bf16:layers=1", bf16.METHOD, UnknownName, r"'layers' \(known: dtype\)"),
@@ -69,12 +69,13 @@ def test_what_does_not_read_is_one_line(text: str, method: Method, error: type[E
 def test_the_id_writes_every_default_out() -> None:
     short = resolve(parse("nf4"), nf4.METHOD, "cpu")
     long = resolve(parse("nf4:linear:block=64:dtype=fp32"), nf4.METHOD, "cpu")
-    text = "nf4:linear:batch=1:block=64:dtype=fp32:layers=all:names=*"
+    text = "nf4:linear:batch=1:block=64:compute=dtype:dtype=fp32:layers=all:names=*"
     assert method_id(nf4.METHOD, short, 1) == method_id(nf4.METHOD, long, 1) == text
     assert method_id(bf16.METHOD, resolve(parse("bf16"), bf16.METHOD, "cpu"), 4) == "bf16:batch=4:dtype=bf16"
 
 
 def test_the_id_tells_arguments_apart() -> None:
     texts = ["nf4", "nf4:all", "nf4:layers=3", "nf4:layers=3-4", "nf4:names=*q*", "nf4:block=32", "nf4:dtype=bf16"]
+    texts.append("nf4:compute=bf16")
     ids = {method_id(nf4.METHOD, resolve(parse(text), nf4.METHOD, "cpu"), 1) for text in texts}
     assert len(ids) == len(texts)
