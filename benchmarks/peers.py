@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.files import cache_dir, locked
 from harness.records import digest
+from harness.runner import server_environment
 
 PINS = ("torch==2.13.0", "transformers==5.23.0", "lm_eval[hf]==0.4.13", "torchao==0.18.0", "optimum-quanto==0.2.7")
 WORKER = Path(__file__).with_name("worker.py")
@@ -44,7 +45,8 @@ class Worker:
 
     def __init__(self, kind: str, subject: str, folder: Path, dtype: str = "fp32") -> None:
         python = Path(sys.executable) if kind == "harness" else environment()
-        world = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        threads = len(os.sched_getaffinity(0))
+        world = {**os.environ, **server_environment(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         command = [str(python), "-W", "ignore", str(WORKER), kind, subject, str(folder), dtype]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=world

@@ -153,19 +153,13 @@ class Bench:
         request = Instance("loglikelihood_rolling", {}, (self.text,), 0)
         return -float(self.language.loglikelihood_rolling([request], disable_tqdm=True)[0])
 
-    def nll(self, exact: bool = False) -> list[float]:
-        """NLL of every token; of lm-eval from its windows' logits. `exact`: as on a processor without tiles."""
+    def nll(self) -> list[float]:
+        """NLL of every token; of lm-eval from its windows' logits."""
         if self.kind == "lm-eval":
             return self._nll_of_peer()
         from harness import engine
 
-        known = engine.cpu_flags
-        try:
-            if exact:
-                engine.cpu_flags = lambda: known() - {"amx_bf16"}  # type: ignore[assignment]
-            return [float(value) for value in engine.score(self.model, self.windows, device="cpu")]
-        finally:
-            engine.cpu_flags = known
+        return [float(value) for value in engine.score(self.model, self.windows, device="cpu")]
 
     def _nll_of_peer(self) -> list[float]:
         from lm_eval import utils

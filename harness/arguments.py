@@ -74,7 +74,7 @@ def method_id(method: Method, arguments: Arguments, batch_size: int) -> str:
     written: Mapping[str, object] = {
         **arguments.values,
         **(scopes.scope_arguments(scope) if scope else {}),
-        "batch": batch_size,
+        "batch": batch_size or "auto",
         "dtype": arguments.dtype,
     }
     pairs = tuple(sorted((key, str(value)) for key, value in written.items()))

@@ -29,6 +29,7 @@ NATIVE = {  # instruction sets with products in a half precision; without them t
     torch.float16: frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
     torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
 }
+PASS_TOKENS = 512  # of one forward where the batch is chosen: fills two cores, and a window of it runs alone
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})  # int8 dot products in hardware
 INT8_DEPTH = 1023  # products of int8 that fp32 sums exactly: 1023 * 128 * 128 < 2^24
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -43,7 +44,7 @@ def score(
         model: causal, in eval mode, on `device`; a model of transformers, or one that answers alike.
         windows: what to feed and score; those that score nothing are not run.
         device: "cpu" or "cuda".
-        batch_size: windows in one forward pass.
+        batch_size: windows in one forward pass; 0 chooses: as many as PASS_TOKENS holds.
         padding_id: any id of the vocabulary; padding is masked, never attended to, never scored.
 
     Returns:
@@ -58,14 +59,23 @@ def score(
         return nll
     with torch.inference_mode(), fp32_products(model), quick_int8_products():
         split = splits(model, windows[order[0]].ids[:PROBE_TOKENS], device)
-        size = batch_size if split else 1
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
+        lengths = [len(windows[index].ids) - 1 for index in order]
+        for part in batches(lengths, batch_size if split else 1):
+            chosen = order[part]
             scored = batch_nll(model, [windows[index] for index in chosen], device, padding_id, split)
             pieces = np.split(scored, np.cumsum([windows[index].scored for index in chosen])[:-1])
             for index, piece in zip(chosen, pieces, strict=True):
                 nll[ends[index] - windows[index].scored : ends[index]] = piece
     return nll
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[slice]:
+    """Windows that run together, of those in falling order of length: `size` at a time, or by PASS_TOKENS where 0."""
+    start = 0
+    while start < len(lengths):
+        step = size or max(1, PASS_TOKENS // lengths[start])
+        yield slice(start, start + step)
+        start += step
 
 
 def batch_nll(

@@ -68,17 +68,17 @@ class StoredWeight(KeepsDtype):
         dtype: of the weight before.
     """
 
-    def __init__(self, module: nn.Module, recipe: Recipe, tables: Tables) -> None:
+    def __init__(self, module: nn.Module, recipe: Recipe, tables: Tables, weight: Tensor | None = None) -> None:
         super().__init__()
         assert isinstance(module.weight, Tensor)
-        weight = module.weight.detach()
         self.recipe, self.tables = recipe, tables
-        self.kind, self.layout, self.dtype = type(module).__name__, tuple(weight.shape), weight.dtype
+        self.kind, self.layout, self.dtype = type(module).__name__, tuple(module.weight.shape), module.weight.dtype
+        weight = module.weight.detach() if weight is None else weight
         self.transposed = isinstance(module, Conv1D)  # GPT-2 keeps (in, out); scales belong to output channels
         rows = weight.reshape(-1, weight.shape[-1])
         rows = rows.T if self.transposed else rows  # (out, in)
         self.matrix = (rows.shape[0], rows.shape[1])
-        stored = quantized_rows(recipe, rows)
+        stored = quantized_rows(recipe, rows, self.dtype)
         for name, tensor in stored.items():
             self.register_buffer(name, _owning(tensor))
 
@@ -102,31 +102,31 @@ class StoredWeight(KeepsDtype):
         return self.matrix[0] * self.matrix[1]
 
 
-def quantized_rows(recipe: Recipe, rows: Tensor) -> dict[str, Tensor]:
-    """What the recipe makes of a weight (out, in) of any dtype, piece by piece where its grain allows.
+def quantized_rows(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the recipe makes of a weight (out, in) rounded to a dtype, piece by piece where its grain allows.
 
     Raises:
         HarnessError: a weight or a scale is not finite.
     """
     step = _piece(recipe, rows)
-    whole = recipe.quantize(_fp32(rows[:step]), **recipe.values)
+    whole = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
     if step < rows.shape[0]:
         first, parts = whole, rows.shape[0] / step
         whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
         for start in range(0, rows.shape[0], step):
-            made = recipe.quantize(_fp32(rows[start : start + step]), **recipe.values) if start else first
+            made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
             for name, tensor in made.items():
                 place = start // step * len(first[name])
                 whole[name][place : place + len(tensor)] = tensor
     for name, tensor in whole.items():
         if not _finite(tensor):
-            _refuse(recipe, "weight", rows)
+            _refuse(recipe, "weight", rows.to(dtype))
             _refuse(recipe, name, tensor)
     return whole
 
 
-def _fp32(rows: Tensor) -> Tensor:
-    return rows.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+def _fp32(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.to(dtype).float().contiguous()
 
 
 def _piece(recipe: Recipe, rows: Tensor) -> int:
@@ -218,14 +218,17 @@ def weight_owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in owners.values()}
 
 
-def apply(model: nn.Module, recipe: Recipe, names: Iterable[str], *, read: Callable[[str], None] | None = None) -> None:
+def apply(
+    model: nn.Module, recipe: Recipe, names: Iterable[str], *, read: Callable[[str], Tensor] | None = None
+) -> None:
     """Quantize the named weights of a model in place, on the device they lie on (meta too).
 
     Args:
         model: unquantized; each weight is freed as soon as its codes exist.
         recipe: the method.
         names: modules, one for each weight; those tied to it follow and share its store.
-        read: puts the weight of the module of this name in its place, just before it is quantized.
+        read: gives the weight of the module of this name, in any dtype, just before it is quantized; the module's own
+            weight, on the meta device then, says which dtype it is rounded to first.
 
     Raises:
         HarnessError: a weight is not finite, or a scale overflows; the module is named.
@@ -234,19 +237,18 @@ def apply(model: nn.Module, recipe: Recipe, names: Iterable[str], *, read: Calla
     tables: Tables | None = None
     placement: Tensor | None = None
     for first in names:
-        if read is not None:
-            read(first)
         module = model.get_submodule(first)
         assert isinstance(module.weight, Tensor)
-        placement = torch.empty(0, dtype=module.weight.dtype, device=module.weight.device)
+        weight = module.weight if read is None else read(first)
+        placement = torch.empty(0, dtype=module.weight.dtype, device=weight.device)
         tables = tables or Tables(recipe, placement.device)
         try:
             with torch.no_grad():
-                store = StoredWeight(module, recipe, tables)
+                store = StoredWeight(module, recipe, tables, weight.detach())
         except HarnessError as error:
             raise HarnessError(f"{first}: {error}") from error
         _put(model, owners[first], store)
-        del module  # the last hold on the unquantized weight
+        del module, weight  # the last holds on the unquantized weight
     if placement is not None and not any(parameter.is_floating_point() for parameter in model.parameters()):
         # transformers reads a model's dtype and device off its parameters, of which the scope `all` may leave none
         model.register_parameter("placement", nn.Parameter(placement, requires_grad=False))

@@ -236,6 +236,9 @@ def server_environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",  # its thread pool does not survive a fork
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
+        # glibc keeps freed activations instead of faulting their pages in again at every layer; 32 MiB is its own bound
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
     }
 
 

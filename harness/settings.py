@@ -30,6 +30,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def batch(text: str) -> int:
+    """A whole number above zero; 0 for auto."""
+    return 0 if text == "auto" else positive(text)
+
+
 def device(text: str) -> str:
     """auto, cpu or cuda."""
     if text not in DEVICES:
@@ -79,7 +84,7 @@ SETTINGS = (
     Setting("reference", "fp32", "the unquantized method that others are compared with", parse, "SPEC"),
     Setting("device", "auto", "auto (what is visible), cpu or cuda", device, "NAME"),
     Setting("max_tokens", "the whole text", "read at most this many tokens of a text", positive, "N"),
-    Setting("batch_size", "1", "windows in one forward pass, where the method allows it", positive, "N"),
+    Setting("batch_size", "1", "windows in one forward pass, where the method allows it, or auto", batch, "N"),
     Setting("repetitions", "10", "timed repetitions of candidate and reference each", positive, "N"),
     Setting("report_dir", "harness-report", "where report, plots and measurements go", Path, "DIR"),
     Setting("baselines", "baselines", "where recorded figures lie", Path, "DIR"),

@@ -1,8 +1,8 @@
 """Quantizing from safetensors tensor by tensor: no unquantized model is ever whole in memory.
 
 The model is built without weights; what stays unquantized is read into its place, then each weight to be quantized is
-read, turned into codes and dropped before the next. The peak is the quantized model and the work on one tensor. Files
-are read, not mapped, since mapped pages count as resident. Folders whose names are not the architecture's own, one for
+mapped, turned into codes piece by piece and unmapped before the next. The peak is the quantized model and one tensor as
+it lies in the file. Folders whose names are not the architecture's own, one for
 one (older layouts, merged experts), are left to `checkpoints.open_model`, which knows how to convert.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,21 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def mapped(self) -> Tensor:
+        """The tensor as it lies in the file, in pages that go when it goes; in memory of its own where it cannot."""
+        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        if self.offset % self.dtype.itemsize:
+            return self.read()
+        length = math.prod(self.shape) * self.dtype.itemsize
+        with self.file.open("rb") as file:
+            if self.file.stat().st_size < self.offset + length:  # reading past the end of a mapping is a bus error
+                raise self._cut_short()
+            pages = mmap.mmap(file.fileno(), self.offset - start + length, access=mmap.ACCESS_COPY, offset=start)
+        if hasattr(pages, "madvise"):
+            pages.madvise(mmap.MADV_WILLNEED)
+        flat = torch.frombuffer(pages, dtype=self.dtype, count=math.prod(self.shape), offset=self.offset - start)
+        return flat.view(self.shape)
+
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
@@ -53,9 +69,12 @@ class Place:
             while len(room):
                 count = file.readinto(room)
                 if not count:
-                    raise BadFile(f"{self.file} ends before its last tensor: fetch it again")
+                    raise self._cut_short()
                 room = room[count:]
         return tensor
+
+    def _cut_short(self) -> BadFile:
+        return BadFile(f"{self.file} ends before its last tensor: fetch it again")
 
 
 def places(files: Iterable[Path]) -> dict[str, Place] | None:
@@ -113,9 +132,8 @@ def quantized_model(
                 kept,
             )
 
-    def read(name: str) -> None:
-        source = next(owner for owner in owners[name] if f"{owner}.weight" in there)
-        _put(model, [f"{name}.weight"], there[f"{source}.weight"], kept)
+    def read(name: str) -> Tensor:
+        return there[next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there)].mapped()
 
     quantized.apply(model, recipe, names, read=read)
     return model

@@ -76,7 +76,7 @@ def test_a_head_that_is_not_all_of_the_logits_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("batch_size", [0, 2, 3, 8])
 def test_batches_change_nothing_and_keep_the_order(name: str, batch_size: int) -> None:
     model = model_of(name)
     for made in plans(text(60, seed=1)).values():
@@ -109,6 +109,20 @@ def test_a_mask_is_given_only_where_lengths_differ(monkeypatch: pytest.MonkeyPat
     made = [windows.all_but_first(text(length)) for length in (6, 9, 9, 9, 9, 5)]
     engine.score(model, made, device="cpu", batch_size=2)
     assert seen == [((2, 8), False), ((2, 8), False), ((2, 5), True)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "wanted"),
+    [
+        ([600, 512, 300, 256, 200, 9, 9], 0, [1, 1, 1, 2, 2]),
+        ([128] * 5, 0, [4, 1]),
+        ([128] * 5, 1, [1] * 5),
+        ([128] * 5, 3, [3, 2]),
+        ([], 0, []),
+    ],
+)
+def test_a_chosen_batch_holds_so_many_tokens(lengths: list[int], size: int, wanted: list[int]) -> None:
+    assert [len(lengths[part]) for part in engine.batches(lengths, size)] == wanted
 
 
 def test_no_more_logits_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:

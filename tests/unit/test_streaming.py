@@ -1,5 +1,6 @@
 """Quantizing while reading gives the model that loading whole and then quantizing gives, one weight at a time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,11 @@ def test_streamed_is_loaded_and_then_quantized(
 def test_one_weight_at_a_time_is_unquantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, most, kept = saved("llama", tmp_path), [], quantized.StoredWeight.__init__
 
-    def counting(self: Any, module: Any, recipe: Any, tables: Any) -> None:
+    def counting(self: Any, module: Any, recipe: Any, tables: Any, weight: Any) -> None:
         linear = [child for child in built[0].modules() if isinstance(child, torch.nn.Linear)]
-        most.append(sum(not child.weight.is_meta for child in linear if child is not built[0].lm_head))
-        kept(self, module, recipe, tables)
+        assert not weight.is_meta
+        most.append(1 + sum(not child.weight.is_meta for child in linear if child is not built[0].lm_head))
+        kept(self, module, recipe, tables, weight)
 
     built: list[Any] = []
     empty = checkpoints.empty_model
@@ -120,3 +122,15 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(BadFile, match=r"model\.safetensors ends before its last tensor"):
         last.read()
+    with pytest.raises(BadFile, match=r"model\.safetensors ends before its last tensor"):
+        last.mapped()
+
+
+def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    places = streaming.places([tmp_path / "model.safetensors"])
+    assert places is not None
+    for place in places.values():
+        assert torch.equal(place.mapped(), place.read())
+        odd = replace(place, offset=place.offset - 1)  # no multiple of the dtype's size: read, as bytes lie
+        assert torch.equal(odd.mapped().view(torch.uint8), odd.read().view(torch.uint8))
