@@ -13,6 +13,7 @@ import engine
 import int8
 import loading
 import session
+import ways
 from peers import PINS, ROOT
 
 from harness import documents
@@ -23,6 +24,8 @@ PARTS: Mapping[str, tuple[Callable[[Sequence[str]], dict[str, Any]], Callable[[M
     "int8": (int8.measure, int8.render),
     "loading": (loading.measure, loading.render),
     "session": (session.measure, session.render),
+    "main": (session.measure_main, session.render_main),
+    "ways": (ways.measure, ways.render),
 }
 
 
@@ -60,5 +63,7 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    page = documents.Document("performance", "As fast as the hardware allows", measure, render, script="run")
+    page = documents.Document(
+        "performance", "As fast as the hardware allows", measure, render, session.curve, script="run"
+    )
     raise SystemExit(documents.run(page))

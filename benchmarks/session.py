@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,22 +12,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import kept
 from peers import ROOT, middle
 
 from harness import documents
-from harness.report import writing
+from harness.report import plots, writing
 
 METHODS = ("fp32", "absmax-int8", "linear-int4", "nf4")
 TOKENS = (1024, 2048, 4096)
 STARTS = 5  # repetitions of a command's start
+CURVE = "performance-session.svg"
+OVERHEAD = 0.05  # of the main job, at most
 
 
 def session(folder: Path, methods: Sequence[str], tokens: int, *more: str) -> dict[str, float]:
+    """One session of perplexity and memory under some methods."""
+    chosen = ["--methods", ",".join(methods), "--metrics", "perplexity,memory", "--max-tokens", str(tokens)]
+    return timed(folder, *chosen, *more)
+
+
+def timed(folder: Path, *options: str) -> dict[str, float]:
     """One session's wall time, the seconds of its rows, and how many there are."""
     command = [
         sys.executable, "-m", "pytest", "tests/cases/test_measured.py", "-q", "-p", "no:cacheprovider",
-        "--methods", ",".join(methods), "--metrics", "perplexity,memory", "--max-tokens", str(tokens),
-        "--report-dir", str(folder), *more,
+        "--report-dir", str(folder), *options,
     ]  # fmt: skip
     start = time.perf_counter()
     subprocess.run(command, cwd=ROOT, capture_output=True)
@@ -68,6 +77,53 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
         return {"session": {"tokens": tokens, "cases": cases, "resumed": resumed, "starts": starts(report)}}
 
 
+def measure_main(models: Sequence[str]) -> dict[str, Any]:
+    """The main job, as `tox run -e report` runs it."""
+    with tempfile.TemporaryDirectory() as home:
+        return {"main": timed(Path(home))}
+
+
+def render_main(results: Mapping[str, Any]) -> str:
+    """What lies beside the work."""
+    one = results["main"]
+    beside = one["wall"] - one["inside"]
+    return (
+        f"## The main job\n\nThe session of `tox run -e report`: {one['rows']} rows in {one['wall']:.0f} s, of which "
+        f"{one['inside']:.0f} s inside load, quantize, forward and timing loops; {beside:.1f} s beside, "
+        f"{100 * beside / one['wall']:.1f}% (at most {100 * OVERHEAD:.0f}%: {kept(beside <= OVERHEAD * one['wall'])})."
+    )
+
+
+def curve(results: Mapping[str, Any]) -> dict[str, str]:
+    """Wall time against tokens and against methods, each with the straight line through its ends."""
+    from matplotlib.figure import Figure
+
+    if "session" not in results:
+        return {}
+    with plots.style():
+        canvas = Figure(figsize=(7.6, 2.8), layout="constrained")
+        for panel, (name, label) in zip(
+            canvas.subplots(1, 2), (("tokens", "tokens, two methods"), ("cases", "methods")), strict=True
+        ):
+            counts = [int(count) for count in results["session"][name]]
+            walls = [one["wall"] for one in results["session"][name].values()]
+            panel.plot(counts, walls, "o", color="#1F5FA8", label="session")
+            panel.plot([counts[0], counts[-1]], [walls[0], walls[-1]], color="#888888", lw=1, label="straight line")
+            panel.set(xlabel=label, ylabel="wall time, s", ylim=(0, None), xlim=(0, None))
+        canvas.axes[0].legend(frameon=False)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": "Growth of a session"})
+    return {CURVE: buffer.getvalue()}
+
+
+def straightness(points: Mapping[str, Mapping[str, float]]) -> float:
+    """Largest distance of a wall time from the line through the first and the last, as a share of it."""
+    counts, walls = [int(count) for count in points], [one["wall"] for one in points.values()]
+    slope = (walls[-1] - walls[0]) / (counts[-1] - counts[0])
+    lines = [walls[0] + slope * (count - counts[0]) for count in counts]
+    return max(abs(wall / line - 1) for wall, line in zip(walls, lines, strict=True))
+
+
 def render(results: Mapping[str, Any]) -> str:
     """The tables."""
     found = results["session"]
@@ -91,7 +147,11 @@ def render(results: Mapping[str, Any]) -> str:
         f"model; over tokens the first two, over methods at {TOKENS[0]:,} tokens. `inside` is the sum of the rows' "
         "`seconds`: load, quantize, forward, timing loops.\n\n"
         f"{writing.table(['growing', 'count', 'rows', 'wall s', 'inside s', 'beside s'], rows)}\n\n"
-        f"{writing.table(['command, whole', 'seconds'], commands)}"
+        f"![Wall time against tokens and methods]({CURVE})\n\n"
+        f"From the straight line through the ends of a curve, no session is further than "
+        f"{100 * straightness(found['tokens']):.1f}% (tokens) and "
+        f"{100 * straightness(found['cases']):.1f}% (methods).\n\n"
+        f"{writing.table(['command, whole (at most 0.5 s)', 'seconds'], commands)}"
     )
 
 

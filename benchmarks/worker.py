@@ -178,8 +178,11 @@ class Bench:
             found += (-logits.gather(1, torch.tensor(scored)[:, None])[:, 0]).tolist()
         return found
 
-    def products(self, rows: int, scored: int) -> float:
-        """The matrix products alone of one window, every one with the model's own weights and random activations."""
+    def products(self, rows: int, scored: int, attention: bool = False) -> float:
+        """The linear layers alone of one window, with the model's weights and random activations; attention's products.
+
+        Attention's two products a layer run inside torch's fused kernel, its softmax with them.
+        """
         head = self.model.get_output_embeddings()
         pairs = []
         for module in self.model.modules():
@@ -187,11 +190,17 @@ class Bench:
                 height = scored if module is head else rows
                 pairs.append((torch.randn(height, module.in_features).to(module.weight.dtype), module.weight))
 
+        config = self.model.config
+        shape = (1, config.num_attention_heads, rows, config.hidden_size // config.num_attention_heads)
+        heads = [torch.randn(shape).to(pairs[0][1].dtype) for _ in range(3)]
+
         def run() -> None:
             for x, weight in pairs:
                 step = 32 * 2**20 // (4 * weight.shape[0])  # the engine's slices of the head, and one piece elsewhere
                 for piece in x.split(step):
                     nn.functional.linear(piece, weight)
+            for _ in range(self.model.config.num_hidden_layers if attention else 0):
+                nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
 
         return timed(run)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from harness.contracts import AS_MODEL, QuantizedWeight
 from harness.errors import HarnessError
 
 Values = Mapping[str, int | float | str]
-PIECE = 2**18  # weights quantized at once: what is made on the way stays in the cache, and no fresh page is touched
+PIECE = 2**17  # weights quantized at once: what is made on the way stays in the cache, and no fresh page is touched
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,34 @@ def quantized_rows(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str
         HarnessError: a weight or a scale is not finite.
     """
     step = _piece(recipe, rows)
-    whole = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
-    if step < rows.shape[0]:
-        first, parts = whole, rows.shape[0] / step
-        whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
-        for start in range(0, rows.shape[0], step):
-            made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
-            for name, tensor in made.items():
-                place = start // step * len(first[name])
-                whole[name][place : place + len(tensor)] = tensor
+    first = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
+    whole = first if step >= rows.shape[0] else _joined(recipe, rows, dtype, step, first)
     for name, tensor in whole.items():
         if not _finite(tensor):
             _refuse(recipe, "weight", rows.to(dtype))
             _refuse(recipe, name, tensor)
+    return whole
+
+
+def _joined(
+    recipe: Recipe, rows: Tensor, dtype: torch.dtype, step: int, first: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The pieces behind the first, a thread a core: operations on so few numbers gain nothing from threads inside."""
+    parts = rows.shape[0] / step
+    whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
+    inference = torch.is_inference_mode_enabled()  # a thread's own affair, as the number of threads is
+
+    def place(start: int) -> None:
+        with torch.inference_mode(inference):
+            made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
+            for name, tensor in made.items():
+                at = start // step * len(first[name])
+                whole[name][at : at + len(tensor)] = tensor
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        deque(pool.map(place, range(0, rows.shape[0], step)), maxlen=0)  # raises what a piece raised
+    torch.set_num_threads(threads)  # which threads that are born later take over
     return whole
 
 
