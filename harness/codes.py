@@ -90,7 +90,7 @@ def unpack(packed: Tensor, levels: Tensor, count: int) -> Tensor:
     import torch
 
     if packed.device.type == "cpu" and count % 4 == 0:
-        wide = torch.take(_quads(tuple(levels.tolist())), packed.view(torch.uint16).long())  # (count / 4,)
+        wide = _quads(tuple(levels.tolist())).index_select(0, packed.view(torch.uint16).int())  # (count / 4,)
         return torch.view_as_real(wide).view(torch.float32).view(-1)
     chosen = _pairs(levels).view(torch.int64).view(-1).index_select(0, packed.int())  # (ceil(count / 2),)
     return chosen.view(torch.float32)[:count]
