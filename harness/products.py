@@ -21,6 +21,7 @@ from harness.contracts import AS_MODEL
 TILES = frozenset({"amx_bf16"})
 TINY = 2.0**-126  # smallest normal fp32: a row of zeros keeps its zeros
 STEP = 16  # channels that torch 2.13's kernel reads at a time: where they do not divide `in`, it reads past the row
+TURING = (7, 5)  # the first CUDA devices with int8 products in tensor cores; torch._int_mm asks for more than 16 rows
 FEW_ROWS = 4  # rows up to which reading the codes once beats unpacking them: crossing between 4 and 8 on one Xeon
 
 
@@ -112,6 +113,14 @@ def in_bf16(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return _finished(x, torch.mul(sums, scale.view(-1)), bias)  # (M, out) fp32
 
 
+def multiplies_int8(rows: Tensor, codes: Tensor) -> bool:
+    """Whether `torch._int_mm` takes rows (M, in) and codes (out, in) where they lie, in hardware."""
+    if not rows.is_cuda:
+        return bool(engine.cpu_flags() & engine.INT8_FLAGS)
+    (count, inputs), outputs = rows.shape, len(codes)
+    return torch.cuda.get_device_capability(rows.device) >= TURING and count > 16 and inputs % 8 == outputs % 8 == 0
+
+
 def in_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The same with each row of activations rounded to int8 by its own absmax: whole-number products, summed exactly.
 
@@ -121,6 +130,6 @@ def in_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
     step = rows.abs().amax(dim=1, keepdim=True).div_(127)  # (M, 1)
     whole = torch.div(rows, step.clamp_min_(TINY)).round_().char()  # (M, in)
-    known = not x.is_cuda and bool(engine.cpu_flags() & engine.INT8_FLAGS)
-    sums = torch._int_mm(whole, codes.t()) if known else engine.int8_product(whole, codes.t())  # (M, out) int32
+    product = torch._int_mm if multiplies_int8(whole, codes) else engine.int8_product
+    sums = product(whole, codes.t())  # (M, out) int32
     return _finished(x, torch.mul(sums, step).mul_(scale.view(-1)), bias)  # (M, out) fp32

@@ -1,6 +1,6 @@
 """Products with int8 codes: within their stated roundings, and untouched where a processor lacks the instructions."""
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,3 +216,21 @@ def test_a_weight_is_quantized_in_pieces_as_it_is_whole(module: ModuleType, monk
         found.append(layers.state_dict())
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "capability", "wanted"),
+    [
+        (17, 64, 48, (7, 5), True),
+        (16, 64, 48, (9, 0), False),
+        (17, 60, 48, (9, 0), False),
+        (17, 64, 50, (9, 0), False),
+        (17, 64, 48, (7, 0), False),
+    ],
+)
+def test_cuda_multiplies_int8_only_in_shapes_that_it_takes(
+    rows: int, inputs: int, outputs: int, capability: tuple[int, int], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    there: Any = SimpleNamespace(is_cuda=True, shape=(rows, inputs), device="cuda")
+    assert products.multiplies_int8(there, torch.zeros(outputs, inputs, dtype=torch.int8)) is wanted
