@@ -61,6 +61,10 @@ def make(model: str, folder: Path) -> int:
     return total
 
 
+def ours(method: str) -> bool:
+    return not method.startswith("bnb")
+
+
 def forget(folder: Path) -> None:
     """Drop the files from the page cache, so that they come from the disk."""
     for path in folder.glob("*.safetensors"):
@@ -123,7 +127,7 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
                 forget(Path(home))
                 row = loaded(method, home)
                 found.append({"model": model, "method": method, "file": size, "reading": reading, **row})
-                if "failed" not in row:
+                if "failed" not in row and ours(method):
                     found[-1]["cached"] = loaded(method, home)["seconds"]
     return {"loading": found}
 
@@ -136,16 +140,18 @@ def render(results: Mapping[str, Any]) -> str:
             failed += f"\n- {one['model']} under `{one['method']}` failed: {writing.escape(one['failed'])}"
             continue
         room, times = 1.25 * one["storage"] + one["largest"], one["seconds"] / one["reading"]["cold"]
-        ours = not one["method"].startswith("bnb")
+        own = ours(one["method"])
         rows.append(
             [
                 one["model"],
                 f"`{one['method']}`",
                 *(f"{one[name] / 2**30:.2f}" for name in ("file", "storage", "peak", "process")),
-                f"{room / 2**30:.2f}" + (f": {kept(one['peak'] <= room)}" if ours else ""),
+                f"{room / 2**30:.2f}" + (f": {kept(one['peak'] <= room)}" if own else ""),
                 f"{one['seconds']:.1f}, {one['reading']['cold']:.1f}",
-                f"{times:.1f}" + (f" (at most 2: {kept(times <= 2)})" if ours else ""),
-                f"{one['cached']:.1f}, {one['reading']['cached']:.1f}: {one['cached'] / one['reading']['cached']:.1f}",
+                f"{times:.1f}" + (f" (at most 2: {kept(times <= 2)})" if own else ""),
+                f"{one['cached']:.1f}, {one['reading']['cached']:.1f}: {one['cached'] / one['reading']['cached']:.1f}"
+                if own
+                else "",
             ]
         )
     head = [
