@@ -72,6 +72,7 @@ def test_the_id_writes_every_default_out() -> None:
     text = "nf4:linear:batch=1:block=64:compute=dtype:dtype=fp32:layers=all:names=*"
     assert method_id(nf4.METHOD, short, 1) == method_id(nf4.METHOD, long, 1) == text
     assert method_id(bf16.METHOD, resolve(parse("bf16"), bf16.METHOD, "cpu"), 4) == "bf16:batch=4:dtype=bf16"
+    assert method_id(bf16.METHOD, resolve(parse("bf16"), bf16.METHOD, "cpu"), 0) == "bf16:batch=auto:dtype=bf16"
 
 
 def test_the_id_tells_arguments_apart() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import BadFile, BadSpecification
-from harness.settings import SETTINGS, build, device, positive, read_declared
+from harness.settings import SETTINGS, batch, build, device, positive, read_declared
 
 
 def project(folder: Path, text: str) -> Path:
@@ -75,3 +75,10 @@ def test_every_setting_is_a_field_with_a_default_in_words() -> None:
     for setting in SETTINGS:
         assert setting.name in names
         assert setting.read is None or setting.default
+
+
+def test_a_batch_is_a_number_or_chosen() -> None:
+    assert (batch("3"), batch("auto")) == (3, 0)
+    for text in ("0", "automatic", ""):
+        with pytest.raises(BadSpecification, match="no whole number above zero"):
+            batch(text)
