@@ -53,17 +53,19 @@ def render(results: Mapping[str, Any]) -> str:
         for part, made in results["made"].items()
     ]
     head = (
-        f"Ratios are of medians from one run of a part. Peers: {', '.join(PINS)}, in an environment that the command "
-        "makes. Load average of this two-core machine before and after each part: its own work keeps it at about 2, "
-        "and what lies above is other work, which blurs every time below.\n\n"
-        + writing.table(["part", "ended (UTC)", "minutes", "load before, after"], rows)
+        "The command measures every part; `--models engine,int8` these alone and keeps the others, so that the minutes "
+        "above may be the last part's. Ratios are of medians from one run of a part. Peers: "
+        f"{', '.join(PINS)}, in an environment that the command makes. Load average of this two-core machine before "
+        "and after each part: its own work keeps it at about 2, and what lies above is other work, which blurs every "
+        "time below.\n\n" + writing.table(["part", "ended (UTC)", "minutes", "load before, after"], rows)
     )
     shown = [render_part(results) for part, (_, render_part) in PARTS.items() if part in results["made"]]
     return "\n\n".join([head, *shown])
 
 
+DOCUMENT = documents.Document(
+    "performance", "As fast as the hardware allows", measure, render, session.curve, script="run"
+)
+
 if __name__ == "__main__":
-    page = documents.Document(
-        "performance", "As fast as the hardware allows", measure, render, session.curve, script="run"
-    )
-    raise SystemExit(documents.run(page))
+    raise SystemExit(documents.run(DOCUMENT))

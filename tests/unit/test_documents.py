@@ -36,6 +36,7 @@ SCRIPTS = (
     "scale",
     "ray_cluster",
     "faults/run",
+    "run",
 )
 PAGES = sorted(DOCS.glob("*.md"))
 
