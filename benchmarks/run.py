@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import sys
 import time
@@ -19,16 +20,17 @@ from peers import PINS, ROOT
 from harness import documents
 from harness.report import writing
 
-PARTS: Mapping[str, tuple[Callable[[Sequence[str]], dict[str, Any]], Callable[[Mapping[str, Any]], str]]] = {
-    "engine": (engine.measure, engine.render),
-    "int8": (int8.measure, int8.render),
-    "loading": (loading.measure, loading.render),
-    "session": (session.measure, session.render),
-    "main": (session.measure_main, session.render_main),
-    "ways": (ways.measure, ways.render),
+PARTS: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], str]]] = {
+    "engine": (functools.partial(engine.measure, ()), engine.render),
+    "int8": (functools.partial(int8.measure, ()), int8.render),
+    **{f"loading-{model}": (functools.partial(loading.measure, [model]), loading.render) for model in loading.METHODS},
+    "session": (functools.partial(session.measure, ()), session.render),
+    "main": (functools.partial(session.measure_main, ()), session.render_main),
+    "ways": (functools.partial(ways.measure, ()), ways.render),
 }
 
 
+JOINED = {"loading"}  # what several parts measure, a model each
 KEPT = ROOT / "docs" / "data" / "performance.json"
 
 
@@ -39,7 +41,8 @@ def measure(parts: Sequence[str]) -> dict[str, Any]:
     for part in parts or PARTS:
         print(f"benchmarks/run.py: {part}", file=sys.stderr, flush=True)
         before, start = os.getloadavg()[0], time.monotonic()
-        found |= PARTS[part][0](())
+        measured = PARTS[part][0]()
+        found |= measured | {key: found[key] | measured[key] for key in found.keys() & measured.keys() & JOINED}
         today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
         minutes = (time.monotonic() - start) / 60
         made[part] = {"ended": today, "minutes": minutes, "load": [before, os.getloadavg()[0]]}
@@ -60,7 +63,7 @@ def render(results: Mapping[str, Any]) -> str:
         "time below.\n\n" + writing.table(["part", "ended (UTC)", "minutes", "load before, after"], rows)
     )
     shown = [render_part(results) for part, (_, render_part) in PARTS.items() if part in results["made"]]
-    return "\n\n".join([head, *shown])
+    return "\n\n".join(dict.fromkeys([head, *shown]))  # parts that share a table render it alike
 
 
 DOCUMENT = documents.Document(

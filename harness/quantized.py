@@ -7,10 +7,7 @@ load with a state_dict. Tied weights share one `StoredWeight`, every module of a
 from __future__ import annotations
 
 import functools
-import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import products
+from harness import pieces, products
 from harness.contracts import AS_MODEL, QuantizedWeight
 from harness.errors import HarnessError
 
 Values = Mapping[str, int | float | str]
-PIECE = 2**17  # weights quantized at once: what is made on the way stays in the cache, and no fresh page is touched
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,11 @@ class KeepsDtype(nn.Module):
 
 
 class Tables(KeepsDtype):
-    """Code tables of a method, once a model: fp32 buffers."""
+    """What a model's stores share: code tables, fp32, and the dtype that weights are rounded to (None: theirs)."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.dtype = dtype
         for name, levels in recipe.tables.items():
             self.register_buffer(name, torch.tensor(levels, dtype=torch.float32, device=device))
 
@@ -70,17 +67,17 @@ class StoredWeight(KeepsDtype):
         dtype: of the weight before.
     """
 
-    def __init__(self, module: nn.Module, recipe: Recipe, tables: Tables, weight: Tensor | None = None) -> None:
+    def __init__(self, module: nn.Module, recipe: Recipe, tables: Tables) -> None:
         super().__init__()
         assert isinstance(module.weight, Tensor)
+        weight = module.weight.detach()
         self.recipe, self.tables = recipe, tables
-        self.kind, self.layout, self.dtype = type(module).__name__, tuple(module.weight.shape), module.weight.dtype
-        weight = module.weight.detach() if weight is None else weight
+        self.kind, self.layout, self.dtype = type(module).__name__, tuple(weight.shape), tables.dtype or weight.dtype
         self.transposed = isinstance(module, Conv1D)  # GPT-2 keeps (in, out); scales belong to output channels
         rows = weight.reshape(-1, weight.shape[-1])
         rows = rows.T if self.transposed else rows  # (out, in)
         self.matrix = (rows.shape[0], rows.shape[1])
-        stored = quantized_rows(recipe, rows, self.dtype)
+        stored = pieces.quantize(recipe, rows, self.dtype)
         for name, tensor in stored.items():
             self.register_buffer(name, _owning(tensor))
 
@@ -102,68 +99,6 @@ class StoredWeight(KeepsDtype):
     def elements(self) -> int:
         """Elements of the weight, not of what is stored."""
         return self.matrix[0] * self.matrix[1]
-
-
-def quantized_rows(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the recipe makes of a weight (out, in) rounded to a dtype, piece by piece where its grain allows.
-
-    Raises:
-        HarnessError: a weight or a scale is not finite.
-    """
-    step = _piece(recipe, rows)
-    first = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
-    whole = first if step >= rows.shape[0] else _joined(recipe, rows, dtype, step, first)
-    for name, tensor in whole.items():
-        if not _finite(tensor):
-            _refuse(recipe, "weight", rows.to(dtype))
-            _refuse(recipe, name, tensor)
-    return whole
-
-
-def _joined(
-    recipe: Recipe, rows: Tensor, dtype: torch.dtype, step: int, first: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The pieces behind the first, a thread a core: operations on so few numbers gain nothing from threads inside."""
-    parts = rows.shape[0] / step
-    whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
-    inference = torch.is_inference_mode_enabled()  # a thread's own affair, as the number of threads is
-
-    def place(start: int) -> None:
-        with torch.inference_mode(inference):
-            made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
-            for name, tensor in made.items():
-                at = start // step * len(first[name])
-                whole[name][at : at + len(tensor)] = tensor
-
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        deque(pool.map(place, range(0, rows.shape[0], step)), maxlen=0)  # raises what a piece raised
-    torch.set_num_threads(threads)  # which threads that are born later take over
-    return whole
-
-
-def _fp32(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.to(dtype).float().contiguous()
-
-
-def _piece(recipe: Recipe, rows: Tensor) -> int:
-    """Rows quantized at once: about PIECE weights, no block or byte of two codes cut; all of a meta weight."""
-    if not recipe.grain or rows.is_meta:
-        return max(1, rows.shape[0])
-    unit = math.lcm(2, int(recipe.values["block"])) if recipe.grain == "block" else 1
-    apart = unit // math.gcd(unit, rows.shape[1])  # rows between two possible cuts
-    return apart * max(1, PIECE // (apart * rows.shape[1]))
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all is finite, in one pass without a mask: a NaN is both the least and the largest value."""
-    return tensor.is_meta or not tensor.is_floating_point() or all(bool(end.isfinite()) for end in tensor.aminmax())
-
-
-def _refuse(recipe: Recipe, name: str, tensor: Tensor) -> None:
-    count = int((~tensor.isfinite()).sum())
-    if count:
-        raise HarnessError(f"{recipe.method} cannot quantize it: {count} non-finite values in its {name}")
 
 
 def _owning(tensor: Tensor) -> Tensor:
@@ -236,7 +171,12 @@ def weight_owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def apply(
-    model: nn.Module, recipe: Recipe, names: Iterable[str], *, read: Callable[[str], Tensor] | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    names: Iterable[str],
+    *,
+    read: Callable[[str], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Quantize the named weights of a model in place, on the device they lie on (meta too).
 
@@ -244,8 +184,8 @@ def apply(
         model: unquantized; each weight is freed as soon as its codes exist.
         recipe: the method.
         names: modules, one for each weight; those tied to it follow and share its store.
-        read: gives the weight of the module of this name, in any dtype, just before it is quantized; the module's own
-            weight, on the meta device then, says which dtype it is rounded to first.
+        read: puts the weight of the module of this name in its place, just before it is quantized.
+        dtype: that weights are rounded to before, where they are read in another; their own otherwise.
 
     Raises:
         HarnessError: a weight is not finite, or a scale overflows; the module is named.
@@ -254,18 +194,19 @@ def apply(
     tables: Tables | None = None
     placement: Tensor | None = None
     for first in names:
+        if read is not None:
+            read(first)
         module = model.get_submodule(first)
         assert isinstance(module.weight, Tensor)
-        weight = module.weight if read is None else read(first)
-        placement = torch.empty(0, dtype=module.weight.dtype, device=weight.device)
-        tables = tables or Tables(recipe, placement.device)
+        placement = torch.empty(0, dtype=dtype or module.weight.dtype, device=module.weight.device)
+        tables = tables or Tables(recipe, placement.device, dtype)
         try:
             with torch.no_grad():
-                store = StoredWeight(module, recipe, tables, weight.detach())
+                store = StoredWeight(module, recipe, tables)
         except HarnessError as error:
             raise HarnessError(f"{first}: {error}") from error
         _put(model, owners[first], store)
-        del module, weight  # the last holds on the unquantized weight
+        del module  # the last hold on the unquantized weight
     if placement is not None and not any(parameter.is_floating_point() for parameter in model.parameters()):
         # transformers reads a model's dtype and device off its parameters, of which the scope `all` may leave none
         model.register_parameter("placement", nn.Parameter(placement, requires_grad=False))

@@ -128,14 +128,15 @@ def quantized_model(
             _put(
                 model,
                 alike.get(name) or next((group for group in alike.values() if name in group), [name]),
-                place,
+                place.read(),
                 kept,
             )
 
-    def read(name: str) -> Tensor:
-        return there[next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there)].mapped()
+    def read(name: str) -> None:
+        source = next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there)
+        _put(model, [f"{name}.weight"], there[source].mapped())
 
-    quantized.apply(model, recipe, names, read=read)
+    quantized.apply(model, recipe, names, read=read, dtype=kept)
     return model
 
 
@@ -150,11 +151,10 @@ def _match(model: nn.Module, there: dict[str, Place]) -> bool:
     )
 
 
-def _put(model: nn.Module, names: Iterable[str], place: Place, dtype: torch.dtype) -> None:
-    """Read a tensor into every place that shares it."""
-    tensor = place.read()
+def _put(model: nn.Module, names: Iterable[str], tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Put a tensor, floating point ones in a dtype, into every place that shares it."""
     if tensor.is_floating_point():
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(dtype or tensor.dtype)
     parameter = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else None
     for name in names:
         parent, _, leaf = name.rpartition(".")

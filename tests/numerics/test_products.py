@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from harness import engine, memory, products, quantized
+from harness import engine, memory, pieces, products
 from harness.arguments import resolve
 from harness.contracts import Arguments, Method, Scope
 from harness.methods import (
@@ -210,7 +210,7 @@ def test_compute_in_bf16_changes_nothing_where_all_is_bf16(monkeypatch: pytest.M
 def test_a_weight_is_quantized_in_pieces_as_it_is_whole(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for piece in (2**18, 300):
-        monkeypatch.setattr(quantized, "PIECE", piece)
+        monkeypatch.setattr(pieces, "PIECE", piece)
         torch.manual_seed(0)
         layers = quantized_layers(module.METHOD.name, module.METHOD, nn.Linear(48, 41), Conv1D(47, 48))
         found.append(layers.state_dict())
