@@ -16,7 +16,7 @@ from harness.engine import PASS_TOKENS
 from harness.report import writing
 
 CHARACTERS, WINDOW, REPETITIONS = 4_500, 512, 5  # some 1,000 tokens: two windows, and a run of two minutes
-SWEEP = {64: (1, 4, 8, 16, 0), 128: (1, 2, 4, 8, 0), 256: (1, 2, 4, 0), 512: (1, 2, 0)}  # window -> batches; 0: auto
+SWEEP = {64: (1, 4, 8, 0), 128: (1, 2, 4, 0), 256: (1, 2, 0), 512: (1, 2, 0)}  # window -> batches; 0: auto
 TIMED_TWICE = 3  # repetitions of a sweep's point
 
 
