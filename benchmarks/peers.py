@@ -43,10 +43,13 @@ class Unable(Exception):
 class Worker:
     """One model in a process; `ask` waits for the answer."""
 
-    def __init__(self, kind: str, subject: str, folder: Path, dtype: str = "fp32") -> None:
+    def __init__(
+        self, kind: str, subject: str, folder: Path, dtype: str = "fp32", more: Mapping[str, str] | None = None
+    ) -> None:
         python = Path(sys.executable) if kind == "harness" else environment()
         threads = len(os.sched_getaffinity(0))
         world = {**os.environ, **server_environment(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        world |= more or {}
         command = [str(python), "-W", "ignore", str(WORKER), kind, subject, str(folder), dtype]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=world

@@ -14,6 +14,7 @@ import engine
 import int8
 import loading
 import session
+import waiting
 import ways
 from peers import PINS, ROOT
 
@@ -26,6 +27,7 @@ PARTS: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, A
     **{f"loading-{model}": (functools.partial(loading.measure, [model]), loading.render) for model in loading.METHODS},
     "session": (functools.partial(session.measure, ()), session.render),
     "main": (functools.partial(session.measure_main, ()), session.render_main),
+    "waiting": (functools.partial(waiting.measure, ()), waiting.render),
     "ways": (functools.partial(ways.measure, ()), ways.render),
 }
 
