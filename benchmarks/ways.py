@@ -19,7 +19,7 @@ from harness.report import writing
 
 # of SmolLM2-135M: 30 layers of q, o, k, v, gate, up, down as (out, in); 106M weights, none of them in the cache twice
 SHAPES = ((576, 576), (576, 576), (192, 576), (192, 576), (1536, 576), (1536, 576), (576, 1536)) * 30
-ROWS = (1, 2, 4, 8, 128)
+ROWS = (1, 2, 4, 8, 16, 128)
 REPETITIONS = 5
 BLOCK = 64
 Way = Callable[[int, Tensor], Tensor]

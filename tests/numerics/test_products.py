@@ -30,7 +30,8 @@ SHAPES = [
     (2, 48, 50),
     (1, 40, 32),
     (4, 576, 32),
-    (5, 576, 32),
+    (8, 576, 32),
+    (9, 576, 32),
     (130, 63, 50),
 ]  # rows, in, out
 TILED, PLAIN = frozenset({"avx512f", "amx_bf16", "amx_int8"}), frozenset({"avx512f"})
