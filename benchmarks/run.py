@@ -32,6 +32,27 @@ PARTS: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, A
 }
 
 
+SHORT = """\
+## What falls short, and why
+
+- *The engine against lm-eval*: both run the model's own forward, of which the profile above shows what is no product:
+  norms, rotary embedding, activation, residuals. Ours saves what lies behind it (whole logits, their copies), and that
+  is all there is to save without another forward. The rate of the products holds no such work.
+- *int8 at prefill, and decode in fp32*: a good part of a prefill is not the quantized products, and threads that sleep
+  between operations weigh more the quicker these are: see how threads wait. `absmax-int8` in fp32 unpacks a weight at
+  every call, which torch does not vectorize (`copy_`), and keeps the bits of the dequantized product; the scale behind
+  the product would be quicker and move the last bits. `compute=bf16` and w8a8 are the quick ones, and say what they
+  round.
+- *An fp32 product that oneDNN rounds to bf16* is not used where the table has it quicker either: the setting is the
+  process's, and a processor without bf16 products ignores it, so that figures would depend on the processor.
+- *Activations in two or three int8 digits* (16 or 24 bits, sums exact): splitting and joining cost more than the
+  products save.
+- *4 bits at decode*: unpacking is a look-up an element or a few (`index_select`), and scaling one more pass. A kernel
+  that multiplies packed codes as they lie, as bitsandbytes has, would be needed; torch's own
+  (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout, which differs between processors.
+- *Loading from the page cache*: reading is then one copy; quantizing takes some ten operations a weight, in the cache
+  and on every core.
+- *CUDA*: not run on a card."""
 JOINED = {"loading"}  # what several parts measure, a model each
 KEPT = ROOT / "docs" / "data" / "performance.json"
 
@@ -65,7 +86,7 @@ def render(results: Mapping[str, Any]) -> str:
         "time below.\n\n" + writing.table(["part", "ended (UTC)", "minutes", "load before, after"], rows)
     )
     shown = [render_part(results) for part, (_, render_part) in PARTS.items() if part in results["made"]]
-    return "\n\n".join(dict.fromkeys([head, *shown]))  # parts that share a table render it alike
+    return "\n\n".join(dict.fromkeys([head, *shown, SHORT]))  # parts that share a table render it alike
 
 
 DOCUMENT = documents.Document(
