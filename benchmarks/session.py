@@ -18,8 +18,8 @@ from peers import ROOT, middle
 from harness import documents
 from harness.report import plots, writing
 
-METHODS = ("fp32", "absmax-int8", "linear-int4", "nf4")
-TOKENS = (1024, 2048, 4096)
+METHODS = ("fp32", "absmax-int8", "nf4")
+TOKENS = (512, 1024, 2048)
 STARTS = 5  # repetitions of a command's start
 CURVE = "performance-session.svg"
 OVERHEAD = 0.05  # of the main job, at most
