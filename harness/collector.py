@@ -23,7 +23,7 @@ from harness.plain import visible
 from harness.records import Case, Row, Verdict
 from harness.report.reading import plan_text
 from harness.runner import missing
-from harness.session import known_environments, open_report, read_rows, take, writing
+from harness.session import give_up, known_environments, open_report, read_rows, take, writing
 from harness.sharding import longest_first
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Collector:
                 self.environments = dict(known_environments(options.report_dir))
                 self.rows = {case.id: known[case.id] for case in cases if case.id in known}
         except HarnessError as error:
+            give_up(options.report_dir, self.owner)
             raise self.usage_error(str(error)) from error
         self.selected, self.opened = cases, True
         say(f"harness: {len(cases)} cases planned, report in {options.report_dir}")

@@ -52,6 +52,7 @@ TABLES = (
     "report.md",
     "inputs.json",
 )
+OWNED = ".session.lock"  # in a report directory: held by the session that writes it
 UNFINISHED = (*(f".{name}.*" for name in TABLES), ".*.svg.*", ".writable-*", "nll/.*.npz.*", "nll/.reference-*")
 
 
@@ -216,22 +217,33 @@ def open_report(folder: Path, *, keep: bool) -> None:
 
 def take(folder: Path) -> IO[str]:
     """The lock that one session holds on its report directory; HarnessError where another one has it."""
-    with writing(folder):
+    with writing(folder, "--report-dir "):
         folder.mkdir(parents=True, exist_ok=True)
-        owner = owned(folder / ".session.lock")
+        owner = owned(folder / OWNED)
     if owner is None:
         raise HarnessError(f"another session writes --report-dir {folder}: wait for its end, or name another directory")
     return owner
 
 
+def give_up(folder: Path, owner: IO[str] | None) -> None:
+    """Leave a report directory that a session took and could not begin in; nothing half-made stays."""
+    if owner is None:
+        return
+    with contextlib.suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [OWNED]:
+            (folder / OWNED).unlink()
+            folder.rmdir()
+    owner.close()
+
+
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what a disk says (full, read-only, gone) into one line."""
+def writing(folder: Path, option: str = "") -> Iterator[None]:
+    """Turn what a disk says (full, read-only, gone) into one line, which names the option that chose the folder."""
     try:
         yield
     except OSError as error:
         raise HarnessError(
-            f"{folder} cannot be written ({error.strerror or error}): make room or name another"
+            f"{option}{folder} cannot be written ({error.strerror or error}): make room or name another"
         ) from error
 
 
