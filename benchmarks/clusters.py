@@ -24,7 +24,7 @@ OPTIONS = (
 )
 ONE = f"pytest {OPTIONS} -n 2 --report-dir one"
 PROJECT = "[tool.harness]\n"  # so that the short options exist
-FREE = ("seconds",)  # of a row, between two runs on one machine
+FREE = ("seconds", "check")  # of a row, between two runs on one machine
 
 ABOUT = """\
 Whatever spreads the work, the options are the same everywhere, every case is measured once, and the report is that of

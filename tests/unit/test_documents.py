@@ -34,6 +34,7 @@ SCRIPTS = (
     "llamacpp",
     "gptq",
     "scale",
+    "clusters",
     "ray_cluster",
     "faults/run",
     "run",
