@@ -154,7 +154,7 @@ def compare(trial: Trial, rows: dict[str, Row], template: Template, where: str, 
         elif row.value is not None:
             row = row if judged else replace(row, **{field: getattr(expected, field) for field in JUDGED})
             try:
-                merging.agree((expected, Path("undisturbed")), (row, Path(where)))
+                merging.agree(merging.Found(expected, Path("undisturbed")), merging.Found(row, Path(where)))
             except HarnessError as error:
                 trial.wrong.append(str(error))
 
