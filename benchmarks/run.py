@@ -85,6 +85,8 @@ def render(results: Mapping[str, Any]) -> str:
         "and after each part: its own work keeps it at about 2, and what lies above is other work, which blurs every "
         "time below.\n\n" + writing.table(["part", "ended (UTC)", "minutes", "load before, after"], rows)
     )
+    if absent := [part for part in PARTS if part not in results["made"]]:
+        head += f"\n\nNot measured yet: {', '.join(absent)}."
     shown = [render_part(results) for part, (_, render_part) in PARTS.items() if part in results["made"]]
     return "\n\n".join(dict.fromkeys([head, *shown, SHORT]))  # parts that share a table render it alike
 
