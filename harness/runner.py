@@ -196,7 +196,8 @@ class Runner:
                 return self._started(case, began)
             except (OSError, EOFError) as error:
                 if tries + 1 == DEATHS:
-                    raise Died(f"the group's process could not be started ({error!r})") from error
+                    fix = ": set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
+                    raise Died(f"the group's process could not be started ({error!r}){fix}") from error
         raise AssertionError("unreachable")
 
     def _started(self, case: Case, began: Mapping[str, str]) -> Process:

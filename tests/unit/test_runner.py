@@ -40,7 +40,9 @@ def test_preparing_is_tried_twice(runner: Runner, monkeypatch: pytest.MonkeyPatc
             runner.prepare(CASES, print)
 
 
-@pytest.mark.parametrize("error", [EOFError(), ConnectionRefusedError(), BrokenPipeError()])
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionRefusedError(), BrokenPipeError(), OSError("AF_UNIX path too long")]
+)
 def test_a_process_that_cannot_be_started_is_a_missing_row(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -51,6 +53,7 @@ def test_a_process_that_cannot_be_started_is_a_missing_row(
     row, trouble = runner.measure(CASES[0], {})
     assert row.value is None
     assert "could not be started" in row.reason
+    assert ("set TMPDIR to a shorter path" in row.reason) is ("AF_UNIX" in str(error))
     assert not trouble
 
 
