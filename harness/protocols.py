@@ -31,6 +31,7 @@ from harness.errors import BadSpecification, HarnessError, TextTooShort, Unknown
 from harness.layouts import Reading
 from harness.records import digest
 from harness.specifications import Specification
+from harness.strangers import reading
 from harness.windows import FORMS, Form, Ids
 
 
@@ -86,8 +87,9 @@ def fitted(protocol: Protocol, context: int) -> Protocol:
 
 
 def encode(tokenizer: Any, text: str) -> Ids:
-    """Token ids of a text without special tokens: (T,)."""
-    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    """Token ids of a text without special tokens: (T,); BadFile where the tokenizer cannot."""
+    with reading(f"the tokenizer in {getattr(tokenizer, 'name_or_path', '')}"):
+        return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
 @functools.lru_cache(maxsize=4)

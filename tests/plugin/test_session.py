@@ -128,7 +128,14 @@ def test_deselected_is_not_missing_and_not_reached_is(project: Project) -> None:
 def test_ctrl_c_keeps_what_was_measured(project: Project) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "--models", "tiny-gpt2", "--datasets", "synthetic"]
     command += ["--methods", "nf4,fp4,linear-int4,absmax-int8", "--metrics", "all", "--repetitions", "50"]
-    process = subprocess.Popen(command, cwd=project.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=project.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts behind `&` ignores it
+    )
     path = project.path / "harness-report" / "measurements.jsonl"
     deadline = time.monotonic() + 120
     while not (path.is_file() and path.read_text().count("\n") >= 2):
