@@ -60,7 +60,8 @@ def tried(command: str, home: Path, **variables: str) -> dict[str, Any]:
     world = {**os.environ, **variables}
     world["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{world['PATH']}"
     done = subprocess.run(["bash", "-c", command], cwd=home, env=world, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if re.search(r"planned|shards|^missing|^report:", line)]
+    text = done.stdout.replace(f"{home}{os.sep}", "")  # a scratch folder's name says nothing
+    lines = [line for line in text.splitlines() if re.search(r"planned|shards|^missing|^report:", line)]
     return {"status": done.returncode, "said": lines or (done.stdout + done.stderr).splitlines()[-3:]}
 
 
