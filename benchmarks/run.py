@@ -67,15 +67,18 @@ def measure(parts: Sequence[str]) -> dict[str, Any]:
         measured = PARTS[part][0]()
         found |= measured | {key: found[key] | measured[key] for key in found.keys() & measured.keys() & JOINED}
         today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
-        minutes = (time.monotonic() - start) / 60
-        made[part] = {"ended": today, "minutes": minutes, "load": [before, os.getloadavg()[0]]}
+        where = documents.world(time.monotonic() - start)
+        made[part] = {"ended": today, "world": where, "load": [before, os.getloadavg()[0]]}
     return {**found, "made": made}
 
 
 def render(results: Mapping[str, Any]) -> str:
     """Every part that was measured, one after another."""
     rows = [
-        [part, made["ended"], f"{made['minutes']:.1f}", ", ".join(f"{load:.1f}" for load in made["load"])]
+        [
+            part, made["ended"], documents.machine(made["world"]), f"{made['world']['minutes']:.1f}",
+            ", ".join(f"{load:.1f}" for load in made["load"]),
+        ]  # fmt: skip
         for part, made in results["made"].items()
     ]
     head = (
@@ -83,7 +86,7 @@ def render(results: Mapping[str, Any]) -> str:
         "above may be the last part's. Ratios are of medians from one run of a part. Peers: "
         f"{', '.join(PINS)}, in an environment that the command makes. Load average of this two-core machine before "
         "and after each part: its own work keeps it at about 2, and what lies above is other work, which blurs every "
-        "time below.\n\n" + writing.table(["part", "ended (UTC)", "minutes", "load before, after"], rows)
+        "time below.\n\n" + writing.table(["part", "ended (UTC)", "on", "minutes", "load before, after"], rows)
     )
     if absent := [part for part in PARTS if part not in results["made"]]:
         head += f"\n\nNot measured yet: {', '.join(absent)}."

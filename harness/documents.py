@@ -59,15 +59,19 @@ def world(seconds: float) -> dict[str, Any]:
     return {**kept, "date": today, "minutes": round(seconds / 60, 1)}
 
 
+def machine(made: Mapping[str, Any]) -> str:
+    """Where a world was measured: threads, processor, instructions."""
+    return f"{made['threads']} thread{'s' * (made['threads'] != 1)} of an {made['cpu']} ({made['instructions']})"
+
+
 def page(document: Document, data: Mapping[str, Any]) -> str:
     """The whole page from what was kept: {"world": ..., "results": ...}; a world's `note` says what else to know."""
     made = data["world"]
     versions = ", ".join(f"{name} {made[name]}" for name in KEPT if made[name])
     return (
         f"# {document.title}\n\n"
-        f"Made by `{document.command}` on {made['date']}, in {made['minutes']} minutes on {made['threads']} "
-        f"thread{'s' * (made['threads'] != 1)} of an {made['cpu']} ({made['instructions']}); Python {made['python']}, "
-        f"{versions}. Every figure is rendered from [what the command measured](data/{document.name}.json)."
+        f"Made by `{document.command}` on {made['date']}, in {made['minutes']} minutes on {machine(made)}; "
+        f"Python {made['python']}, {versions}. Every figure is rendered from [what the command measured](data/{document.name}.json)."
         f"{' ' + made['note'] if made.get('note') else ''}\n\n"
         f"{document.render(data['results']).strip()}\n"
     )

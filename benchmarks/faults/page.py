@@ -7,6 +7,7 @@ from typing import Any
 
 import fuzz
 
+from harness import documents
 from harness.report.writing import escape, plural, table
 
 CAMPAIGN = """\
@@ -47,12 +48,16 @@ def render(results: Mapping[str, Any]) -> str:
         made, found = results["fuzz"]["world"], results["fuzz"]["found"]
         heads = ["what is fuzzed", "tests", "examples", "seconds", "failed"]
         parts += ["## Hostile input", FUZZ.format(scale=found["scale"]), table(heads, fuzz.rows(found), words=(0,))]
-        parts.append(f"Measured on {made['date']} in {made['minutes']} minutes (`--parts fuzz`).")
+        parts.append(
+            f"Measured on {made['date']} in {made['minutes']} minutes on {documents.machine(made)} (`--parts fuzz`)."
+        )
     if "guided" in results:
         made, found = results["guided"]["world"], results["guided"]["found"]
         rows = [[name, f"{one['executions']:,}", "yes" if one["crashed"] else "no"] for name, one in found.items()]
         parts += ["## Guided by coverage", GUIDED, table(["reader", "inputs", "crashed"], rows, words=(0,))]
-        parts.append(f"Measured on {made['date']} in {made['minutes']} minutes (`--parts guided`).")
+        parts.append(
+            f"Measured on {made['date']} in {made['minutes']} minutes on {documents.machine(made)} (`--parts guided`)."
+        )
     return "\n\n".join(parts)
 
 
@@ -82,8 +87,8 @@ def campaign(found: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
     if wrong:
         parts.append("\n".join(f"- {escape(told(trial))}" for trial in wrong))
     parts.append(
-        f"Measured on {made['date']} (`--parts campaign`, in one go or several: the minutes at the top are the last "
-        "call's); each trial with its moment is in the data."
+        f"Measured until {made['date']}, at last on {documents.machine(made)} (`--parts campaign`, in one go or "
+        "several: the minutes at the top are the last call's); each trial with its moment is in the data."
     )
     return parts
 

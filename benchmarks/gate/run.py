@@ -29,7 +29,7 @@ DATA = Path(__file__).parents[2] / "docs" / "data" / "gate.json"
 INTRODUCTION = """\
 A gate that cries wolf gets deleted, one that sleeps is worse. Here its error rates are simulated, faults are seeded,
 and harmless changes are made; definitions stand in the docstrings of `harness/stats.py`, `harness/sequential.py` and
-`harness/family.py`. Every part says when it was measured."""
+`harness/family.py`. Every part says when and where it was measured."""
 
 
 def part(name: str) -> Any:
@@ -55,7 +55,10 @@ def render(results: Mapping[str, Any]) -> str:
     for name, (_, heading) in PARTS.items():
         if name in results:
             made = results[name]["world"]
-            when = f"Measured on {made['date']} in {made['minutes']} minutes (`--parts {name}` measures it alone)."
+            when = (
+                f"Measured on {made['date']} in {made['minutes']} minutes on {documents.machine(made)}; "
+                f"`--parts {name}` measures it alone."
+            )
             sections += [f"## {heading}", when, part(name).render(results[name]["found"])]
     return "\n\n".join(sections)
 

@@ -27,12 +27,18 @@ Unit: none. Direction: lower is better. `detail`: `holds`, `limit` in words, and
 the library raises, which makes the figure infinite. Layer limits: fp32 sums of 256 products differ by some 1e-7 in
 another order; one rounding to bf16 or fp16 costs 2e-3 or 2e-4; LLM.int8 rounds activations to 8 bits, 8e-3; an absmax
 code lies below its Gaussian by up to 0.6%.
+
+Libraries of matrix products do not promise one order of sums from run to run, and on a busy machine two forwards once
+differed by 5e-6 that were equal in every other session. So what does not hold is measured once more, `run_twice`
+excepted, which asks this very question: a fault of the method is there both times. Where it then holds, `at_first` is
+the figure that did not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from harness.contracts import Member, Metric, Subject
 from harness.errors import HarnessError
@@ -40,15 +46,26 @@ from harness.invariants import CHECKS, LAYER, metric
 from harness.records import Figure
 
 WORDS = 200  # characters of an exception's first line
+TWICE = "run_twice"
 
 
 def measure(subject: Subject, member: Member) -> Figure:
-    """Run one check; what the library raises is its finding."""
+    """Run one check; what does not hold, once more (see above)."""
+    name = member.name.partition(".")[2]
+    found = once(subject, name)
+    if found.detail["holds"] or "exception" in found.detail or name == TWICE:
+        return found
+    again = once(subject, name)
+    return replace(again, detail={**again.detail, "at_first": found.value}) if again.detail["holds"] else found
+
+
+def once(subject: Subject, name: str) -> Figure:
+    """What a check finds; what the library raises is its finding."""
     from harness.invariants import layers, models
 
     checks: dict[str, Callable[[Subject], Figure]] = layers.CHECKS if subject.case.model == LAYER else models.CHECKS
     try:
-        return checks[member.name.partition(".")[2]](subject)
+        return checks[name](subject)
     except HarnessError:
         raise
     except Exception as error:
