@@ -203,11 +203,11 @@ def leaking(model: Any) -> None:
 def skipping(right: Any) -> Any:
     """`quantized.apply` that leaves the first weight as it is."""
 
-    def apply(model: Any, recipe: Any, names: Any, *, read: Any = None) -> None:
-        first, *rest = names
+    def apply(model: Any, recipe: Any, names: Any, *, read: Any = None, **rest: Any) -> None:
+        first, *others = names
         if read is not None:
             read(first)
-        right(model, recipe, rest, read=read)
+        right(model, recipe, others, read=read, **rest)
 
     return apply
 
@@ -215,12 +215,12 @@ def skipping(right: Any) -> Any:
 def and_head(right: Any) -> Any:
     """`quantized.apply` that takes lm_head too."""
 
-    def apply(model: Any, recipe: Any, names: Any, *, read: Any = None) -> None:
+    def apply(model: Any, recipe: Any, names: Any, *, read: Any = None, **rest: Any) -> None:
         def known(name: str) -> None:
             if name != "lm_head":  # is there already: it was not to be quantized
                 read(name)
 
-        right(model, recipe, [*names, "lm_head"], read=known if read is not None else None)
+        right(model, recipe, [*names, "lm_head"], read=known if read is not None else None, **rest)
 
     return apply
 
