@@ -76,9 +76,12 @@ def render(results: Mapping[str, Any]) -> str:
     """Every part that was measured, one after another."""
     rows = [
         [
-            part, made["ended"], documents.machine(made["world"]), f"{made['world']['minutes']:.1f}",
+            part,
+            made["ended"],
+            documents.machine(made["world"]),
+            f"{made['world']['minutes']:.1f}",
             ", ".join(f"{load:.1f}" for load in made["load"]),
-        ]  # fmt: skip
+        ]
         for part, made in results["made"].items()
     ]
     head = (

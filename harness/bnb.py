@@ -84,6 +84,7 @@ def method(name: str, summary: str, format: Format) -> Method:
         parameters={"threshold": THRESHOLD} if format.int8 else {"compute": COMPUTE},
         requires=("bitsandbytes", "accelerate"),
         batch_invariant=not format.int8,
+        concurrent=not format.int8,  # 4-bit layers repack at their first forward, the int8 ones keep a state
         reloads=False,  # its quantization states are no buffers
     )
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # annotations only
 ARCHITECTURES = ("llama", "gpt2")
 WORDS = 96  # of the models' vocabulary
 TOKENS = 24  # fed in a forward
+WINDOWS = 24  # that run two at a time
 SPREAD = 0.05  # of the random weights, so that rounding them shows in the logits
 
 
@@ -245,4 +246,27 @@ def calibrated_outputs(trial: Trial) -> None:
     assert isinstance(getattr(model, "calibration", None), dict), "no record of its calibration on the loaded model"
 
 
-CHECKS = (shape_and_dtype, determinism, census, save_and_load, bad_arguments, error_falls_as_bits_grow)
+def two_at_once(trial: Trial) -> None:
+    """Where it declares that forwards may run beside each other, the losses are those of one at a time."""
+    import numpy as np
+    import torch
+
+    from harness import engine
+    from harness.contracts import Window
+
+    if not trial.method.concurrent:
+        return
+    model, draws = trial.load(), np.random.default_rng(0)
+    windows = [Window(draws.integers(0, WORDS, TOKENS), TOKENS - 1) for _ in range(WINDOWS)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(engine.STREAMS)
+    try:
+        together = engine.score(model, windows, device="cpu", concurrent=True)
+        torch.set_num_threads(1)  # as each of the two has it: its products may differ from those of two threads
+        alone = engine.score(model, windows, device="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(alone, together), "two forwards beside each other give other losses: declare concurrent=False"
+
+
+CHECKS = (shape_and_dtype, determinism, census, save_and_load, bad_arguments, error_falls_as_bits_grow, two_at_once)

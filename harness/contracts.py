@@ -107,6 +107,7 @@ class Method:
     core: bool = True  # planned by default
     calibrated: bool = False  # looks at a text: `load` leaves on the model, as `calibration`, what a row records of it
     reloads: bool = True  # False: what a state_dict holds of it cannot be loaded by load_state_dict (bitsandbytes)
+    concurrent: bool = False  # True: a forward changes nothing of the model, so that two may run beside each other
     file_bytes: Callable[[nn.Module], int] | None = None  # of the file that a loaded model was read from, where one is
 
 

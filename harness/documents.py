@@ -71,7 +71,8 @@ def page(document: Document, data: Mapping[str, Any]) -> str:
     return (
         f"# {document.title}\n\n"
         f"Made by `{document.command}` on {made['date']}, in {made['minutes']} minutes on {machine(made)}; "
-        f"Python {made['python']}, {versions}. Every figure is rendered from [what the command measured](data/{document.name}.json)."
+        f"Python {made['python']}, {versions}. Every figure is rendered from "
+        f"[what the command measured](data/{document.name}.json)."
         f"{' ' + made['note'] if made.get('note') else ''}\n\n"
         f"{document.render(data['results']).strip()}\n"
     )

@@ -3,13 +3,17 @@
 The backbone gives hidden states; the head runs on scored positions alone, in slices of at most 32 MiB of fp32 logits,
 so the memory of an evaluation does not grow with vocabulary times window. Softmax is in fp32. A model whose logits are
 not `head(hidden)` (scaled, soft-capped) is found by a probe, and then asked for whole logits, a window at a time.
+
+Short windows of a text may run two at a time, each on half of a CPU's cores: threads that split a small product wait
+for each other at every operation, two forwards beside each other do not.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,20 @@ NATIVE = {  # instruction sets with products in a half precision; without them t
     torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
 }
 PASS_TOKENS = 512  # of one forward where the batch is chosen: fills two cores, and a window of it runs alone
+STREAMS = 2  # forwards at once where a method allows it: more would hold more activations
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})  # int8 dot products in hardware
 INT8_DEPTH = 1023  # products of int8 that fp32 sums exactly: 1023 * 128 * 128 < 2^24
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def score(
-    model: nn.Module, windows: Sequence[Window], *, device: str, batch_size: int = 1, padding_id: int = 0
+    model: nn.Module,
+    windows: Sequence[Window],
+    *,
+    device: str,
+    batch_size: int = 1,
+    padding_id: int = 0,
+    concurrent: bool = False,
 ) -> NDArray[np.float32]:
     """NLL of every scored token.
 
@@ -46,6 +57,7 @@ def score(
         device: "cpu" or "cuda".
         batch_size: windows in one forward pass; 0 chooses: as many as PASS_TOKENS holds.
         padding_id: any id of the vocabulary; padding is masked, never attended to, never scored.
+        concurrent: a forward of this model changes nothing of it, so that STREAMS of them may run at once on a CPU.
 
     Returns:
         (scored tokens,) nats, float32, in window order and left to right within a window.
@@ -60,13 +72,51 @@ def score(
     with torch.inference_mode(), fp32_products(model), quick_int8_products():
         split = splits(model, windows[order[0]].ids[:PROBE_TOKENS], device)
         lengths = [len(windows[index].ids) - 1 for index in order]
-        for part in batches(lengths, batch_size if split else 1):
+        parts = list(batches(lengths, batch_size if split else 1))
+
+        def run(part: slice) -> None:
             chosen = order[part]
             scored = batch_nll(model, [windows[index] for index in chosen], device, padding_id, split)
             pieces = np.split(scored, np.cumsum([windows[index].scored for index in chosen])[:-1])
             for index, piece in zip(chosen, pieces, strict=True):
                 nll[ends[index] - windows[index].scored : ends[index]] = piece
+
+        beside: list[slice] = []
+        if concurrent and device == "cpu" and torch.get_num_threads() >= STREAMS:
+            beside = [part for part in parts if lengths[part][0] * len(lengths[part]) <= PASS_TOKENS]
+        for part in parts[: len(parts) - len(beside)]:  # the longer ones come first
+            run(part)
+        in_streams(run, beside)
     return nll
+
+
+def in_streams(run: Callable[[slice], None], parts: Sequence[slice]) -> None:
+    """Run every part, STREAMS at a time, each with its share of this thread's threads; the first error is raised.
+
+    A part that is alone gets no more than its share either: some processors' products differ in the last bits by the
+    number of threads, and a window's losses must not depend on what it was scored with.
+    """
+    threads = torch.get_num_threads()
+
+    def enter() -> None:
+        torch.set_num_threads(threads // STREAMS)  # of this worker; torch keeps a number a thread
+
+    def within(part: slice) -> None:
+        with torch.inference_mode():  # this too is a thread's own
+            run(part)
+
+    if not parts:
+        return
+    try:
+        with ThreadPoolExecutor(STREAMS, "window", initializer=enter) as pool:
+            waiting = [pool.submit(within, part) for part in parts]
+            try:
+                for one in waiting:
+                    one.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[slice]:

@@ -37,6 +37,7 @@ def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
         requires=("gguf",),
         grid=grid,
         core=False,
+        concurrent=True,
         file_bytes=file_bytes,
     )
 

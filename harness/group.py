@@ -29,7 +29,7 @@ from harness import (
     protocols,
     sequential,
 )
-from harness.contracts import Member, Method, TokenPlan
+from harness.contracts import Member, Method, TokenPlan, Window
 from harness.devices import open_device
 from harness.errors import MissingPackage
 from harness.files import locked, replace_text, sha256_file
@@ -148,7 +148,7 @@ class Group:
             return self.reference_nll()
         key = self.plan.token_hash + self.plan.protocol_id
         if key not in self._nll:
-            self._nll[key] = self.score(self.model, self.batch_size)
+            self._nll[key] = self.score(self.model, self.method, self.batch_size)
         return self._nll[key]
 
     def reference_nll(self) -> NDArray[np.float32]:
@@ -168,8 +168,8 @@ class Group:
         with locked(folder / f".{key[:32]}.lock"):
             sha = index.read_text(errors="replace") if index.is_file() else ""
             if not nllfiles.holds(folder, sha):  # nobody computed it yet, or what was kept is damaged
-                own = self.case.method == self.case.reference
-                sha = nllfiles.save(folder, self.score(self.model if own else self.reference, batch))
+                model = self.model if self.case.method == self.case.reference else self.reference
+                sha = nllfiles.save(folder, self.score(model, self.reference_method, batch))
                 self.inputs.untouched(self.checkpoint)
                 replace_text(index, sha)
             nll = nllfiles.load(folder, sha)
@@ -182,10 +182,18 @@ class Group:
             self.case = case
             self.reference_nll()
 
-    def score(self, model: nn.Module, batch_size: int) -> NDArray[np.float32]:
-        """Run the engine over the plan's windows."""
-        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
-        return engine.score(model, self.plan.windows, device=self.job.device, batch_size=batch_size, padding_id=padding)
+    def score(
+        self, model: nn.Module, method: Method, batch_size: int, windows: Sequence[Window] | None = None
+    ) -> NDArray[np.float32]:
+        """Run the engine over the plan's windows, or over some of them."""
+        return engine.score(
+            model,
+            self.plan.windows if windows is None else windows,
+            device=self.job.device,
+            batch_size=batch_size,
+            padding_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
+            concurrent=method.concurrent and not self.checkpoint.trust_remote_code,  # whose forward may keep a state
+        )
 
     def key(self, case: Case, stop: Stop | None = None) -> str:
         """What --resume compares: equal keys mean that measuring again would repeat the same work."""
@@ -249,12 +257,18 @@ class Group:
         sequence = sequential.Sequential(known, stop.bound, RESOLUTION_NATS, counts=counts, alpha=stop.alpha)
 
         losses: dict[int, NDArray[np.float32]] = {}  # of the windows read, by their place in the text
+        order = sequential.order(self.plan.token_hash, counts).tolist()
 
         def difference(index: int) -> tuple[float, int]:
-            losses[index] = engine.score(self.model, [windows[index]], device=self.job.device)
+            if index not in losses:  # as many as run at once: the next one is hardly ever read in vain
+                start = order.index(index)
+                ahead = order[start : start + engine.STREAMS]
+                found = self.score(self.model, self.method, 1, [windows[place] for place in ahead])
+                pieces = np.split(found, np.cumsum([counts[place] for place in ahead])[:-1])
+                losses.update(zip(ahead, pieces, strict=True))
             return float((losses[index] - reference[spans[index]]).mean()), counts[index]
 
-        state = sequential.read(sequence, sequential.order(self.plan.token_hash, counts).tolist(), difference)
+        state = sequential.read(sequence, order, difference)
         told = {"decided": state.decided, "tokens_used": state.tokens_used, "tokens_available": state.tokens_available}
         detail = {**told, "whole": state.decided == "end", "why_whole": state.whole, "usable": True}
         if detail["whole"]:  # every token was read: the ordinary figure, with its losses

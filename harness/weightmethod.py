@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness import scopes
 from harness.contracts import AS_MODEL, Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
@@ -95,7 +95,8 @@ def weight_method(
         return quantized.weights(model)
 
     every = {**(parameters or {}), **({"compute": COMPUTE} if takes else {})}
-    return Method(name, summary, bits, load, sketch, weights, targets, every, scoped=True, grid=grid, core=core)
+    facts: Any = {"scoped": True, "grid": grid, "core": core, "concurrent": True}
+    return Method(name, summary, bits, load, sketch, weights, targets, every, **facts)
 
 
 def reference_method(*, name: str, summary: str, bits: float) -> Method:
@@ -115,4 +116,4 @@ def reference_method(*, name: str, summary: str, bits: float) -> Method:
     def targets(model: nn.Module, arguments: Arguments) -> list[str]:
         return []
 
-    return Method(name, summary, bits, load, sketch, weights, targets, dtype=name)
+    return Method(name, summary, bits, load, sketch, weights, targets, dtype=name, concurrent=True)

@@ -1,6 +1,6 @@
 """The contract of every method that the user's own files or installed packages add, and of those named in --methods.
 
-Six checks on two small random models (`harness.contract`); they need no download and take seconds.
+Seven checks on two small random models (`harness.contract`); they need no download and take seconds.
 """
 
 from __future__ import annotations

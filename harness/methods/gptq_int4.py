@@ -78,4 +78,5 @@ METHOD = Method(
     scoped=True,
     core=False,
     calibrated=True,
+    concurrent=True,
 )

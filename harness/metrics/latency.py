@@ -10,7 +10,8 @@
 
 All at batch 1, in inference mode, on the same seeded token ids: random text, so a method whose work depends on the
 activations (LLM.int8's outlier columns) meets other outliers than in prose. Where the model's context (or its sliding
-window) is shorter, prompt and continuation shrink to what fits, and `detail` holds the lengths used.
+window) is shorter, prompt and continuation shrink to what fits, and `detail` holds the lengths used. `evaluation`
+takes one window at a time; the engine may run two beside each other where it is not timed.
 
 *Value*: p50 of the candidate's seconds; lower is better. *Spread*: their interquartile range. *Samples*: the raw
 seconds. *Protocol*: `harness.timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the

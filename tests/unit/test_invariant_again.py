@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from harness.contracts import Member
-from harness.invariants import figures, metric, models
+from harness.invariants import CHECKS, figures, metric, models
 from harness.metrics import invariant
 from harness.records import Figure
 
+MEMBERS = {check.name: Member(metric(check), "", "lower", textual=False) for check in CHECKS}
 SUBJECT: Any = SimpleNamespace(case=SimpleNamespace(model="tiny-gpt2"))
 
 
@@ -26,7 +27,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, name: str, *values: float) -> Figu
 
     checks: dict[str, Callable[[Any], Figure]] = {**models.CHECKS, name: check}
     monkeypatch.setattr(models, "CHECKS", checks)
-    return invariant.measure(SUBJECT, Member(metric(name), "", "lower", textual=False))
+    return invariant.measure(SUBJECT, MEMBERS[name])
 
 
 def test_a_difference_that_does_not_come_again_is_kept_beside_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +54,7 @@ def test_an_exception_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(models, "CHECKS", {**models.CHECKS, "state_dict": check})
-    found = invariant.measure(SUBJECT, Member(metric("state_dict"), "", "lower", textual=False))
+    found = invariant.measure(SUBJECT, MEMBERS["state_dict"])
     assert found.detail == {"holds": False, "exception": "RuntimeError: no such kernel"}
 
 
