@@ -8,7 +8,8 @@ Pure logic over a clock, so that a fake clock tests it; the clock of a real devi
 - *Repetitions* come in blocks of one candidate and one reference repetition, side by side, so that a drift of the
   processor's clock meets both. The order alternates from block to block (A B, B A, A B, ...), so that neither
   stream always follows the other. A stream with a repetition above the caller's `slow` seconds is not warmed up any
-  further, and gets no more than FEWEST_BLOCKS blocks.
+  further. Blocks that take longer than the caller's `pace` are fewer, so that all of them take no longer than those
+  asked for would at that pace, but never fewer than FEWEST_BLOCKS.
 - Raw samples are kept; `harness.stats` summarises them.
 """
 
@@ -18,7 +19,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -61,7 +62,7 @@ class Warmup:
 
     repetitions: int
     settled: bool
-    slow: bool = False  # the cold repetition alone was too long for more
+    seconds: float = field(default=0.0, compare=False)  # of a repetition: the median of the warm ones, or the only one
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,15 @@ def warm_up(
     for repetition in range(1, limit + 1):
         (seconds,) = clock(work)
         if seconds > slow:
-            return Warmup(repetition, settled=False, slow=True)
+            return Warmup(repetition, settled=False, seconds=seconds)
         if repetition == 1:
             continue
         warm.append(seconds)
         median = statistics.median(warm)
         if abs(median - previous) <= agreement * previous:  # False while previous is nan
-            return Warmup(repetition, settled=True)
+            return Warmup(repetition, settled=True, seconds=median)
         previous = median
-    return Warmup(limit, settled=False)
+    return Warmup(limit, settled=False, seconds=statistics.median(warm) if warm else seconds)
 
 
 def interleave(candidate: Work, reference: Work, clock: Clock, blocks: int) -> tuple[list[float], list[float]]:
@@ -109,13 +110,20 @@ def interleave(candidate: Work, reference: Work, clock: Clock, blocks: int) -> t
 
 
 def measure(
-    candidate: Work, reference: Work, clock: Clock, blocks: int, *, limit: int = WARMUP_LIMIT, slow: float = math.inf
+    candidate: Work,
+    reference: Work,
+    clock: Clock,
+    blocks: int,
+    *,
+    limit: int = WARMUP_LIMIT,
+    slow: float = math.inf,
+    pace: float = math.inf,
 ) -> Timing:
-    """Warm both streams up, then time them in interleaved blocks; fewer where a repetition is over `slow` seconds."""
+    """Warm both streams up, then time them in interleaved blocks; fewer where one takes over `pace` seconds."""
     warm_candidate = warm_up(candidate, clock, limit=limit, slow=slow)
     warm_reference = warm_up(reference, clock, limit=limit, slow=slow)
-    if warm_candidate.slow or warm_reference.slow:
-        blocks = min(blocks, FEWEST_BLOCKS)
+    if (block := warm_candidate.seconds + warm_reference.seconds) > pace:
+        blocks = min(blocks, max(FEWEST_BLOCKS, int(blocks * pace / block)))
     ours, theirs = interleave(candidate, reference, clock, blocks)
     return Timing(tuple(ours), tuple(theirs), warm_candidate, warm_reference)
 

@@ -15,7 +15,8 @@ takes one window at a time; the engine may run two beside each other where it is
 
 *Value*: p50 of the candidate's seconds; lower is better. *Spread*: their interquartile range. *Samples*: the raw
 seconds. *Protocol*: `harness.timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the
-session's, at most 6 for `generate`, `evaluation` and whatever takes over 2 s a repetition. *Clock*: `harness.devices`
+session's, at most 6 for `generate` and `evaluation`; where a block of candidate and reference takes over half a second,
+so many as take no longer than the session's number would at that pace, and at least 6. *Clock*: `harness.devices`
 (CUDA events around each repetition, synchronised once; `perf_counter_ns` on the CPU).
 
 *What is judged*: `log_ratio` = ln(candidate / reference), the Hodges-Lehmann estimate over blocks with its interval
@@ -59,6 +60,7 @@ SEED = 20_251_122  # of the token ids; any number would do
 LONG_BLOCKS = 6  # fewest pairs for which a 95% signed-rank interval exists: 2 / 2^6 = 0.03, while 2 / 2^5 = 0.06
 LONG_WARMUP = {"latency.generate": 3, "latency.evaluation": 1}  # each repetition is many forwards of one shape
 SLOW_SECONDS = 2.0  # a repetition: bitsandbytes' int8 takes 10 s a prefill on a CPU without int8 dot products
+BLOCK_SECONDS = 0.5  # keeps the main job of two cores without bf16 and int8 products within minutes
 UNLIMITED = 1 << 30  # a context that no length here reaches
 
 
@@ -75,7 +77,8 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
     with torch.inference_mode():
         lengths, build = work(subject, member)
         candidate_work, reference_work = build(model), build(reference)
-        timing = measure(candidate_work, reference_work, subject.device.time, blocks, limit=limit, slow=SLOW_SECONDS)
+        patience: dict[str, Any] = {"limit": limit, "slow": SLOW_SECONDS, "pace": BLOCK_SECONDS}
+        timing = measure(candidate_work, reference_work, subject.device.time, blocks, **patience)
         apart = _device_seconds(subject, candidate_work, reference_work)
     summary = summarise(timing.candidate)
     detail = {"p90": summary.p90, "p99": summary.p99, **_against_reference(timing), **lengths, **apart}

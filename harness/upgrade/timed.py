@@ -86,7 +86,7 @@ def take_turns(asks: Mapping[str, Ask], case: Case, blocks: int) -> dict[str, Fi
     streams = {name: Stream(ask, case) for name, ask in asks.items()}
     for stream in streams.values():
         stream.attempt(stream.warm)
-    if any(stream.warmup.slow for stream in streams.values()):
+    if any(stream.warmup.seconds > SLOW_SECONDS for stream in streams.values()):
         blocks = min(blocks, FEWEST_BLOCKS)
     leads = {name: stream.lead for name, stream in streams.items()}
     for stream in streams.values():

@@ -158,7 +158,17 @@ def test_many_repetitions_stay_quick_and_close() -> None:
     assert 0.02 < floor < 0.2  # 12 pairs of spread 0.14: standard error 0.04, twice that 0.08
 
 
-def test_a_slow_stream_gets_few_blocks_and_no_more_warm_up() -> None:
+def test_a_slow_stream_is_not_warmed_up_any_further() -> None:
     timing = measure(Work(lambda: None), Work(lambda: None), Scripted([3.0] + [1.0] * 40), 10, slow=2.0)
-    assert timing.warmup_candidate == Warmup(1, settled=False, slow=True)
-    assert len(timing.candidate) == len(timing.reference) == 6
+    assert timing.warmup_candidate == Warmup(1, settled=False)
+    assert timing.warmup_candidate.seconds == 3.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked", "given"),
+    [(0.2, 10, 10), (0.25, 10, 10), (0.3, 10, 8), (0.4, 20, 12), (1.0, 10, 6), (1.0, 4, 4)],
+)
+def test_blocks_that_take_long_are_fewer_but_never_too_few(seconds: float, asked: int, given: int) -> None:
+    clock = Scripted([seconds] * 60)
+    timing = measure(Work(lambda: None), Work(lambda: None), clock, asked, pace=0.5)
+    assert len(timing.candidate) == len(timing.reference) == given
