@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import published
 from harness.errors import BadFile, MissingAsset
-from harness.records import Case, Row, parse_json
+from harness.records import Case, Censuses, Row, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +74,7 @@ def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
 def read_lines(path: Path) -> tuple[list[tuple[Row, bytes]], tuple[str, ...]]:
     """The same with each row's line."""
     read: list[tuple[Row, bytes]] = []
-    censuses: dict[str, Any] = {}
+    censuses = Censuses()
     try:
         with path.open("rb") as file:
             for place, line in enumerate(file, 1):

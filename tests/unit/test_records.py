@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from harness.records import SCHEMA, Case, Row, Verdict, digest
+from harness.records import SCHEMA, Case, Censuses, Row, Verdict, digest
 
 CASE = Case("path:/tmp/a b", "nf4:block=64", "text:/x/y.txt", "chunk:512", "perplexity", "cpu")
 
@@ -113,3 +113,31 @@ def test_a_field_of_the_wrong_kind_is_refused(field: str, value: object) -> None
 def test_nesting_beyond_reason_is_no_measurement() -> None:
     with pytest.raises(ValueError, match="nested too deep"):
         Row.from_json("[" * 100_000)
+
+
+def test_a_census_that_repeats_is_read_once_and_changes_nothing() -> None:
+    census = {"kinds": {"Linear": 4}, "count": 1}
+    case = Case("m", "nf4", "", "", "memory.storage", "cpu")
+    other = Row.of(case, census={**census, "count": 2}, method_id="b").to_json()
+    lines = [Row.of(case, census=census, value=float(value)).to_json() for value in range(3)]
+    lines[2:2] = [other]
+    known = Censuses()
+    read = [Row.from_json(line, known) for line in lines]
+    assert read == [Row.from_json(line) for line in lines]
+    assert read[1].census is read[0].census
+    assert read[3].census == census
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"detail": {"census": {"a": 1}}, "schema": 1',  # deeper
+        '{"census": {"a": 1}, "census": {"a": 2}, "schema": 1',  # twice
+        '{"baseline": "\\"census\\": {\\"a\\": 1}", "schema": 1',  # in a text
+    ],
+)
+def test_a_census_elsewhere_is_no_census_of_the_line(line: str) -> None:
+    needed = ', "model": "m", "method": "n", "metric": "x", "device": "cpu", "reference": "r", "verdict": "same"}'
+    known = Censuses()
+    Row.from_json('{"census": {"a": 1}, "schema": 1' + needed, known)
+    assert Row.from_json(line + needed, known) == Row.from_json(line + needed)
