@@ -17,6 +17,7 @@ from harness.report import writing
 
 CHARACTERS, WINDOW, REPETITIONS = 4_500, 512, 5  # some 1,000 tokens: two windows, and a run of two minutes
 SWEEP = {64: (1, 4, 8, 0), 128: (1, 2, 4, 0), 256: (1, 2, 0), 512: (1, 2, 0)}  # window -> batches; 0: auto
+BESIDE = (512, 128)  # windows that run two at a time
 TIMED_TWICE = 3  # repetitions of a sweep's point
 
 
@@ -79,9 +80,58 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
         path = text(Path(home))
         try:
             found = [measured(dtype, folder, path) for dtype in ("fp32", "bf16")]
-            return {"engine": found, "pass": PASS_TOKENS}
+            return {"engine": found, "pass": PASS_TOKENS, "engine_beside": True}
         except Unable as error:
             sys.exit(f"benchmarks/engine.py: {error}")
+
+
+def measure_beside(models: Sequence[str]) -> dict[str, Any]:
+    """fp32: windows two at a time, one at a time, and lm-eval; tokens a second by window."""
+    folder, found = embedded(), []
+    with tempfile.TemporaryDirectory() as home:
+        path = text(Path(home))
+        ours, peer = Worker("harness", "fp32", folder), Worker("lm-eval", "-", folder, "fp32")
+        for window in BESIDE:
+            tokens = ours.ask("read", text=str(path), protocol=f"rolling:{window}")
+            assert tokens == peer.ask("read", text=str(path), protocol=f"rolling:{window}")
+            works = {
+                "beside": (ours, {"do": "score"}),
+                "alone": (ours, {"do": "score", "beside": False}),
+                "lm-eval": (peer, {"do": "score"}),
+            }
+            seconds = interleaved(works, REPETITIONS)
+            rates = {name: tokens / middle(values) for name, values in seconds.items()}
+            found.append(
+                {"window": window, "tokens": tokens, "rates": rates, "seconds": seconds, **compared(ours, peer)}
+            )
+        ours.close()
+        peer.close()
+    return {"beside": found}
+
+
+def render_beside(results: Mapping[str, Any]) -> str:
+    """The table."""
+    rows = [
+        [
+            str(one["window"]),
+            *(f"{one['rates'][name]:.0f}" for name in ("beside", "alone", "lm-eval")),
+            f"{one['rates']['beside'] / one['rates']['alone']:.2f}",
+            f"{one['rates']['beside'] / one['rates']['lm-eval']:.2f}",
+            f"{one['mean']:.1e}, {one['token']:.1e}",
+        ]
+        for one in results["beside"]
+    ]
+    heads = [
+        "window", "two at a time, tokens/s", "one at a time", "lm-eval 0.4.13", "two / one", "two / lm-eval",
+        "NLL apart from lm-eval: mean, a token (nat/token)",
+    ]  # fmt: skip
+    return (
+        "## Two windows at a time\n\n"
+        "Threads that share a small product wait for each other at every operation. Under methods whose forward keeps "
+        f"no state, windows of up to {PASS_TOKENS} tokens therefore run two at a time, each on half of the threads. "
+        f"`rolling:W` in fp32 over the first {results['beside'][0]['tokens']:,} tokens of `lee`, batch 1, medians of "
+        f"{REPETITIONS} interleaved runs.\n\n{writing.table(heads, rows)}"
+    )
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -108,6 +158,7 @@ def render(results: Mapping[str, Any]) -> str:
             sweep.append(
                 [one["dtype"], str(window), cells, f"{points['0']:.0f}", f"{100 * share:.0f}%: {kept(share >= 0.95)}"]
             )
+    before = "" if results.get("engine_beside") else "; measured one window at a time, before two ran beside each other"
     head = [
         "dtype", "ours, tokens/s", "lm-eval 0.4.13", "linear layers alone, with attention's products",
         "ours / lm-eval", "of those rates",
@@ -116,7 +167,7 @@ def render(results: Mapping[str, Any]) -> str:
     return (
         "## The perplexity engine\n\n"
         f"`rolling:{WINDOW}` over the first {results['engine'][0]['tokens']:,} tokens of `lee`, batch 1, "
-        f"medians of {REPETITIONS} interleaved runs.\n\n{writing.table(head, rows)}\n\n"
+        f"medians of {REPETITIONS} interleaved runs{before}.\n\n{writing.table(head, rows)}\n\n"
         "Where the time of one run of ours goes, by torch's operations (`mm`, `addmm`: linear layers, the head's too); "
         "what is not a product is the model's own norms, rotary embedding, activation and residuals, and softmax over "
         f"the vocabulary:\n\n{writing.table(['dtype', 'operations'], profiles)}\n\n"

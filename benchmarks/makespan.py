@@ -74,8 +74,15 @@ def grouped(price: Mapping[Case, float]) -> dict[str, float]:
 
 
 def bound(groups: Mapping[str, float], devices: int) -> float:
-    """What no order ends before: an even share, or the longest group."""
-    return max(sum(groups.values()) / devices, *groups.values())
+    """What no order ends before: an even share, the longest group, or what some device must take twice of."""
+    return max(sum(groups.values()) / devices, *groups.values(), crowded(list(groups.values()), devices))
+
+
+def crowded(seconds: Sequence[float], devices: int) -> float:
+    """Of the k * devices + 1 longest groups some device takes k + 1: no less than the shortest k + 1 of them."""
+    falling = sorted(seconds, reverse=True)
+    rounds = range(1, (len(falling) - 1) // devices + 1)
+    return max((sum(falling[k * devices - k : k * devices + 1]) for k in rounds), default=0.0)
 
 
 def shard_loads(cases: Sequence[Case], price: Mapping[Case, float], count: int) -> list[float]:
@@ -108,6 +115,7 @@ def simulate(sizes: Sequence[float]) -> dict[str, dict[str, float]]:
         results[str(count)] = {
             "even": sum(groups.values()) / count,
             "longest": max(groups.values()),
+            "crowded": crowded(list(groups.values()), count),
             "ordered": handed_out([groups[name] for name in order], count),
             "plan_order": handed_out(list(groups.values()), count),
             "shards": max(shard_loads(cases, price, count)),

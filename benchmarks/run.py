@@ -23,6 +23,7 @@ from harness.report import writing
 
 PARTS: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], str]]] = {
     "engine": (functools.partial(engine.measure, ()), engine.render),
+    "beside": (functools.partial(engine.measure_beside, ()), engine.render_beside),
     "int8": (functools.partial(int8.measure, ()), int8.render),
     **{f"loading-{model}": (functools.partial(loading.measure, [model]), loading.render) for model in loading.METHODS},
     "session": (functools.partial(session.measure, ()), session.render),

@@ -32,6 +32,7 @@ HANDED = """\
 `pytest -n` hands whole groups (a model under a method) to whoever is free, dearest first by predicted cost;
 `--shard I/N` cuts the plan beforehand. Predicted costs rest on names alone."""
 WITHIN = 1.1  # of the lower bound
+LOWER = {"even": "even share", "longest": "longest group", "crowded": "groups a device"}
 MIB = 2**20
 
 ABOUT = """\
@@ -45,7 +46,8 @@ is what grows with the cases. That shards 1/5 to 5/5 merged are one run's lines 
 a tiny model: `test_shards_merged_equal_one_run` in `tests/plugin/test_session.py`. The report of one model of many is
 `python -m harness report DIR --models NAME`."""
 BOUNDS = """\
-Nothing ends before an even share of all work, nor before the longest group: the lower bound is the larger of the two.
+Nothing ends before an even share of all work, nor before the longest group, nor, of the k x devices + 1 longest groups,
+before the shortest k + 1 (*groups a device*: some device takes so many): the lower bound is the largest of the three.
 Handing groups to whoever is free ends before their sum, whatever the order (Graham 1966): *sure within*. So 10% is
 certain while the longest group is at most a tenth of an even share; beyond, the order decides, and with hardly more
 groups than devices none can help, since a group is divided by `--shard` alone (which is why static shards can end
@@ -166,12 +168,17 @@ def merged_line(cases: str, one: Mapping[str, float]) -> list[str]:
     return [number, sizes[0], f"{one['whole']:.2f}", f"{one['pictures']:.0f}", text, each, peak, sizes[1]]
 
 
+def lower(one: Mapping[str, float]) -> float:
+    """What no order of whole groups ends before."""
+    return max(one[name] for name in LOWER)
+
+
 def spans(results: Mapping[str, Any]) -> str:
     """Makespans over the lower bound, one line a number of devices."""
     lines = []
     for count, one in results.items():
-        bound = max(one["even"], one["longest"])
-        which = "even share" if one["even"] >= one["longest"] else "longest group"
+        bound = lower(one)
+        which = next(words for name, words in LOWER.items() if one[name] == bound)
         ratios = [one["ordered"] / bound, one["elsewhere"], one["plan_order"] / bound, one["shards"] / bound]
         sure = (one["even"] + one["longest"]) / bound
         lines.append([count, f"{bound / 3600:,.2f}", which, *(f"{ratio:.3f}" for ratio in (*ratios, sure))])
@@ -181,7 +188,7 @@ def spans(results: Mapping[str, Any]) -> str:
 
 def within(results: Mapping[str, Any]) -> str:
     """The sentence on how near to the bound our order comes."""
-    ratios = {int(count): one["ordered"] / max(one["even"], one["longest"]) for count, one in results.items()}
+    ratios = {int(count): one["ordered"] / lower(one) for count, one in results.items()}
     beyond = [count for count, ratio in ratios.items() if ratio > WITHIN]
     worst = max(ratios.values())
     told = f"Longest first ends within {100 * (worst - 1):.1f}% of the lower bound on every number of devices"
@@ -237,7 +244,7 @@ def plots(results: Mapping[str, Any]) -> dict[str, str]:
             found = results["makespan"][name]
             devices = [int(count) for count in found]
             for order, colour in (("ordered", BLUE), ("plan_order", GREY)):
-                ratios = [one[order] / max(one["even"], one["longest"]) for one in found.values()]
+                ratios = [one[order] / lower(one) for one in found.values()]
                 label = f"{'longest first' if order == 'ordered' else 'plan order'}, {text}"
                 right.plot(devices, ratios, line_style, color=colour, label=label)
         right.set(xscale="log", xlabel="devices", ylabel="makespan / lower bound", ylim=(0.95, None))

@@ -17,7 +17,8 @@ from engine import kept
 from peers import ROOT, middle
 
 from harness import documents
-from harness.report import plots, writing
+from harness.report import writing
+from harness.report.plots import style
 
 METHODS = ("fp32", "absmax-int8", "nf4")
 TOKENS = (512, 1024, 2048)
@@ -102,7 +103,7 @@ def curve(results: Mapping[str, Any]) -> dict[str, str]:
 
     if "session" not in results:
         return {}
-    with plots.style():
+    with style():
         canvas = Figure(figsize=(7.6, 2.8), layout="constrained")
         for panel, (name, label) in zip(
             canvas.subplots(1, 2), (("tokens", "tokens, two methods"), ("cases", "methods")), strict=True

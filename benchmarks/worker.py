@@ -135,12 +135,13 @@ class Bench:
         self.windows = list(plan.windows)
         return plan.tokens
 
-    def score(self, batch: int = 1) -> float:
+    def score(self, batch: int = 1, beside: bool = True) -> float:
         """Seconds of the whole text's NLL: harness.engine, or lm-eval's own rolling log likelihood."""
         if self.kind != "lm-eval":
             from harness import engine
 
-            return timed(lambda: engine.score(self.model, self.windows, device="cpu", batch_size=batch))
+            asked = {"device": "cpu", "batch_size": batch, "concurrent": beside}
+            return timed(lambda: engine.score(self.model, self.windows, **asked))
         from lm_eval.api.instance import Instance
 
         request = Instance("loglikelihood_rolling", {}, (self.text,), 0)
@@ -159,7 +160,7 @@ class Bench:
             return self._nll_of_peer()
         from harness import engine
 
-        return [float(value) for value in engine.score(self.model, self.windows, device="cpu")]
+        return [float(value) for value in engine.score(self.model, self.windows, device="cpu", concurrent=True)]
 
     def _nll_of_peer(self) -> list[float]:
         from lm_eval import utils
@@ -211,7 +212,7 @@ class Bench:
         device = devices.Cpu()
         device.reset_peak()
         before = device.peak()["resident"]
-        engine.score(self.model, self.windows, device="cpu", batch_size=batch)
+        engine.score(self.model, self.windows, device="cpu", batch_size=batch, concurrent=True)
         return device.peak()["resident"] - before
 
 
