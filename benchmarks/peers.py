@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.files import cache_dir, locked
-from harness.records import digest
+from harness.jsonvalues import digest
 from harness.runner import server_environment
 
 PINS = ("torch==2.13.0", "transformers==5.23.0", "lm_eval[hf]==0.4.13", "torchao==0.18.0", "optimum-quanto==0.2.7")

@@ -20,7 +20,8 @@ import makespan
 
 from harness import documents, merging, planning, report, sharding
 from harness.files import replace_pieces, replace_text
-from harness.records import Case, digest
+from harness.jsonvalues import digest
+from harness.records import Case
 from harness.report import publishing
 from harness.report.plots import BLUE, DARK, GREY, canvas_of, style
 from harness.report.writing import table

@@ -13,7 +13,7 @@ from typing import Any
 from harness import weightfiles
 from harness.errors import HarnessError
 from harness.files import cache_dir, locked, replace_text, sha256_file
-from harness.records import digest, parse_json
+from harness.jsonvalues import digest, parse_json
 
 RECORD = "harness.json"  # beside a built folder's weights: what it is, its files' sizes, times and hashes
 CHECK = "check"  # in it: a digest of all the rest

@@ -24,8 +24,8 @@ from harness import admission
 from harness.contracts import Method, Metric
 from harness.errors import HarnessError
 from harness.files import sha256_file
+from harness.jsonvalues import digest
 from harness.options import Declared
-from harness.records import digest
 
 GROUPS = ("harness.methods", "harness.metrics")
 T = TypeVar("T", Method, Metric)
@@ -170,3 +170,10 @@ def methods() -> dict[str, Method]:
 def metrics() -> dict[str, Metric]:
     """Every metric family by name."""
     return {name: item.value for name, item in listed_metrics().items()}
+
+
+def code_version() -> str:
+    """sha256 over the source of the harness and of packages that bring methods or metrics: a change measures anew."""
+    home = Path(__file__).parent
+    own = {str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))}
+    return digest([own, installed_sources()])

@@ -13,7 +13,7 @@ from torch import nn
 from harness import memory
 from harness.contracts import Arguments, Method, QuantizedWeight
 from harness.errors import IncompleteQuantization
-from harness.records import digest
+from harness.jsonvalues import digest
 
 NAMED = 3  # modules that an error names: enough to recognise the layer, short enough for a line
 

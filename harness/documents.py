@@ -18,7 +18,7 @@ from typing import Any
 from harness import environment
 from harness.errors import BadFile
 from harness.files import replace_text
-from harness.records import decode_number, encode
+from harness.jsonvalues import decode_number, encode
 
 KEPT = ("torch", "transformers", "bitsandbytes", "numpy")  # versions that a page names
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from harness import family
 from harness.contracts import Member
 from harness.environment import Environment, class_difference
+from harness.jsonvalues import decode_number
 from harness.recorded import Recorded, rounded
-from harness.records import Row, Verdict, decode_number
+from harness.records import Row, Verdict
 from harness.stats import FEWEST_WINDOWS, Estimate
 from harness.trial import Finding, Trial, log_ratio, non_finite
 from harness.wording import command, percent, shown, signed

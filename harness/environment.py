@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import BadFile, HarnessError
+from harness.jsonvalues import digest
 from harness.probe import Gpu, cuda_devices, trouble
-from harness.records import digest
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "datasets", "numpy", "kernels")
 # what moves a timing or a byte on one machine; the processor and the card are in the machine id

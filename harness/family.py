@@ -18,8 +18,9 @@ from statistics import NormalDist
 from typing import Any
 
 from harness.bounds import Bounds
+from harness.jsonvalues import decode_number
 from harness.planning import member_of
-from harness.records import Case, Row, Verdict, decode_number
+from harness.records import Case, Row, Verdict
 from harness.stats import CONFIDENCE, Estimate, holm, student_coverage, student_quantile
 
 ALPHA = 1 - CONFIDENCE  # of a whole session

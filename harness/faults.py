@@ -30,7 +30,8 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from harness.environment import Environment
 from harness.errors import BadFile
-from harness.records import SCHEMA, Case, Row, Verdict, decode_number
+from harness.jsonvalues import decode_number
+from harness.records import SCHEMA, Case, Row, Verdict
 
 NAME = "known_faults.toml"
 TEXTS = ("id", "package", "versions", "reference", "summary")

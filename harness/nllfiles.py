@@ -12,7 +12,7 @@ import numpy as np
 
 from harness.errors import BadFile
 from harness.files import replace_bytes
-from harness.records import digest
+from harness.jsonvalues import digest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from harness.errors import HarnessError, MissingPackage
-from harness.records import parse_json
+from harness.jsonvalues import parse_json
 
 READERS: Mapping[str, str] = MappingProxyType(  # quant_method -> the distribution that reads it
     {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"}

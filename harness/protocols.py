@@ -28,8 +28,8 @@ from harness import windows
 from harness.contracts import TokenPlan
 from harness.corpora import Corpus
 from harness.errors import BadSpecification, HarnessError, TextTooShort, UnknownName
+from harness.jsonvalues import digest
 from harness.layouts import Reading
-from harness.records import digest
 from harness.specifications import Specification
 from harness.strangers import reading
 from harness.windows import FORMS, Form, Ids

@@ -13,7 +13,8 @@ from typing import Any
 
 from harness.environment import Environment
 from harness.errors import BadFile
-from harness.records import Row, decode_number, digest
+from harness.jsonvalues import decode_number, digest
+from harness.records import Row
 
 DIGITS = 10  # a float32 loss has 7, a clock of nanoseconds 9
 # of a row's detail, what a later judgement reads: losses of the reference, and how a timing was compared

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import math
 import re
-import sys
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
 
-# fields whose few values stand in many rows
-REPEATED = tuple(
-    "model method metric device reference dataset protocol revision method_id protocol_id token_hash unit baseline "
-    "environment reason".split()
-)
+from harness.jsonvalues import decode_number, encode, parse_json, sha256_text
+from harness.rowlines import Censuses, require_types
+
 SCHEMA = 1  # of measurements.jsonl and of baseline files; a newer one is refused by name
-CENSUS = '"census": '  # in a line of measurements.jsonl, before the census
-DECODER = json.JSONDecoder()
 CHECKED = re.compile(r', "check": "([0-9a-f]{16})"}$')  # how a line of measurements.jsonl ends; its digest
 CHECKED_LENGTH = len(', "check": ""}') + 16
 
@@ -190,7 +183,7 @@ class Row:
         known = row_fields()
         if not data.keys() <= known.keys():
             data = {name: value for name, value in data.items() if name in known}
-        _require_types(data)
+        require_types(data)
         if censuses is not None:
             censuses.share(data)
         for name in ("value", "spread", "bits_per_weight", "seconds"):
@@ -220,121 +213,3 @@ def _plain_defaults() -> dict[str, Any]:
 def row_fields() -> dict[str, None]:
     """The names of a row's fields, in their order."""
     return dict.fromkeys(item.name for item in fields(Row))
-
-
-class Censuses:
-    """The censuses of lines read so far: a group's rows hold one each, word for word, and it is most of their bytes."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, Any] = {}  # the last one of each model under a method
-        self.text, self.value = "", None  # the last one read, as it stands in its line, and parsed
-
-    def parse(self, text: str) -> Any:
-        """`parse_json` of a line; a census that equals the line's before it letter by letter is not parsed again."""
-        start = text.find(CENSUS) + len(CENSUS)
-        if start < len(CENSUS):
-            return parse_json(text)
-        if self.text and text.startswith(self.text, start):
-            data = parse_json(f"{text[:start]}null{text[start + len(self.text) :]}")
-            if isinstance(data, dict) and data.get("census", "") is None:  # else it stood deeper, or twice
-                data["census"] = self.value
-                return data
-        data = parse_json(text)
-        if isinstance(data, dict) and isinstance(data.get("census"), dict):
-            value, end = DECODER.raw_decode(text, start)
-            if value == data["census"]:
-                self.text, self.value = text[start:end], data["census"]
-        return data
-
-    def share(self, data: dict[str, Any]) -> None:
-        """Let a row's fields be the very objects of rows before it where they are equal."""
-        for name in REPEATED:
-            if value := data.get(name):
-                data[name] = sys.intern(value)
-        if detail := data.get("detail"):
-            data["detail"] = {sys.intern(name): value for name, value in detail.items()}
-        if census := data.get("census"):
-            place = f"{data.get('model')} {data.get('method_id')}"
-            known = self.known.get(place)
-            if known is census or known == census:
-                data["census"] = known
-            else:
-                self.known[place] = census
-
-
-TEXT, NONE = frozenset({str}), type(None)
-KINDS: dict[str, frozenset[type]] = {  # of a row's fields in JSON; every other is text
-    **dict.fromkeys(("value", "spread", "bits_per_weight"), frozenset({float, int, NONE})),
-    **dict.fromkeys(("verdict_reference", "verdict_baseline"), frozenset({str, NONE})),
-    **dict.fromkeys(("detail", "census"), frozenset({dict})),
-    **dict.fromkeys(("count", "schema"), frozenset({int})),
-    "seconds": frozenset({float, int}),
-    "interval": frozenset({NONE}),
-    "samples": frozenset(),
-}
-LISTS = frozenset({"interval", "samples"})
-MOST_KINDS = 1_000  # remembered; a session's rows have some ten
-_sound_kinds: set[tuple[Any, ...]] = set()
-NEEDED = frozenset({"model", "method", "metric", "device", "reference", "verdict"})
-
-
-def _require_types(data: dict[str, Any]) -> None:
-    """ValueError with the first field of a row that is not what it should be: the line may be a stranger's."""
-    if not data.keys() >= NEEDED:
-        raise ValueError(f"it has no '{min(NEEDED - data.keys())}'")
-    kinds = (*data, *map(type, data.values()))
-    known = kinds in _sound_kinds  # the same fields of the same kinds were looked at: the lists are left
-    plain = True
-    for name in LISTS & data.keys() if known else data:
-        if type(value := data[name]) not in KINDS.get(name, TEXT):
-            if not _lists_or_words(name, value):
-                raise ValueError(f"its '{name}' is no such thing as a {name}")
-            plain &= name in LISTS
-    if plain and not known and len(_sound_kinds) < MOST_KINDS:
-        _sound_kinds.add(kinds)
-
-
-def _lists_or_words(name: str, value: Any) -> bool:
-    """Whether a field holds a list of numbers, or a number that JSON has no digits for."""
-    if name in ("interval", "samples"):
-        return isinstance(value, list) and all(map(_is_number, value)) and (name == "samples" or len(value) == 2)
-    return float in KINDS.get(name, TEXT) and isinstance(decode_number(value), float)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) or isinstance(decode_number(value), float)
-
-
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads` for files that a stranger may have written: nesting beyond reason is a ValueError too."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def encode(value: Any) -> Any:
-    """Make a value strict JSON: non-finite floats as 'nan', 'inf', '-inf'; tuples as lists."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if isinstance(value, dict):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
-    return value
-
-
-def decode_number(value: Any) -> Any:
-    """Undo `encode` for one number."""
-    return float(value) if isinstance(value, str) and value in {"nan", "inf", "-inf"} else value
-
-
-def sha256_text(text: str) -> str:
-    """16 hex digits of a text's sha256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def digest(value: Any) -> str:
-    """sha256 (hex) of a JSON value in canonical form."""
-    text = json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -30,9 +30,10 @@ from harness.environment import Environment, capture
 from harness.errors import BadFile, HarnessError
 from harness.files import cache_dir, owned
 from harness.invariants import LAYER
+from harness.jsonvalues import parse_json
 from harness.messages import Asked, Stop
 from harness.planning import member_of
-from harness.records import Case, Row, Verdict, parse_json
+from harness.records import Case, Row, Verdict
 from harness.specifications import parse
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import BadSpecification
-from harness.records import Case, digest
+from harness.jsonvalues import digest
+from harness.records import Case
 
 # seconds of a case on two cores with the embedded model, 4,096 tokens, 10 repetitions: only their ratios matter
 SECONDS = {

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerFast
 
 from harness import synthetic
-from harness.records import digest
+from harness.jsonvalues import digest
 
 WIDTH = 128  # a multiple of 64, so that blocks of 64 divide every row
 LAYERS = 2  # one to fetch the word before the last, one to combine the two

@@ -14,8 +14,9 @@ from harness import family
 from harness.bounds import Bounds, Rule
 from harness.contracts import Member
 from harness.environment import Environment
+from harness.jsonvalues import decode_number
 from harness.recorded import Recorded
-from harness.records import Row, Verdict, decode_number
+from harness.records import Row, Verdict
 from harness.stats import Estimate, paired_delta
 from harness.wording import percent, shown
 

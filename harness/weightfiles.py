@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.errors import BadFile, MissingAsset
 from harness.files import sha256_file
-from harness.records import digest, parse_json
+from harness.jsonvalues import digest, parse_json
 
 SAFE = ("model.safetensors", "model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors"))
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", re.compile(r"pytorch_model-\d+-of-\d+\.bin"))

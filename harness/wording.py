@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Sequence
 
 from harness.environment import Environment, difference
+from harness.jsonvalues import decode_number
 from harness.recorded import Recorded
-from harness.records import Row, Verdict, decode_number
+from harness.records import Row, Verdict
 
 MIB = 2**20  # bytes; tables are in MiB and say so
 LARGEST = 700.0  # nats; exp of 710 is beyond a double

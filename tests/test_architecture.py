@@ -21,7 +21,7 @@ import harness
 
 HOME = Path(harness.__file__).parent
 LEVELS = (
-    "plain errors records specifications contracts options sharding files",
+    "plain errors jsonvalues rowlines records specifications contracts options sharding files",
     "catalog methods metrics arguments nllfiles weightmethod codes quantized scopes census memory bnb bnb_tensors "
     "engine products divergence sequential devices timing models checkpoints gguf_weights gguf_file gguf_families "
     "gguf_blocks gguf_tokenizers gguf_write gguf_method admission calibration gptq pieces "
@@ -39,10 +39,10 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
-    "errors records specifications contracts options files catalog admission calibration door methods metrics "
-    "arguments protocols corpora models stats environment probe architectures planning runner session report judge "
-    "baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding merging faults "
-    "upgrade placing cluster inputs plain strangers cachefolders".split()
+    "errors jsonvalues rowlines records specifications contracts options files catalog admission calibration door "
+    "methods metrics arguments protocols corpora models stats environment probe architectures planning runner session "
+    "report judge baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding "
+    "merging faults upgrade placing cluster inputs plain strangers cachefolders".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}

@@ -19,7 +19,7 @@ from simulation import Array
 
 from harness import sequential, stats
 from harness.files import cache_dir
-from harness.records import digest
+from harness.jsonvalues import digest
 from harness.report import writing
 
 SEED = 20_251_122  # any number would do

@@ -19,9 +19,9 @@ from tabulate import tabulate
 
 from harness.errors import BadFile
 from harness.files import replace_text
+from harness.jsonvalues import decode_number, encode, parse_json
 from harness.published.conventions import describe
 from harness.published.judging import Finding, Judgement
-from harness.records import decode_number, encode, parse_json
 
 MIB = 2**20
 FILE = "published.json"  # in a report directory

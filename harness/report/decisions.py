@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.contracts import Member
-from harness.records import Case, Row, Verdict, decode_number
+from harness.jsonvalues import decode_number
+from harness.records import Case, Row, Verdict
 from harness.stats import hodges_lehmann_ratio
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.records import digest
+from harness.jsonvalues import digest
 from harness.report.matrix import NO_TEXT, Section, Text, finite
 from harness.report.tables import quality_ratio
 

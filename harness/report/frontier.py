@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
 
-from harness.records import Row, decode_number
+from harness.jsonvalues import decode_number
+from harness.records import Row
 from harness.report import writing
 from harness.report.matrix import Section, Text
 from harness.report.reading import Nll

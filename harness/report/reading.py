@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness import published
 from harness.errors import BadFile, MissingAsset
-from harness.records import Case, Censuses, Row, parse_json
+from harness.jsonvalues import parse_json
+from harness.records import Case, Row
+from harness.rowlines import Censuses
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from harness.records import Row, decode_number
+from harness.jsonvalues import decode_number
+from harness.records import Row
 from harness.report import writing
 from harness.report.matrix import NO_TEXT, Section, Text, severest
 from harness.report.writing import NOTHING, code, escape, table

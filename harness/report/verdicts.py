@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.records import Row, Verdict, decode_number
+from harness.jsonvalues import decode_number
+from harness.records import Row, Verdict
 from harness.report.writing import NOTHING, code, escape, plural, table
 from harness.wording import percent
 

@@ -27,7 +27,7 @@ from packaging.utils import canonicalize_name
 
 from harness.errors import HarnessError
 from harness.files import cache_dir, locked, replace_text
-from harness.records import digest
+from harness.jsonvalues import digest
 from harness.upgrade.sides import Side
 
 FORMAT = 1  # of a built environment: raise it when they are built in another way

@@ -14,7 +14,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 
 from harness.errors import BadSpecification, MissingAsset
 from harness.files import sha256_file
-from harness.records import digest
+from harness.jsonvalues import digest
 
 BUILT = {"build", "dist", "__pycache__", "node_modules", "venv"}  # of a source directory, never part of its content
 

@@ -11,9 +11,9 @@ from harness import memory
 from harness.census import bits_per_weight, census
 from harness.contracts import Arguments, Method, QuantizedWeight, Scope
 from harness.errors import IncompleteQuantization
+from harness.jsonvalues import digest
 from harness.methods import absmax_int8, bf16, fp32, nf4
 from harness.quantized import Recipe, apply
-from harness.records import digest
 
 BLOCK = {"block": 64}
 

@@ -18,8 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from harness.contracts import Subject, TokenPlan, Window
 from harness.devices import Cpu, NoDeviceTime
+from harness.jsonvalues import encode
 from harness.metrics.latency import METRIC
-from harness.records import Case, Figure, encode
+from harness.records import Case, Figure
 from harness.timing import Work
 
 MEMBERS = {member.name: member for member in METRIC.members}

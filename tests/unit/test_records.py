@@ -3,7 +3,9 @@ import math
 
 import pytest
 
-from harness.records import SCHEMA, Case, Censuses, Row, Verdict, digest
+from harness.jsonvalues import digest
+from harness.records import SCHEMA, Case, Row, Verdict
+from harness.rowlines import Censuses
 
 CASE = Case("path:/tmp/a b", "nf4:block=64", "text:/x/y.txt", "chunk:512", "perplexity", "cpu")
 

@@ -15,7 +15,8 @@ import pytest
 from pytest_regressions.file_regression import FileRegressionFixture
 
 from harness.errors import BadFile, MissingAsset
-from harness.records import Case, Row, Verdict, digest
+from harness.jsonvalues import digest
+from harness.records import Case, Row, Verdict
 from harness.report import read_report, render, rewrite, write
 from harness.report.matrix import NEVER, complete, sections
 from harness.report.reading import nll_reader

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from harness.bounds import Bounds, load
 from harness.contracts import Member
 from harness.errors import BadFile, HarnessError, MissingAsset
-from harness.records import Case, Row, Verdict, digest
+from harness.jsonvalues import digest
+from harness.records import Case, Row, Verdict
 from harness.report import Comparison, Entry, compare, compare_paths, render_comparison
 from harness.report.reading import Nll
 from harness.stats import student_quantile

@@ -104,9 +104,9 @@ def test_code_of_installed_methods_counts(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(catalog, "entry_points", lambda group: [point] if group == "harness.methods" else [])
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    before = group.code_version()
+    before = catalog.code_version()
     assert list(catalog.installed_sources()) == [str(file)]
-    assert group.code_version() == before
+    assert catalog.code_version() == before
     file.write_text("A = 2\n")
-    assert group.code_version() != before
+    assert catalog.code_version() != before
     assert "brought_methods" not in sys.modules  # read, not run

@@ -12,7 +12,8 @@ from harness import nllfiles
 from harness.environment import Environment
 from harness.errors import HarnessError
 from harness.files import append_line, replace_text
-from harness.records import Case, Row, encode
+from harness.jsonvalues import encode
+from harness.records import Case, Row
 from harness.session import known_environments, open_report, read_rows, take, writing
 
 WORLD = Environment(device="cpu", cpu="some")

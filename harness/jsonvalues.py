@@ -1,0 +1,43 @@
+"""Values as strict JSON: numbers that it has no digits for, digests of canonical text, and files of strangers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files that a stranger may have written: nesting beyond reason is a ValueError too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def encode(value: Any) -> Any:
+    """Make a value strict JSON: non-finite floats as 'nan', 'inf', '-inf'; tuples as lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, dict):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode_number(value: Any) -> Any:
+    """Undo `encode` for one number."""
+    return float(value) if isinstance(value, str) and value in {"nan", "inf", "-inf"} else value
+
+
+def sha256_text(text: str) -> str:
+    """16 hex digits of a text's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON value in canonical form."""
+    text = json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
