@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 WANTED = ("--methods", "nf4", "--metrics", "perplexity,memory.storage,memory.parameters")
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.long)])
 def test_the_life_of_a_baseline(project: Project, workers: str) -> None:
     run = (*WANTED, "-n", workers)
     assert project.run(*run, "--require-baselines").ret == 1  # nothing recorded yet

@@ -32,7 +32,7 @@ def pytest_runtest_logreport(report):
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.long)])
 def test_a_full_disk_ends_the_session_in_one_line(project: Project, workers: str) -> None:
     project.write("conftest.py", FULL)
     result = project.run(*WANTED, "-n", workers)

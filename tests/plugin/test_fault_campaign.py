@@ -43,7 +43,7 @@ def template(parts: dict[str, Any], home: Path) -> Any:
     return parts["scene"].template(home / "cached", "cached")
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK[:2], *(pytest.param(name, marks=pytest.mark.long) for name in QUICK[2:])])
 def test_a_disturbed_session_loses_nothing(parts: dict[str, Any], template: Any, home: Path, name: str) -> None:
     (fault,) = (fault for fault in parts["acts"].FAULTS if fault.name == name)
     trial = parts["campaign"].run(QUICK.index(name), 3, fault, template, home)
