@@ -21,7 +21,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -65,10 +65,35 @@ def hush() -> None:
 
 
 def preload() -> None:
-    """Import the library once, for children forked later."""
+    """Import the library once, for children forked later; what it marks for compiling is compiled when first called.
+
+    `torch.compile` only marks a function, but it imports the whole of the compiler, seconds on a slow processor.
+    """
+    import torch
+
     hush()
-    importlib.import_module("bitsandbytes")
+    compiler = torch.compile
+    torch.compile = _marks  # type: ignore[assignment]
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        torch.compile = compiler
     importlib.import_module("transformers.integrations.bitsandbytes")
+
+
+def _marks(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """`torch.compile`, called when the function is."""
+    if function is None:
+        return functools.partial(_marks, **options)
+    import torch
+
+    compiled = functools.cache(lambda: torch.compile(function, **options))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
 
 
 def method(name: str, summary: str, format: Format) -> Method:

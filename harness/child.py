@@ -29,7 +29,6 @@ from harness.specifications import parse
 from harness.strangers import starved
 
 CONSULTED = ("prepare", "needs", "code")
-bnb.preload()
 
 
 def prepare(job: Job, cases: list[Case], connection: Connection) -> dict[str, str]:

@@ -202,7 +202,7 @@ class Runner:
 
     def _started(self, case: Case, began: Mapping[str, str]) -> Process:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["harness.child", "harness.runner"])
+        context.set_forkserver_preload(["harness.preloaded"])
         with environment_variables(server_environment(self.threads)):
             forkserver.ensure_running()
         log = self._logs / "child.log"

@@ -209,3 +209,24 @@ def test_quiet_over_a_real_forward(caplog: pytest.LogCaptureFixture) -> None:
         module(torch.ones(2, 64))
     assert sum(counted.values()) == 2
     assert not caplog.records
+
+
+def test_a_function_that_bitsandbytes_marks_for_compiling_is_compiled_at_its_first_call(monkeypatch):
+    compiled = []
+
+    def compiler(function, **options):
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    double = bnb._marks(dynamic=False)(lambda value: 2 * value)
+    plain = bnb._marks(abs)
+    assert not compiled
+    assert (double(3), double(4), plain(-1)) == (6, 8, 1)
+    assert compiled == [{"dynamic": False}, {}]
+
+
+def test_importing_bitsandbytes_leaves_the_compiler_in_its_place():
+    before = torch.compile
+    bnb.preload()
+    assert torch.compile is before
