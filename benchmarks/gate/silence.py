@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -288,13 +291,24 @@ def laid_out(folder: Path, **changes: Any) -> Bench:
 
 
 def measure(repeats: int = REPEATS, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Every change, `repeats` times."""
+    """Every change, `repeats` times; the changes are dealt out to as many processes as there are processors."""
+    chosen = [change.name for change in CHANGES if not names or change.name in names]
+    jobs = min(len(os.sched_getaffinity(0)), len(chosen))
+    hands = [chosen[place::jobs] for place in range(jobs)]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # each records a matrix of its own
+        found = list(pool.map(measured, itertools.repeat(repeats), hands))
+    entries = {entry["change"]: entry for part in found for entry in part["changes"]}
+    return {**summary([entries[name] for name in chosen], found[0]["tests"], found[0]["cases"]), "jobs": jobs}
+
+
+def measured(repeats: int, names: Sequence[str]) -> dict[str, Any]:
+    """Some changes, in this process."""
     gc.freeze()  # what is imported is not searched for garbage at every load
     torch.set_num_threads(THREADS)
     with recorded() as bench:
         kept: dict[str, Any] = {}
         tests = bench.session(kept=kept).tests
-        chosen = [change for change in CHANGES if not names or change.name in names]
+        chosen = [change for change in CHANGES if change.name in names]
         return summary([tried(bench, change, repeats, kept) for change in chosen], tests, cases(bench))
 
 

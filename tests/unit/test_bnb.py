@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes
@@ -211,10 +212,12 @@ def test_quiet_over_a_real_forward(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-def test_a_function_that_bitsandbytes_marks_for_compiling_is_compiled_at_its_first_call(monkeypatch):
-    compiled = []
+def test_a_function_that_bitsandbytes_marks_for_compiling_is_compiled_at_its_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[dict[str, Any]] = []
 
-    def compiler(function, **options):
+    def compiler(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         compiled.append(options)
         return function
 
@@ -226,7 +229,7 @@ def test_a_function_that_bitsandbytes_marks_for_compiling_is_compiled_at_its_fir
     assert compiled == [{"dynamic": False}, {}]
 
 
-def test_importing_bitsandbytes_leaves_the_compiler_in_its_place():
+def test_importing_bitsandbytes_leaves_the_compiler_in_its_place() -> None:
     before = torch.compile
     bnb.preload()
     assert torch.compile is before
