@@ -30,7 +30,7 @@ LEVELS = (
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording invariants inputs strangers "
     "cachefolders",
-    "door planning child group layergroup turns needs faults upgrade runner placing cluster session report judge "
+    "door planning preloaded child group layergroup turns needs faults upgrade runner placing cluster session report judge "
     "contract family trial drift "
     "baselines bounds published fits controls documents rebaselining merging",
     "plugin collector publisher commands",
