@@ -54,11 +54,8 @@ SHORT = """\
 - *Loading from the page cache*: reading is then one copy; quantizing takes some ten operations a weight, in the cache
   and on every core.
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
-  server loads torch, transformers and bitsandbytes once (which loads torch's compiler too), pytest starts, plots are
-  drawn at the end. So it weighs more the shorter a session is, and where the work is quick. The figures of 2026-11-28
-  come from a shell that kept Python from caching bytecode (`PYTHONDONTWRITEBYTECODE`), which cost every start a
-  compilation of all modules; the command now takes that variable away. `report` draws its plots anew, which is most of
-  its time.
+  server loads torch, transformers and bitsandbytes once, pytest starts, plots are drawn at the end. So it weighs more
+  the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.
 - *CUDA*: not run on a card."""
 JOINED = {"loading"}  # what several parts measure, a model each
 KEPT = ROOT / "docs" / "data" / "performance.json"

@@ -24,8 +24,8 @@ from harness import hubmodels, models, prequantized, weightfiles
 from harness.cachefolders import built
 from harness.contracts import Checkpoint
 from harness.files import sha256_file
-from harness.options import Declared
-from harness.specifications import Specification
+from harness.options import Declared, Options
+from harness.specifications import Specification, parse
 from harness.strangers import reading
 
 if TYPE_CHECKING:  # annotations only
@@ -42,6 +42,12 @@ Say = Callable[[str], None]
 
 def _silent(_: str) -> None:
     """Say nothing."""
+
+
+def of_session(model: str, options: Options, say: Say = _silent, *, verify: bool = False) -> Checkpoint:
+    """`materialise` for a model that a session names, under what the session allows."""
+    allowed: Any = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+    return materialise(parse(model), options.declared, **allowed, say=say, verify=verify)
 
 
 def materialise(

@@ -25,7 +25,6 @@ from harness.invariants import LAYER
 from harness.layergroup import LayerGroup
 from harness.messages import Job, Reply
 from harness.records import Case
-from harness.specifications import parse
 from harness.strangers import starved
 
 CONSULTED = ("prepare", "needs", "code")
@@ -42,14 +41,7 @@ def prepare(job: Job, cases: list[Case], connection: Connection) -> dict[str, st
 
     options, inputs = job.options, dict[str, str]()
     for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
-        checkpoint = checkpoints.materialise(
-            parse(model),
-            options.declared,
-            allow_pickle=options.allow_pickle,
-            trust_remote_code=options.trust_remote_code,
-            say=say,
-            verify=True,
-        )
+        checkpoint = checkpoints.of_session(model, options, say, verify=True)
         seen = weightfiles.stamp(checkpoint.directory)  # before the group hashes them
         first = next(case for case in cases if case.model == model)
         group = Group(Job(options, model, first.method, "cpu", job.reference, job.threads, job.log), connection)

@@ -62,10 +62,7 @@ class Group:
         self.reference_method = method_of(parse(job.reference), catalog.methods())
         self.reference_arguments = arguments.resolve(parse(job.reference), self.reference_method, job.device)
         self.inputs = Inputs(job.inputs)
-        allowed: Any = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-        self.checkpoint = self.inputs.checkpoint(
-            lambda: checkpoints.materialise(parse(job.model), options.declared, **allowed)
-        )
+        self.checkpoint = self.inputs.checkpoint(lambda: checkpoints.of_session(job.model, options))
         self.repetitions = options.repetitions
         self.device = open_device(job.device)
         self.environment = environment.capture(job.device, job.threads, loaded_facts(job.device))

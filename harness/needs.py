@@ -27,12 +27,7 @@ def needs(options: Options, cases: Sequence[Case]) -> Needs:
     """Of every group of the cases; a group that cannot be predicted counts as the reference alone."""
     found = Needs({}, {})
     for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
-        checkpoint = checkpoints.materialise(
-            parse(model),
-            options.declared,
-            allow_pickle=options.allow_pickle,
-            trust_remote_code=options.trust_remote_code,
-        )
+        checkpoint = checkpoints.of_session(model, options)
         found.folders[model] = str(checkpoint.directory)
         for case in {case.group: case for case in cases if case.model == model}.values():
             found.bytes[case.group] = group_bytes(case, checkpoint)

@@ -30,9 +30,8 @@ LEVELS = (
     "hubtext architectures protocols "
     "windows stats environment probe settings messages recorded exact wording invariants inputs strangers "
     "cachefolders",
-    "door planning preloaded child group layergroup turns needs faults upgrade runner placing cluster session report judge "
-    "contract family trial drift "
-    "baselines bounds published fits controls documents rebaselining merging",
+    "door planning preloaded child group layergroup turns needs faults upgrade runner placing cluster session report "
+    "judge contract family trial drift baselines bounds published fits controls documents rebaselining merging",
     "plugin collector publisher commands",
     "cases __main__",
 )  # a package stands for all of its modules
