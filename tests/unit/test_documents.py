@@ -38,6 +38,7 @@ SCRIPTS = (
     "ray_cluster",
     "faults/run",
     "run",
+    "frontier",
 )
 PAGES = sorted(DOCS.glob("*.md"))
 
