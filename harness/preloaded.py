@@ -1,18 +1,17 @@
 """What the fork server imports, once a session: everything that a group's process needs, before any is forked.
 
-Importing makes a million objects that live as long as the process, and each pass of the garbage collector walks all of
-them: it is off while they are made, and in the children they lie outside what it looks at.
+What importing makes lives as long as the process, and each pass of the garbage collector would walk all of it: the
+collector is off meanwhile, and in the children leaves it alone.
 """
 
 import gc
 
 gc.disable()
+try:
+    from harness import bnb
 
-from harness import bnb  # noqa: E402
-
-bnb.preload()
-
-from harness import child, runner  # noqa: E402, F401
-
-gc.freeze()
-gc.enable()
+    bnb.preload()
+    from harness import child, runner  # noqa: F401
+finally:  # the fork server goes on where an import fails, and its children tell why
+    gc.freeze()
+    gc.enable()
