@@ -174,6 +174,7 @@ def label(
 ) -> None:
     """Write the names beside their points and clear of the lines, with a leader where a name had to move away."""
     _freeze(canvas)
+    axes.set_autoscale_on(False)  # a leader would move the limits that names are placed by
     texts = [axes.text(0, 0, name, fontsize=8.5, color=DARK, va="bottom") for name in names]
     extents = [text.get_window_extent() for text in texts]
     pixels = [tuple(axes.transData.transform(point)) for point in points]

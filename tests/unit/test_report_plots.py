@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from harness.records import Case, Row, Verdict
@@ -16,7 +17,7 @@ from harness.report import plots, read_report
 from harness.report.figures import figures, filename
 from harness.report.labels import Box, place
 from harness.report.matrix import Section, complete, sections
-from harness.report.plots import pareto, plain, png, quartiles
+from harness.report.plots import canvas_of, label, pareto, plain, png, quartiles, style
 
 MADE = Path(__file__).parent / "data" / "made-session"
 
@@ -178,3 +179,19 @@ def test_png_is_one_for_places_without_svg() -> None:
     (found,) = sections(complete([row("fp32", "latency.decode", 0.1)], []))
     (figure,) = figures(found)
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_names_do_not_move_the_axes_that_they_were_placed_by() -> None:
+    with style():
+        canvas, (axes,) = canvas_of(4.0, "crowded")
+        spots = [(100.0, 0.0)] * 12 + [(101.0, 0.5)]
+        for x, y in spots:
+            axes.plot(x, y, "o")
+        axes.margins(x=0.12, y=0.12)
+        canvas.draw_without_rendering()
+        before = (*axes.get_xlim(), *axes.get_ylim())
+        label(canvas, axes, [f"a long name {place}" for place in range(13)], spots, [(at, at) for at in spots])
+        leaders = [line for line in axes.lines if len(np.asarray(line.get_xdata())) == 2]
+        assert leaders
+        canvas.draw_without_rendering()
+        assert (*axes.get_xlim(), *axes.get_ylim()) == before
