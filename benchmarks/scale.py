@@ -86,7 +86,7 @@ def lines_of(cases: Sequence[Case], losses: Path) -> list[bytes]:
     losses.mkdir(parents=True)
     lines = []
     for place, case in enumerate(cases):
-        row = {**examples.get(case.metric, examples["perplexity"]), **vars(case), "environment": "e", "nll": ""}
+        row = {**examples.get(case.metric, examples["perplexity"]), **case.told(), "environment": "e", "nll": ""}
         row["verdict"] = row["verdict_baseline"] = "within noise" if place % 100 else "worse"
         if case.metric == "perplexity":
             row["nll"] = digest(case.id)

@@ -130,7 +130,7 @@ def keep(side: Path, target: Path) -> None:
     session = read_report(side)
     rows = [replace(row, census={}) for row in session.rows]
     replace_text(target / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
-    replace_text(target / "plan.json", json.dumps([vars(case) for case in session.planned]) + "\n")
+    replace_text(target / "plan.json", json.dumps([case.told() for case in session.planned]) + "\n")
     for name in ("environments.json", "side.json"):
         shutil.copyfile(side / name, target / name)
     (target / "nll").mkdir()

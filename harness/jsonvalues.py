@@ -7,6 +7,8 @@ import json
 import math
 from typing import Any
 
+import orjson
+
 
 def parse_json(text: str | bytes) -> Any:
     """`json.loads` for files that a stranger may have written: nesting beyond reason is a ValueError too."""
@@ -14,6 +16,14 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def parse_line(line: bytes) -> Any:
+    """`parse_json` by a quicker reader; what that one refuses and this one would not have is read all the same."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return parse_json(line)
 
 
 def encode(value: Any) -> Any:
@@ -32,9 +42,9 @@ def decode_number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and value in {"nan", "inf", "-inf"} else value
 
 
-def sha256_text(text: str) -> str:
+def sha256_text(text: str | bytes) -> str:
     """16 hex digits of a text's sha256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
 
 
 def digest(value: Any) -> str:

@@ -16,12 +16,12 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from harness import family, report
 from harness.errors import BadFile
 from harness.files import replace_pieces, replace_text
-from harness.jsonvalues import parse_json
+from harness.jsonvalues import parse_line
 from harness.records import Case, Row, Verdict
 from harness.report.reading import SHA, Session, plan_text, read_report
 from harness.sharding import Shard, partition, plan_digest
@@ -36,10 +36,11 @@ DROPPED = frozenset({"--shard", "--harness-shard", "--resume"})  # options that 
 
 @dataclass(frozen=True)
 class Part:
-    """One directory: its session, and which shard it was (None where it was no shard)."""
+    """One directory: its session, its measurements, and which shard it was (None where it was no shard)."""
 
     folder: Path
     session: Session
+    file: BinaryIO | None = None  # its measurements, open: what is copied is what was read, whatever takes their place
     shard: Shard | None = None
     digest: str = ""
     whole: tuple[Case, ...] = ()  # the plan before it was cut
@@ -55,48 +56,55 @@ class Merged:
     absent: tuple[int, ...]  # shards that never came, counted from 1
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """The row that stands for a case, and where it came from: of a row that stays as it was the line is copied."""
 
     row: Row
     folder: Path | None = None
-    line: bytes = b""
+    file: BinaryIO | None = None
+    span: tuple[int, int] = (0, 0)
 
     def written(self, row: Row) -> bytes:
         """What stands in the merged measurements.jsonl for `row`, which is this one or what was made of it."""
-        return (self.line if self.line and row is self.row else row.to_json().encode()) + b"\n"
+        if self.file is None or row is not self.row:
+            return row.to_json().encode() + b"\n"
+        start, end = self.span
+        self.file.seek(start)  # lines are not kept: they are half of what a large merge would hold
+        return self.file.read(end - start) + b"\n"
 
 
 def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -> None:
     """Say beside a report which part of which plan it is, and how many statistical tests the whole plan makes."""
-    cases = [vars(case) for case in whole]
+    cases = [case.told() for case in whole]
     told = {"index": shard.index, "count": shard.count, "plan": plan_digest(whole), "tests": tests, "cases": cases}
     replace_text(folder / SHARD_FILE, json.dumps(told) + "\n")
 
 
-def read_part(folder: Path, plans: dict[str, tuple[Case, ...] | None] | None = None) -> Part:
+def read_part(folder: Path, plans: dict[str, tuple[Case, ...] | None], opened: contextlib.ExitStack) -> Part:
     """A directory with its shard.json, where it has one; BadFile names what is wrong with it.
 
-    `plans` keeps what was read: every shard holds the whole plan, and it is read and checked once.
+    `plans` keeps what was read: every shard holds the whole plan, and it is read and checked once. `opened` closes
+    the measurements.
     """
-    session = read_report(folder, keep_lines=True)
+    file, lines = None, folder / "measurements.jsonl" if folder.is_dir() else folder
+    with contextlib.suppress(OSError):  # `read_report` says what is wrong
+        file = opened.enter_context(lines.open("rb"))
+    session = read_report(folder)
     path = folder / SHARD_FILE
     if not path.is_file():
-        return Part(folder, session)
-    plans = {} if plans is None else plans
+        return Part(folder, session, file)
     try:
         head, mark, written = path.read_text(encoding="utf-8").partition(CASES)  # they are last: `write_shard`
-        told = parse_json(f"{head}{mark}null}}" if mark else head)
+        told = parse_line(f"{head}{mark}null}}".encode() if mark else head.encode())
         shard, digest, tests = Shard(int(told["index"]), int(told["count"])), str(told["plan"]), int(told["tests"])
         if (known := f"{digest} {written}") not in plans:
-            whole = tuple(Case.from_dict(item) for item in parse_json(f"{{{CASES}{written}")["cases"])
+            whole = tuple(Case.from_dict(item) for item in parse_line(f"{{{CASES}{written}".encode())["cases"])
             plans[known] = whole if plan_digest(whole) == digest else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadFile(f"{path} cannot be read ({error}): measure that shard again") from error
     if (planned := plans[known]) is None or not 1 <= shard.index <= shard.count:
         raise BadFile(f"{path} does not hold the plan that it names: measure that shard again")
-    return Part(folder, session, shard, digest, planned, tests)
+    return Part(folder, session, file, shard, digest, planned, tests)
 
 
 def merge(folders: Sequence[Path], out: Path) -> Merged:
@@ -107,8 +115,9 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     """
     if (out / "measurements.jsonl").exists():
         raise BadFile(f"{out} holds measurements already: name a new directory with -o")
-    with uncollected():
-        return _merge(folders, out)
+    with uncollected(), contextlib.ExitStack() as opened:
+        plans: dict[str, tuple[Case, ...] | None] = {}
+        return _merge([read_part(folder, plans, opened) for folder in folders], out)
 
 
 @contextlib.contextmanager
@@ -123,9 +132,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _merge(folders: Sequence[Path], out: Path) -> Merged:
-    plans: dict[str, tuple[Case, ...] | None] = {}
-    parts = [read_part(folder, plans) for folder in folders]
+def _merge(parts: Sequence[Part], out: Path) -> Merged:
     whole, absent = plan_of(parts)
     found = joined(parts, whole)
     rows = [one.row for one in found]
@@ -172,8 +179,8 @@ def joined(parts: Sequence[Part], whole: Sequence[Case]) -> list[Found]:
     """One row a case of the whole plan, a measurement before a reason why there is none."""
     found: dict[Case, Found] = {}
     for part in parts:
-        lines = part.session.lines or (b"",) * len(part.session.rows)
-        last = {row.case: Found(row, part.folder, line) for row, line in zip(part.session.rows, lines, strict=True)}
+        read = zip(part.session.rows, part.session.spans, strict=True)
+        last = {row.case: Found(row, part.folder, part.file, span) for row, span in read}
         for case, one in last.items():
             known = found.get(case)
             if known and known.row.value is not None and one.row.value is not None:

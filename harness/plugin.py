@@ -227,7 +227,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state, told = session.config.stash.get(STATE, None), getattr(session.config, "workeroutput", None)
     worker = getattr(session.config, "workerinput", {})
     if state is not None and state.whole and told is not None and worker.get("workerid") == "gw0":
-        told["harness_whole"] = [vars(case) for case in state.whole]
+        told["harness_whole"] = [case.told() for case in state.whole]
 
 
 @pytest.hookimpl(tryfirst=True)

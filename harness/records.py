@@ -7,14 +7,14 @@ import json
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from harness.jsonvalues import decode_number, encode, parse_json, sha256_text
+from harness.jsonvalues import decode_number, encode, parse_line, sha256_text
 from harness.rowlines import Censuses, require_types
 
 SCHEMA = 1  # of measurements.jsonl and of baseline files; a newer one is refused by name
-CHECKED = re.compile(r', "check": "([0-9a-f]{16})"}$')  # how a line of measurements.jsonl ends; its digest
+CHECKED = re.compile(rb', "check": "([0-9a-f]{16})"}$')  # how a line of measurements.jsonl ends; its digest
 CHECKED_LENGTH = len(', "check": ""}') + 16
 
 
@@ -47,11 +47,11 @@ def quoted(part: str) -> str:
     return quote(part, safe=":=@.,-_+~*")
 
 
-@dataclass(frozen=True, order=True)
-class Case:
+class Case(NamedTuple):
     """model x method x dataset x protocol x metric x device: one line of the plan.
 
     Every field is canonical specification text; `dataset` and `protocol` are "" for metrics that read no text.
+    A tuple, since a large plan hashes and compares its cases a dozen times.
     """
 
     model: str
@@ -64,10 +64,14 @@ class Case:
 
     @classmethod
     def from_dict(cls, data: Any) -> Case:
-        """Read `vars` of one back; TypeError where it is anything else."""
-        if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+        """Read `told` of one back; TypeError where it is anything else."""
+        if not isinstance(data, dict) or set(map(type, data.values())) - {str}:
             raise TypeError("a case is a table of texts")
         return cls(**data)
+
+    def told(self) -> dict[str, Any]:
+        """Every field by name, in order."""
+        return dict(zip(self._fields, self, strict=True))
 
     @property
     def id(self) -> str:
@@ -154,7 +158,7 @@ class Row:
     @classmethod
     def of(cls, case: Case, **measured: Any) -> Row:
         """A row for a case."""
-        return cls(**vars(case), **measured)
+        return cls(**case.told(), **measured)
 
     def to_json(self) -> str:
         """One line of strict JSON: NaN and infinities become strings; at its end stands a digest of all the rest."""
@@ -166,36 +170,37 @@ class Row:
         return {name: getattr(self, name) for name in row_fields()}
 
     @classmethod
-    def from_json(cls, text: str, censuses: Censuses | None = None) -> Row:
+    def from_json(cls, text: str | bytes, censuses: Censuses | None = None) -> Row:
         """Read a line back; ValueError on a newer schema, an unreadable line, or one that was changed.
 
         `censuses` holds what rows before it had: a row with an equal census shares it, most of its bytes.
         """
-        data = parse_json(text) if censuses is None else censuses.parse(text)
+        line = (text if isinstance(text, bytes) else text.encode()).strip()
+        data = parse_line(line) if censuses is None else censuses.parse(line)
         if not isinstance(data, dict) or type(data.get("schema")) is not int:
             raise ValueError("not a measurement: no schema number")
         if data["schema"] > SCHEMA:
             raise ValueError(f"schema {data['schema']} is newer than this harness reads ({SCHEMA}): upgrade it")
-        text = text.strip()
-        end = CHECKED.match(text, max(0, len(text) - CHECKED_LENGTH))  # lines of older harnesses have none
-        if end and end[1] != sha256_text(f"{text[: end.start()]}}}"):
+        end = CHECKED.match(line, max(0, len(line) - CHECKED_LENGTH))  # lines of older harnesses have none
+        if end and end[1].decode() != sha256_text(line[: end.start()] + b"}"):
             raise ValueError("it was changed after it was written: its digest differs")
-        known = row_fields()
-        if not data.keys() <= known.keys():
+        data.pop("check", None)
+        if not data.keys() <= (known := row_fields()).keys():
             data = {name: value for name, value in data.items() if name in known}
         require_types(data)
         if censuses is not None:
             censuses.share(data)
         for name in ("value", "spread", "bits_per_weight", "seconds"):
-            data[name] = decode_number(data.get(name))
-        if data.get("interval") is not None:
-            data["interval"] = tuple(decode_number(value) for value in data["interval"])
-        data["samples"] = tuple(decode_number(value) for value in data.get("samples", ()))
+            if type(data.get(name)) is str:
+                data[name] = decode_number(data[name])
+        if interval := data.get("interval"):
+            data["interval"] = tuple(map(decode_number, interval))
+        data["samples"] = tuple(map(decode_number, data.get("samples", ())))
         data["verdict"] = Verdict(data["verdict"])
         for name in ("verdict_reference", "verdict_baseline"):
             data[name] = Verdict(data[name]) if data.get(name) else None
         row = object.__new__(cls)  # not by __init__, which takes a fifth of the time of reading a line
-        vars(row).update(defaults(), **data)
+        object.__setattr__(row, "__dict__", data if len(data) == len(known) else {**defaults(), **data})
         return row
 
 

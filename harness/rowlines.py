@@ -6,14 +6,14 @@ import json
 import sys
 from typing import Any
 
-from harness.jsonvalues import decode_number, parse_json
+from harness.jsonvalues import decode_number, parse_line
 
 # fields whose few values stand in many rows
 REPEATED = tuple(
     "model method metric device reference dataset protocol revision method_id protocol_id token_hash unit baseline "
     "environment reason".split()
 )
-CENSUS = '"census": '  # in a line, before the census
+CENSUS = b'"census": '  # in a line, before the census
 DECODER = json.JSONDecoder()
 TEXT, NONE = frozenset({str}), type(None)
 KINDS: dict[str, frozenset[type]] = {  # of a row's fields in JSON; every other is text
@@ -25,6 +25,7 @@ KINDS: dict[str, frozenset[type]] = {  # of a row's fields in JSON; every other 
     "interval": frozenset({NONE}),
     "samples": frozenset(),
 }
+NUMBERS = frozenset({int, float})
 LISTS = frozenset({"interval", "samples"})
 MOST_KINDS = 1_000  # remembered; a session's rows have some ten
 _sound_kinds: set[tuple[Any, ...]] = set()
@@ -49,8 +50,9 @@ def require_types(data: dict[str, Any]) -> None:
 
 def _lists_or_words(name: str, value: Any) -> bool:
     """Whether a field holds a list of numbers, or a number that JSON has no digits for."""
-    if name in ("interval", "samples"):
-        return isinstance(value, list) and all(map(_is_number, value)) and (name == "samples" or len(value) == 2)
+    if name in LISTS:
+        numbers = type(value) is list and (NUMBERS.issuperset(map(type, value)) or all(map(_is_number, value)))
+        return numbers and (name == "samples" or len(value) == 2)
     return float in KINDS.get(name, TEXT) and isinstance(decode_number(value), float)
 
 
@@ -62,35 +64,35 @@ class Censuses:
     """The censuses of lines read so far: a group's rows hold one each, word for word, and it is most of their bytes."""
 
     def __init__(self) -> None:
-        self.known: dict[str, Any] = {}  # the last one of each model under a method
-        self.text, self.value = "", None  # the last one read, as it stands in its line, and parsed
+        self.known: dict[tuple[Any, Any], Any] = {}  # the last one of each model under a method
+        self.text, self.value = b"", None  # the last one read, as it stands in its line, and parsed
 
-    def parse(self, text: str) -> Any:
-        """`parse_json` of a line; a census that equals the line's before it letter by letter is not parsed again."""
-        start = text.find(CENSUS) + len(CENSUS)
+    def parse(self, line: bytes) -> Any:
+        """`parse_line`; a census that equals the line's before it letter by letter is not parsed again."""
+        start = line.find(CENSUS) + len(CENSUS)
         if start < len(CENSUS):
-            return parse_json(text)
-        if self.text and text.startswith(self.text, start):
-            data = parse_json(f"{text[:start]}null{text[start + len(self.text) :]}")
+            return parse_line(line)
+        if self.text and line.startswith(self.text, start):
+            data = parse_line(b"%bnull%b" % (line[:start], line[start + len(self.text) :]))
             if isinstance(data, dict) and data.get("census", "") is None:  # else it stood deeper, or twice
                 data["census"] = self.value
                 return data
-        data = parse_json(text)
+        data = parse_line(line)
         if isinstance(data, dict) and isinstance(data.get("census"), dict):
-            value, end = DECODER.raw_decode(text, start)
+            text = line[start:].decode()
+            value, end = DECODER.raw_decode(text)
             if value == data["census"]:
-                self.text, self.value = text[start:end], data["census"]
+                self.text, self.value = text[:end].encode(), data["census"]
         return data
 
     def share(self, data: dict[str, Any]) -> None:
         """Let a row's fields be the very objects of rows before it where they are equal."""
+        intern = sys.intern
         for name in REPEATED:
             if value := data.get(name):
-                data[name] = sys.intern(value)
-        if detail := data.get("detail"):
-            data["detail"] = {sys.intern(name): value for name, value in detail.items()}
+                data[name] = intern(value)
         if census := data.get("census"):
-            place = f"{data.get('model')} {data.get('method_id')}"
+            place = (data.get("model"), data.get("method_id"))
             known = self.known.get(place)
             if known is census or known == census:
                 data["census"] = known

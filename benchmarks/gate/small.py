@@ -116,7 +116,7 @@ class Bench:
         rows = family.settle([found[case] for case in cases], live.tests)
         texts = {"measurements.jsonl": "".join(row.to_json() + "\n" for row in rows)}
         texts["environments.json"] = json.dumps(live.runner.environments)
-        texts["plan.json"] = json.dumps([vars(case) for case in cases])
+        texts["plan.json"] = json.dumps([case.told() for case in cases])
         for name, text in texts.items():
             replace_text(options.report_dir / name, text)
         return Outcome(tuple(rows), live.tests)

@@ -6,10 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from harness.environment import Environment
 from harness.records import Case, Row, Verdict
+from harness.report.matrix import of_plan
 from harness.report.writing import code, escape, plural, table
 
 FAILING = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)  # what a session fails on, whatever its options
@@ -21,8 +23,7 @@ SHOWN = 10  # lines of one list before it is cut; the account below the tables h
 
 def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     """One paragraph on the outcome, then what failed; `rows` are complete."""
-    wanted = set(planned)
-    mine = [row for row in rows if row.case in wanted]
+    mine = of_plan(rows, planned)
     if not mine:
         return "**Nothing was measured: no case was planned.**"
     ran = sum(row.value is not None for row in mine)
@@ -51,13 +52,15 @@ def measured(rows: Sequence[Row]) -> str:
         more = f" and {len(unique) - NAMED:,} more" if len(unique) > NAMED else ""
         return ", ".join(unique[:NAMED]) + more
 
-    methods = dict.fromkeys(row.method for row in rows if row.method != row.reference)
-    texts = names(row.dataset for row in rows)
-    where = f" on {texts} under {names(row.protocol for row in rows)}" if texts else ""
+    def every(name: str) -> dict[str, None]:
+        return dict.fromkeys(map(attrgetter(name), rows))
+
+    methods = {row.method for row in rows if row.method != row.reference}
+    texts = names(every("dataset"))
+    where = f" on {texts} under {names(every('protocol'))}" if texts else ""
     return (
-        f"Planned: {plural(len(methods), 'method')} against {names(row.reference for row in rows)} for "
-        f"{names(row.model for row in rows)}{where}; {names(row.case.family for row in rows)}; "
-        f"on {', '.join(dict.fromkeys(row.device for row in rows))}."
+        f"Planned: {plural(len(methods), 'method')} against {names(every('reference'))} for {names(every('model'))}"
+        f"{where}; {names(metric.partition('.')[0] for metric in every('metric'))}; on {', '.join(every('device'))}."
     )
 
 
@@ -85,8 +88,7 @@ def failures(rows: Iterable[Row]) -> list[str]:
 
 def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     """Planned, ran, missing and why, then every row that failed and what stayed open; `rows` are complete."""
-    wanted = set(planned)
-    mine = [row for row in rows if row.case in wanted]
+    mine = of_plan(rows, planned)
     parts = [_counts(mine)] if mine else ["No case was planned."]
     if missing := [row for row in mine if row.value is None]:
         parts.append("Missing, by reason:\n\n" + "\n".join(by_reason(missing)))

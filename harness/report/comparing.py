@@ -165,7 +165,7 @@ class _Side:
 
     def excess(self, row: Row) -> NDArray[np.float32] | None:
         """Per-token NLL of a row above the reference's on the same tokens."""
-        case = replace(row.case, method=row.reference, metric="perplexity")
+        case = row.case._replace(method=row.reference, metric="perplexity")
         own, reference = self.nll(row), self.rows.get(case)
         base = self.nll(reference) if reference is not None else None
         return own - base if own is not None and base is not None and own.shape == base.shape else None

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.records import Case, Row, Verdict
-from harness.report.reading import latest
 
 Text = tuple[str, str]  # dataset, protocol
 NO_TEXT: Text = ("", "")
@@ -77,10 +76,15 @@ def finite(value: float | None) -> bool:
 
 def complete(rows: Sequence[Row], planned: Sequence[Case]) -> tuple[Row, ...]:
     """One row a case: the planned in plan order (`missing` where no row came), then what no plan holds any more."""
-    by_case = {row.case: row for row in latest(rows)}
+    by_case = {row.case: row for row in rows}  # as `latest`: the last stands, where the first stood
     wanted = dict.fromkeys(planned)
     answered = [by_case.get(case) or Row.of(case, verdict=Verdict.MISSING, reason=NEVER) for case in wanted]
     return (*answered, *(row for case, row in by_case.items() if case not in wanted))
+
+
+def of_plan(rows: Sequence[Row], planned: Sequence[Case]) -> Sequence[Row]:
+    """Of complete rows, those that answer the plan: they come first."""
+    return rows[: len(set(planned))]
 
 
 def sections(rows: Sequence[Row]) -> tuple[Section, ...]:
@@ -93,9 +97,9 @@ def sections(rows: Sequence[Row]) -> tuple[Section, ...]:
 
 def _section(key: tuple[str, str, str], rows: Sequence[Row]) -> Section:
     model, device, reference = key
-    methods = sorted(dict.fromkeys(row.method for row in rows), key=lambda method: method != reference)
-    texts = dict.fromkeys((row.dataset, row.protocol) for row in rows if row.dataset)
     cells = {(row.method, row.metric, (row.dataset, row.protocol)): row for row in rows}
+    methods = sorted(dict.fromkeys(method for method, _, _ in cells), key=lambda method: method != reference)
+    texts = dict.fromkeys(text for _, _, text in cells if text[0])
     return Section(model, device, reference, tuple(methods), tuple(texts), cells)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,10 +34,10 @@ class Session:
     notes: tuple[str, ...] = ()  # what a reader must know of the files themselves
     command: str = ""  # that made it, from session.json where there is one
     folder: Path | None = None  # None for a bare measurements.jsonl: no per-token NLL at hand
-    lines: tuple[bytes, ...] = ()  # of the rows as they were written, without newlines; on request
+    spans: tuple[tuple[int, int], ...] = ()  # of each row's line in measurements.jsonl, bytes, without its newline
 
 
-def read_report(path: Path, *, keep_lines: bool = False) -> Session:
+def read_report(path: Path) -> Session:
     """Read a report directory, or a bare `.jsonl` file.
 
     A torn last line (a crash while writing) becomes a note; any other unreadable line is a BadFile, and so are
@@ -51,9 +52,9 @@ def read_report(path: Path, *, keep_lines: bool = False) -> Session:
         raise MissingAsset(f"{path} holds no measurements: name a report directory or a measurements.jsonl file")
     read, notes = read_lines(lines)
     rows = tuple(row for row, _ in read)
-    written = tuple(line for _, line in read) if keep_lines else ()
+    spans = tuple(span for _, span in read)
     if not path.is_dir():
-        return Session(rows, tuple(row.case for row in latest(rows)), notes=notes, lines=written)
+        return Session(rows, tuple(row.case for row in latest(rows)), notes=notes, spans=spans)
     planned = read_plan(path / "plan.json")
     if planned is None:
         planned = tuple(row.case for row in latest(rows))
@@ -64,7 +65,7 @@ def read_report(path: Path, *, keep_lines: bool = False) -> Session:
     told = _json(path / "session.json", dict) or {}
     kept = told.get("notes", ())
     notes += tuple(map(str, kept if isinstance(kept, list) else ()))
-    return Session(rows, planned, environments, notes, str(told.get("command", "")), path, written)
+    return Session(rows, planned, environments, notes, str(told.get("command", "")), path, spans)
 
 
 def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
@@ -73,17 +74,18 @@ def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     return tuple(row for row, _ in read), notes
 
 
-def read_lines(path: Path) -> tuple[list[tuple[Row, bytes]], tuple[str, ...]]:
-    """The same with each row's line."""
-    read: list[tuple[Row, bytes]] = []
-    censuses = Censuses()
+def read_lines(path: Path) -> tuple[list[tuple[Row, tuple[int, int]]], tuple[str, ...]]:
+    """The same with the bytes from and to which each row's line stands."""
+    read: list[tuple[Row, tuple[int, int]]] = []
+    censuses, end = Censuses(), 0
     try:
         with path.open("rb") as file:
             for place, line in enumerate(file, 1):
-                if not line.strip():
+                start, end = end, end + len(line)
+                if line.isspace():
                     continue
                 try:
-                    read.append((Row.from_json(line.decode(), censuses), line.removesuffix(b"\n")))
+                    read.append((Row.from_json(line, censuses), (start, end - line.endswith(b"\n"))))
                 except (ValueError, KeyError, TypeError) as error:
                     torn = not line.endswith(b"\n") and isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
                     if not torn:  # a line that ends in a newline was written whole
@@ -97,9 +99,10 @@ def read_lines(path: Path) -> tuple[list[tuple[Row, bytes]], tuple[str, ...]]:
 
 def plan_text(cases: Iterable[Case]) -> str:
     """A plan as plan.json holds it, one field a line."""
-    # json's own `indent` leaves its C encoder: ten times slower
-    told = (json.dumps(vars(case), separators=(",\n", ": "))[1:-1] for case in cases)
-    text = ",\n".join(f"{{\n{fields}\n}}" for fields in told)
+    # json's own `indent` leaves its C encoder: ten times slower; names are few and are written many times
+    quoted = functools.cache(json.dumps)
+    pattern = "{\n" + ",\n".join(f'"{name}": %s' for name in Case._fields) + "\n}"
+    text = ",\n".join(pattern % tuple(map(quoted, case)) for case in cases)
     return f"[\n{text}\n]" if text else "[]"
 
 
@@ -112,7 +115,7 @@ def sound_rows(path: Path) -> tuple[tuple[Row, ...], int]:
         raise BadFile(f"{path} cannot be read: {error.strerror or error}") from error
     for line in filter(bytes.strip, lines):
         try:
-            rows.append(Row.from_json(line.decode()))
+            rows.append(Row.from_json(line))
         except (ValueError, KeyError, TypeError):
             damaged += 1
     return tuple(rows), damaged

@@ -191,8 +191,8 @@ def test_nothing_recorded_is_nothing_found(tmp_path: Path) -> None:
     record(tmp_path, [row()], worlds(WORLD), tmp_path)
     store = Baselines(tmp_path)
     for other in ("dataset", "protocol", "metric", "model", "method"):
-        assert store.find(replace(CASE, **{other: "other"}), WORLD) is None
-    assert store.find(replace(CASE, device="cuda"), replace(WORLD, device="cuda", sm="sm_90")) is None
+        assert store.find(CASE._replace(**{other: "other"}), WORLD) is None
+    assert store.find(CASE._replace(device="cuda"), replace(WORLD, device="cuda", sm="sm_90")) is None
 
 
 def test_recording_again_changes_only_what_moved(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_the_most_specific_file_serves_and_the_right_class_before_the_near_one(t
 def test_the_same_reference_serves_before_another(tmp_path: Path) -> None:
     record(tmp_path, [row(30.0), replace(row(31.0), reference="bf16")], worlds(WORLD), tmp_path)
     store = Baselines(tmp_path)
-    values = [store.find(replace(CASE, reference=name), WORLD) for name in ("fp32", "bf16", "fp16")]
+    values = [store.find(CASE._replace(reference=name), WORLD) for name in ("fp32", "bf16", "fp16")]
     assert [found and (found.value, found.reference) for found in values[:2]] == [(30.0, "fp32"), (31.0, "bf16")]
     assert values[2] is not None
 
@@ -293,7 +293,7 @@ def test_what_a_regeneration_writes() -> None:
     assert not chosen("all", verdict_reference=Verdict.OUT_OF_BOUND)
     assert not chosen("all", value=math.nan)
     assert not to_record([replace(row(), value=None, verdict=Verdict.MISSING)], "all")
-    bytes_ = Row.of(replace(CASE, metric="memory.storage", dataset="", protocol=""), value=1.0)
+    bytes_ = Row.of(CASE._replace(metric="memory.storage", dataset="", protocol=""), value=1.0)
     assert not to_record([bytes_], "all")
     assert to_record([latency()], "all")
     assert not to_record([latency(detail={"log_ratio": 0.5, "log_ratio_low": None})], "all")
@@ -379,7 +379,7 @@ CENSUS = {"quantized": [{"modules": "h.*.attn", "count": 12}], "bytes_by_dtype":
 
 
 def storage(value: int = 1000, **more: Any) -> Row:
-    case = replace(CASE, metric="memory.storage", dataset="", protocol="")
+    case = CASE._replace(metric="memory.storage", dataset="", protocol="")
     detail = {"predicted": value, "predicted_equal": True}
     return Row.of(case, **{"value": float(value), "unit": "B", "census": CENSUS, "detail": detail, **more})
 
@@ -443,12 +443,12 @@ def test_an_exact_file_survives_yaml_and_serves_every_environment(tmp_path: Path
     path.write_text(yaml.safe_dump(document))
     assert read_exact(path) == document
     assert read_exact(path.with_name("absent.yaml")) is None
-    case = replace(CASE, metric="memory.storage", dataset="", protocol="")
+    case = CASE._replace(metric="memory.storage", dataset="", protocol="")
     found = Baselines(tmp_path).find(case, Environment(instructions="avx2"))
     assert found is not None
     assert (found.value, found.file, found.carries, found.environment) == (1000, "gpt2/nf4.yaml", True, WORLD)
     assert found.recorded == document["provenance"]["recorded"]
-    assert Baselines(tmp_path).find(replace(case, device="cuda"), WORLD) is None
+    assert Baselines(tmp_path).find(case._replace(device="cuda"), WORLD) is None
     validate(tmp_path)
 
 

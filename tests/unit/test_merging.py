@@ -30,7 +30,7 @@ def a_row(case: Case, value: float | None = 1.0, **more: Any) -> Row:
 def a_folder(path: Path, rows: list[Row], shard: Shard | None = None, plan: list[Case] | None = None) -> Path:
     path.mkdir(parents=True)
     (path / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
-    (path / "plan.json").write_text(json.dumps([vars(row.case) for row in rows]))
+    (path / "plan.json").write_text(json.dumps([row.case.told() for row in rows]))
     (path / "environments.json").write_text(json.dumps({"e" * 12: {"torch": "2.13.0"}}))
     told = {"command": f"pytest --models m --report-dir {path.name} --shard {shard}", "notes": []}
     (path / "session.json").write_text(json.dumps(told))
@@ -177,6 +177,6 @@ def test_every_shard_is_held_to_the_plan_that_it_names_though_it_is_read_once(tm
 
 
 def test_a_plan_is_written_as_json_would_indent_it() -> None:
-    plans: tuple[list[Case], ...] = ([], PLAN[:1], [*PLAN, replace(PLAN[0], model='a"},\n{"é')])
+    plans: tuple[list[Case], ...] = ([], PLAN[:1], [*PLAN, PLAN[0]._replace(model='a"},\n{"é')])
     for plan in plans:
-        assert plan_text(plan) == json.dumps([vars(case) for case in plan], indent=0)
+        assert plan_text(plan) == json.dumps([case.told() for case in plan], indent=0)

@@ -38,7 +38,7 @@ def report(folder: Path, shift: float, world: Environment, *, storage: int = 100
     ]
     (folder / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     (folder / "environments.json").write_text(json.dumps({world.id: asdict(world)}))
-    (folder / "plan.json").write_text(json.dumps([asdict(row.case) for row in rows]))
+    (folder / "plan.json").write_text(json.dumps([row.case.told() for row in rows]))
     return folder
 
 

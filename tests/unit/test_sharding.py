@@ -6,7 +6,6 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +106,7 @@ def test_the_cut_is_the_same_in_another_process() -> None:
 
 def test_dear_groups_are_handed_out_first_and_a_reference_before_those_that_wait_for_it() -> None:
     plan = [case for case in a_plan(methods=2) if case.metric != "perplexity.delta" or case.method == "m1"]
-    plan = [replace(case, reference="m0") for case in plan]
+    plan = [case._replace(reference="m0") for case in plan]
     order = longest_first(plan)
     assert set(order) == {case.group for case in plan}
     assert [group.partition("/")[0] for group in order[:4:2]] == ["hub:org%2FBig-8B", "olmo-1b"]

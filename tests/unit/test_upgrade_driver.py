@@ -165,7 +165,7 @@ def test_no_side_at_all_is_a_users_mistake(world: World, capsys: pytest.CaptureF
 
 def test_an_unsupported_method_is_one_line(world: World) -> None:
     def unsupported(row: Row) -> Row:
-        data = {**vars(row), "value": None, "verdict": Verdict.MISSING, "reason": "FP4 needs bitsandbytes 0.47"}
+        data = {**row.told(), "value": None, "verdict": Verdict.MISSING, "reason": "FP4 needs bitsandbytes 0.47"}
         return Row(**data) if row.method == "bnb-fp4" else row
 
     world.change[A] = unsupported
@@ -209,7 +209,7 @@ def test_a_broken_invariant_is_named_with_its_fault(world: World) -> None:
         if row.metric != "invariant.state_dict":
             return row
         detail = {"holds": False, "fault": "state-dict-after-forward", "reference": "tracker#1"}
-        return Row(**{**vars(row), "value": 1.14, "detail": detail, "verdict": Verdict.SAME})
+        return Row(**{**row.told(), "value": 1.14, "detail": detail, "verdict": Verdict.SAME})
 
     world.change[C] = broken
     assert upgrade(A, C, metrics="invariant") == 1
