@@ -88,7 +88,7 @@ def read_part(folder: Path, plans: dict[str, tuple[Case, ...] | None], opened: c
     """
     file, lines = None, folder / "measurements.jsonl" if folder.is_dir() else folder
     with contextlib.suppress(OSError):  # `read_report` says what is wrong
-        file = opened.enter_context(lines.open("rb"))
+        file = opened.enter_context(lines.open("rb", 2**16))
     session = read_report(folder)
     path = folder / SHARD_FILE
     if not path.is_file():

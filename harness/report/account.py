@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,21 +146,22 @@ def _some(values: Iterable[str]) -> str:
 def baselines(rows: Sequence[Row]) -> str:
     """Which recorded files served for which rows, methods folded to '*'."""
     groups: dict[str, list[Row]] = {}
+    pattern = functools.cache(functools.partial(METHOD_FILE.sub, "*"))
     for row in rows:
         if row.value is not None:
-            groups.setdefault(METHOD_FILE.sub("*", row.baseline), []).append(row)
+            groups.setdefault(pattern(row.baseline), []).append(row)
     none = len(groups.pop("", []))
     parts = []
     if groups:
         lines = [
             [
-                code(pattern),
+                code(name),
                 f"{len({row.baseline for row in found}):,}",
                 f"{len(found):,}",
                 _some(row.metric for row in found),
                 words(Counter(row.verdict_baseline for row in found if row.verdict_baseline)),
             ]
-            for pattern, found in sorted(groups.items())
+            for name, found in sorted(groups.items())
         ]
         headers = ["baseline files", "files", "rows", "metrics", "verdicts against it"]
         parts.append(table(headers, lines, words=(0, 3, 4)))
