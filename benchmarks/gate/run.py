@@ -1,10 +1,14 @@
 """docs/gate.md: what the verdicts claim, which faults they see, how small, when they stay silent, what they save.
 
-`--parts coverage,power` measures those alone and keeps the others as they lie in docs/data/gate.json.
+`--parts coverage,power` measures those alone and keeps the others as they lie in docs/data/gate.json. Of `silence` each
+harmless change is kept as it ends, in docs/data/gate.partial.jsonl; called again, the script measures those that are
+not there, and with `--minutes M` it starts none later.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib
 import sys
 import time
@@ -37,14 +41,15 @@ def part(name: str) -> Any:
     return importlib.import_module(PARTS[name][0])
 
 
-def measure(names: Sequence[str]) -> dict[str, Any]:
+def measure(names: Sequence[str], minutes: float | None = None) -> dict[str, Any]:
     """The parts named, with when and where; the others as they were kept."""
     found = dict(documents.read(DATA)["results"]) if names and DATA.is_file() else {}
     for name in names or PARTS:
         if name not in PARTS:
             raise UnknownName("part", name, PARTS)
         start = time.monotonic()
-        results = part(name).measure()
+        bounded = {"minutes": minutes} if name == "silence" and minutes is not None else {}
+        results = part(name).measure(**bounded)
         found[name] = {"world": documents.world(time.monotonic() - start), "found": results}
     return {name: found[name] for name in PARTS if name in found}
 
@@ -78,14 +83,20 @@ DOCUMENT = documents.Document(
 
 
 def main(words: Sequence[str]) -> int:
-    """`--parts` is this script's own; the rest is every page's."""
-    given = list(words)
-    if "--parts" in given:
-        at = given.index("--parts")
-        if len(given) < at + 2:
-            raise BadSpecification(f"--parts names nothing: write --parts {','.join(PARTS)}")
-        given[at] = "--models"  # a page's own choice of what to measure
-    return documents.run(DOCUMENT, given)
+    """`--parts` and `--minutes` are this script's own; the rest is every page's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--parts")
+    parser.add_argument("--minutes", type=float)
+    if "--parts" in words[-1:]:
+        raise BadSpecification(f"--parts names nothing: write --parts {','.join(PARTS)}")
+    own, rest = parser.parse_known_args(words)
+    chosen = own.parts.split(",") if own.parts else ()
+    status = documents.run(dataclasses.replace(DOCUMENT, measure=lambda names: measure(chosen, own.minutes)), rest)
+    kept = documents.read(DATA)["results"].get("silence", {}).get("found", {}) if DATA.is_file() else {}
+    partial = part("silence").PARTIAL
+    if partial.is_file() and kept.get("left") == 0 and "-o" in rest:
+        partial.unlink()  # its changes are in the page's data now
+    return status
 
 
 if __name__ == "__main__":

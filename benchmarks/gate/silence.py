@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
-import itertools
 import json
 import os
 import random
 import shutil
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,13 +28,16 @@ import torch
 import yaml
 from small import Bench, Outcome
 
-from harness import checkpoints, corpora, engine, family, nllfiles
+from harness import checkpoints, corpora, documents, engine, family, nllfiles
+from harness.files import append_line
 from harness.options import Declared
 from harness.records import Case, Verdict
 from harness.report import writing
+from harness.report.writing import plural
 from harness.specifications import parse
 
-REPEATS = 10
+REPEATS, MINUTES = 10, 240.0
+PARTIAL = Path(__file__).parents[2] / "docs" / "data" / "gate.partial.jsonl"
 TOKENS, PROTOCOL = 1024, "chunk:128"  # 8 windows: the fewest that decide anything
 THREADS = 1  # recorded with; tiny products gain nothing from more
 Told = dict[str, Any]  # arguments of the session
@@ -290,34 +296,67 @@ def laid_out(folder: Path, **changes: Any) -> Bench:
     return Bench(folder, small.options(folder, declared=declared, **{**told, **changes}))
 
 
-def measure(repeats: int = REPEATS, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Every change, `repeats` times; the changes are dealt out to as many processes as there are processors."""
+def measure(
+    repeats: int = REPEATS, names: Sequence[str] = (), partial: Path = PARTIAL, minutes: float = MINUTES
+) -> dict[str, Any]:
+    """Every change, `repeats` times, by as many processes as there are processors.
+
+    Each change is appended to `partial` as it ends, with its world: called again after an interruption, those that
+    lie there are not measured again. After so many minutes no other starts; what is not measured is counted as left.
+    """
     chosen = [change.name for change in CHANGES if not names or change.name in names]
-    jobs = min(len(os.sched_getaffinity(0)), len(chosen))
-    hands = [chosen[place::jobs] for place in range(jobs)]
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # each records a matrix of its own
-        found = list(pool.map(measured, itertools.repeat(repeats), hands))
-    entries = {entry["change"]: entry for part in found for entry in part["changes"]}
-    return {**summary([entries[name] for name in chosen], found[0]["tests"], found[0]["cases"]), "jobs": jobs}
+    found = before(partial, repeats)
+    dearest = sorted(CHANGES, key=lambda change: not change.loads)
+    left = [change.name for change in dearest if change.name in chosen and change.name not in found]
+    deadline = time.time() + 60 * minutes
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(measured, repeats, name, deadline) for name in left]):
+            if entry := future.result():
+                append_line(partial, json.dumps(entry))
+                found[entry["change"]] = entry
+    entries = [found[name] for name in chosen if name in found]
+    return {**summary(entries), "left": len(chosen) - len(entries)}
 
 
-def measured(repeats: int, names: Sequence[str]) -> dict[str, Any]:
-    """Some changes, in this process."""
+def before(partial: Path, repeats: int) -> dict[str, dict[str, Any]]:
+    """The changes of an interrupted run."""
+    lines = map(json.loads, partial.read_text(encoding="utf-8").splitlines()) if partial.is_file() else ()
+    found = {entry["change"]: entry for entry in lines if entry["sessions"] == repeats}
+    if found:
+        dates = sorted({entry["world"]["date"] for entry in found.values()})
+        told = f"silence: {len(found)} changes of {', '.join(dates)} are in {partial}: remove it to measure them again"
+        print(told, file=sys.stderr)
+    return found
+
+
+@functools.cache
+def matrix() -> tuple[Bench, dict[str, Any], int, int]:
+    """This process's small matrix, recorded: the bench, what is kept loaded, its tests and cases."""
     gc.freeze()  # what is imported is not searched for garbage at every load
     torch.set_num_threads(THREADS)
-    with recorded() as bench:
-        kept: dict[str, Any] = {}
-        tests = bench.session(kept=kept).tests
-        chosen = [change for change in CHANGES if change.name in names]
-        return summary([tried(bench, change, repeats, kept) for change in chosen], tests, cases(bench))
+    stack = contextlib.ExitStack()
+    Finalize(None, stack.close, exitpriority=1)
+    bench, kept = stack.enter_context(recorded()), dict[str, Any]()
+    return bench, kept, bench.session(kept=kept).tests, cases(bench)
 
 
-def summary(found: Sequence[Mapping[str, Any]], tests: int, planned: int) -> dict[str, Any]:
+def measured(repeats: int, name: str, deadline: float) -> dict[str, Any] | None:
+    """One change, in this process; None after the deadline (seconds of `time.time`)."""
+    if time.time() > deadline:
+        return None
+    bench, kept, tests, planned = matrix()
+    start = time.monotonic()
+    change = next(change for change in CHANGES if change.name == name)
+    entry = tried(bench, change, repeats, kept)
+    return {**entry, "tests": tests, "cases": planned, "world": documents.world(time.monotonic() - start)}
+
+
+def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The results as kept."""
     return {
         "changes": list(found),
-        "tests": tests,
-        "cases": planned,
+        "tests": max((entry["tests"] for entry in found), default=0),
+        "cases": max((entry["cases"] for entry in found), default=0),
         "tokens": TOKENS,
         "sessions": sum(entry["sessions"] for entry in found),
         "alarmed": sum(entry["alarmed"] for entry in found),
@@ -359,6 +398,11 @@ def count(outcome: Outcome, words: dict[str, int], largest: dict[str, float]) ->
             largest["perplexity"] = max(largest.get("perplexity", 0.0), abs(told["value"]))
 
 
+def worlds(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """When and where each change was measured, as far as it was kept."""
+    return [entry["world"] for entry in found["changes"] if "world" in entry]
+
+
 def render(found: Mapping[str, Any]) -> str:
     """The section."""
     share, spread = small.share_of(found["alarmed"], found["sessions"])
@@ -380,12 +424,16 @@ def render(found: Mapping[str, Any]) -> str:
     headers += ["largest change of NLL, nat", "models loaded anew"]
     seen = "".join(f"\n- {entry['change']}: {line}" for entry in found["changes"] for line in entry["alarms"])
     verdict = "within" if share <= rate else "**above**"
+    days = Counter(f"on {made['date']} on {documents.machine(made)}" for made in worlds(found))
+    told = "; ".join(f"{plural(count, 'change')} {day}" for day, count in sorted(days.items()))
     return (
         f"{len(found['changes'])} harmless changes over the whole small matrix, the sessions of each beside it "
         f"({found['cases']} cases: two tiny models, fourteen methods, perplexity, exact memory and divergence over "
         f"{found['tokens']:,} tokens; {found['tests']} statistical tests a session), as CI runs it "
         "(`--require-baselines`). "
         f"Alarmed: {found['alarmed']} of {found['sessions']:,} sessions, {100 * share:.1f}% ± {100 * spread:.1f}; "
-        f"stated are at most {100 * rate:.0f}%: {verdict} the rate.\n\n" + writing.table(headers, rows, words=(0, -1))
+        f"stated are at most {100 * rate:.0f}%: {verdict} the rate."
+        + (f" Not measured yet: {plural(found['left'], 'change')}." if found.get("left") else "")
+        + (f" Measured: {told}." if told else "") + "\n\n" + writing.table(headers, rows, words=(0, -1))
         + (f"\n\nAlarms:\n{seen}" if seen else "")
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +80,16 @@ def test_parts_of_the_page_are_named(parts: dict[str, Any]) -> None:
         run.main(["--parts", "powr"])
     with pytest.raises(run.BadSpecification, match="write --parts coverage,"):
         run.main(["--parts"])
+
+
+def test_harmless_changes_of_an_interrupted_run_are_not_measured_again(parts: dict[str, Any], tmp_path: Path) -> None:
+    silence, partial = parts["silence"], tmp_path / "partial.jsonl"
+    names = [change.name for change in silence.CHANGES[:2]]
+    entry = {"change": names[0], "sessions": 10, "alarmed": 1, "verdicts": {"worse": 1}, "largest": {}, "alarms": ["x"]}
+    world = {"date": "2026-01-02", "threads": 1, "cpu": "Z80", "instructions": "none"}
+    partial.write_text(json.dumps({**entry, "loads": False, "tests": 3, "cases": 4, "world": world}) + "\n")
+    found = silence.measure(10, names, partial, minutes=0)
+    assert (found["sessions"], found["alarmed"], found["left"]) == (10, 1, 1)
+    page = silence.render(found)
+    assert "Not measured yet: 1 change. Measured: 1 change on 2026-01-02 on 1 thread of an Z80 (none)." in page
+    assert silence.measure(5, names, partial, minutes=0)["left"] == 2, "of another number of repeats"
