@@ -40,11 +40,12 @@ def command(models: Sequence[str], folder: Path, *more: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def cluster(cache: Path) -> Iterator[tuple[str, Any]]:
-    """The address of a head node, and a second node that has a cache of its own."""
+def cluster(cache: Path, head: Path | None = None) -> Iterator[tuple[str, Any]]:
+    """The address of a head node (with this cache, else the user's), and a second node that has a cache of its own."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": NODE_CPUS})
+    own = {"env_vars": {"HARNESS_CACHE": str(head)}} if head else {}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": NODE_CPUS, **own})
     try:
         yield made.address, made.add_node(num_cpus=NODE_CPUS, env_vars={"HARNESS_CACHE": str(cache)})
     finally:

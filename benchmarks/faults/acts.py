@@ -12,11 +12,17 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+sys.path.append(str(Path(__file__).parents[1]))  # for ray_cluster
+
+import ray_cluster
 from scene import Scene, Session
 
 MIB = 2**20
@@ -38,6 +44,7 @@ class Stage:
     draw: random.Random
     undo: list[Callable[[], None]] = field(default_factory=list)  # what the user repairs before --resume
     others: list[Session] = field(default_factory=list)  # sessions beside the first
+    node: Any = None  # the second node of a Ray cluster
     spoiled: set[str] = field(default_factory=set)  # cases whose finished rows must not be kept
 
 
@@ -52,6 +59,7 @@ class Fault:
         arguments: of the session, beside the scene's own.
         disk: the folder that lies on a small file system of its own, '' for none.
         begun: whether the session has looked at its inputs before: what changes earlier is simply what it measures.
+        ray: "own" (the session starts a Ray of its own), "cluster" (of two nodes), "" without Ray.
         cache: False: the session starts without the trained model; None: either, drawn.
     """
 
@@ -61,6 +69,7 @@ class Fault:
     arguments: tuple[str, ...] = ()
     disk: str = ""
     begun: bool = False
+    ray: str = ""
     cache: bool | None = True
 
 
@@ -99,6 +108,19 @@ def workers(session: Session) -> list[psutil.Process]:
             if process.ppid() == session.process.pid and "exec(eval(" in command_of(process):
                 found.append(process)
     return found
+
+
+def ray_workers(session: Session) -> list[psutil.Process]:
+    """Ray's workers with a group in hand, which stands in their title."""
+    return [one for one in session.tree() if command_of(one).startswith("ray::measure_group")]
+
+
+def kill_node(stage: Stage) -> str:
+    """SIGKILL to every process of the second node at once."""
+    found = ray_cluster.processes(stage.node)
+    busy = ray_cluster.measuring(found)
+    ray_cluster.kill(found)
+    return f"a Ray node killed, {busy} groups in hand"
 
 
 def killing(name: str, find: Callable[[Session], list[psutil.Process]]) -> Callable[[Stage], str]:
@@ -264,7 +286,8 @@ FAULTS = (
     Fault("an xdist worker is killed", killing("worker", workers), arguments=("-n", "2")),
     Fault("the controller is killed", kill_controller, cache=None),
     Fault("the controller of two workers is killed", kill_controller, arguments=("-n", "2")),
-    # Ray's faults (a worker, a node) belong here, once there is an engine to kill them under.
+    Fault("a Ray worker is killed", killing("Ray worker", ray_workers), arguments=("--engine", "ray"), ray="own"),
+    Fault("a Ray node is killed", kill_node, arguments=("--engine", "ray"), ray="cluster"),
     Fault("memory is capped", cap_memory),
     Fault("the disk under the report fills up", fill("report"), disk="report"),
     Fault("the disk under the cache fills up", fill("cache"), disk="cache", cache=None),

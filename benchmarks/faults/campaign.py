@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import random
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from acts import FAULTS, Fault, Impossible, Stage, small_disk
+from acts import FAULTS, Fault, Impossible, Stage, ray_cluster, small_disk
 from scene import LIMIT_SECONDS, SETTLE_SECONDS, Scene, Session, Template
 
 from harness import baselines, merging
@@ -59,19 +60,32 @@ def run(number: int, seed: int, fault: Fault, template: Template, home: Path) ->
         try:
             if fault.disk:
                 stack.enter_context(small_disk(scene.folder / fault.disk))
+            arguments, node = stack.enter_context(ray_of(fault, scene))
         except Impossible as error:
             trial.possible, trial.note = False, str(error)
             return trial
-        stage = Stage(scene, scene.start(*fault.arguments), draw)
+        stage = Stage(scene, scene.start(*arguments), draw, node=node)
         await_moment(stage, after, delay)
         trial.note = fault.act(stage)
         disturbed(trial, stage, template, judged="baseline" not in fault.name)
-        resumed(trial, stage, template, fault)
+        resumed(trial, stage, template, fault, arguments)
         trial.exits = [session.process.returncode for session in scene.sessions]
         if trial.wrong:
             keep_logs(scene, home / "failed" / f"trial-{number}")
     trial.seconds = round(time.monotonic() - started, 1)
     return trial
+
+
+@contextlib.contextmanager
+def ray_of(fault: Fault, scene: Scene) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The session's arguments, and the second node of its cluster, which ends with the trial."""
+    if fault.ray and importlib.util.find_spec("ray") is None:
+        raise Impossible("Ray is not installed: pip install ray")
+    if fault.ray != "cluster":
+        yield fault.arguments, None
+        return
+    with ray_cluster.cluster(scene.cache, scene.cache) as (address, node):
+        yield (*fault.arguments, "--ray-address", address), node
 
 
 def await_moment(stage: Stage, after: int, delay: float) -> None:
@@ -161,13 +175,13 @@ def compare(trial: Trial, rows: dict[str, Row], template: Template, where: str, 
                 trial.wrong.append(str(error))
 
 
-def resumed(trial: Trial, stage: Stage, template: Template, fault: Fault) -> None:
+def resumed(trial: Trial, stage: Stage, template: Template, fault: Fault, arguments: Sequence[str]) -> None:
     """Undo, resume, and hold the result to the undisturbed session's."""
     scene = stage.scene
     for undo in stage.undo:
         undo()
     before = scene.rows()
-    session = scene.start("--resume", *fault.arguments)
+    session = scene.start("--resume", *arguments)
     status = session.wait()
     over(trial, session, status)
     if status:

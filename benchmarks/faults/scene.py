@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class Scene:
         self.tmp.mkdir(exist_ok=True)
         paths = (str(Path(__file__).parent / "clock"), str(ROOT), os.environ.get("PYTHONPATH", ""))
         own = {"HARNESS_CACHE": str(self.cache), "TMPDIR": str(self.tmp), "FAULTS_CLOCK": str(self.clock)}
+        own["RAY_TMPDIR"] = tempfile.gettempdir()  # its sockets' names would be too long below the scene
         environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         log = self.folder / f"session-{len(self.sessions)}.log"
         with log.open("wb") as output:
