@@ -25,8 +25,8 @@ end, and resumed undisturbed. Then these must hold:
 The user's part is done before `--resume`: room is made on a full disk, a damaged baseline, an overwritten text and
 overwritten weights are brought back. *Measured* and *missing* count the rows of the disturbed sessions; a killed one
 has fewer. Disks are small file systems of their own (`mount -t tmpfs`, which needs root; without it those trials are
-not possible, and counted as such). Ray's trials need Ray (`pip install ray`): a worker of a Ray that the session started,
-and every process of one of two nodes of a cluster at once."""
+not possible, and counted as such). Ray's trials need Ray (`pip install ray`): a worker of a Ray that the session
+started is killed, or every process of one of two nodes of a cluster at once."""
 FUZZ = """\
 Whatever a stranger's file or name holds, it is read, or refused in one line that is harmless in a terminal: no other
 exception, no hang (20 s a call), no more than 600 MiB beside what the process had, no path outside the named folder,
