@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,8 @@ def cluster(cache: Path, head: Path | None = None) -> Iterator[tuple[str, Any]]:
     from ray.cluster_utils import Cluster
 
     own = {"env_vars": {"HARNESS_CACHE": str(head)}} if head else {}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": NODE_CPUS, **own})
+    hooks = threading.current_thread() is threading.main_thread()  # Ray's at exit need a signal handler
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": NODE_CPUS, **own}, shutdown_at_exit=hooks)
     try:
         yield made.address, made.add_node(num_cpus=NODE_CPUS, env_vars={"HARNESS_CACHE": str(cache)})
     finally:
