@@ -19,7 +19,7 @@ from typing import Any
 import makespan
 
 from harness import documents, merging, planning, report, sharding
-from harness.files import replace_pieces, replace_text
+from harness.files import replace_bytes, replace_text
 from harness.jsonvalues import digest
 from harness.records import Case
 from harness.report import publishing
@@ -41,7 +41,8 @@ A large matrix is planned by every process of a session, cut into shards by each
 end. Nothing below loads a model. Rows that are merged are those of a real session with other names: a row has its
 census, samples and reasons, one in a hundred is `worse`, and each perplexity has its file of losses."""
 MERGING = """\
-Read, joined, settled and written, losses linked, and the report made: up to 5,000 cases with every table and verdict,
+Read (from 32 MiB on by every processor; the peak is the merging process's and its largest helper's together), joined,
+settled and written, losses linked, and the report made: up to 5,000 cases with every table and verdict,
 beyond with one table a model and the verdicts that failed or moved. At most 60 plots are drawn; the time without them
 is what grows with the cases. That shards 1/5 to 5/5 merged are one run's lines and report, seconds aside, is tested on
 a tiny model: `test_shards_merged_equal_one_run` in `tests/plugin/test_session.py`. The report of one model of many is
@@ -99,7 +100,7 @@ def write_parts(cases: Sequence[Case], home: Path) -> None:
     """The report directories of shards that measured these cases."""
     for index, part in enumerate(sharding.partition(cases, PARTS), 1):
         folder = home / str(index)
-        replace_pieces(folder / "measurements.jsonl", lines_of(part, folder / "nll"))
+        replace_bytes(folder / "measurements.jsonl", b"".join(lines_of(part, folder / "nll")))
         replace_text(folder / "environments.json", '{"e": {}}')
         replace_text(folder / "plan.json", "[]")
         merging.write_shard(folder, sharding.Shard(index, PARTS), cases, 1)
@@ -124,9 +125,10 @@ def measure_merge(cases: int, home: Path) -> dict[str, float]:
 
 
 def in_process(name: str, cases: int, home: Path, connection: Any) -> None:
-    """One measurement in a process of its own, with its peak resident set."""
+    """One measurement in a process of its own, with its peak resident set and that of its largest child."""
     found = {"plan": measure_plan, "merge": measure_merge}[name](cases, home)
-    connection.send({**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+    peaks = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    connection.send({**found, "peak": sum(peaks)})
 
 
 def apart(name: str, cases: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -22,18 +22,23 @@ def cache_dir() -> Path:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary neighbour, fsync, rename."""
-    replace_pieces(path, (data,))
+    with replacement(path) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def replace_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """`replace_bytes` for what need not be in memory at once."""
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary neighbour that takes the path's place at the block's end, and is gone where the block fails.
+
+    The block forces it to disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "wb", 2**20) as file:
+            yield file
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:

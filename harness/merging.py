@@ -13,17 +13,18 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from harness import family, report
+from harness import family, gathering, report
 from harness.errors import BadFile
-from harness.files import replace_pieces, replace_text
+from harness.files import replace_bytes, replace_text, replacement
 from harness.jsonvalues import parse_line
 from harness.records import Case, Row, Verdict
-from harness.report.reading import SHA, Session, plan_text, read_report
+from harness.report.reading import SHA, Session, plan_text
 from harness.sharding import Shard, partition, plan_digest
 
 SHARD_FILE = "shard.json"
@@ -80,16 +81,22 @@ def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -
     replace_text(folder / SHARD_FILE, json.dumps(told) + "\n")
 
 
-def read_part(folder: Path, plans: dict[str, tuple[Case, ...] | None], opened: contextlib.ExitStack) -> Part:
+def opened(folder: Path, files: contextlib.ExitStack) -> BinaryIO | None:
+    """A directory's measurements, which `files` closes."""
+    lines = folder / "measurements.jsonl" if folder.is_dir() else folder
+    with contextlib.suppress(OSError):  # `read_report` says what is wrong
+        return files.enter_context(lines.open("rb", 2**16))
+    return None
+
+
+def read_part(
+    folder: Path, read: Callable[[], Session], file: BinaryIO | None, plans: dict[str, tuple[Case, ...] | None]
+) -> Part:
     """A directory with its shard.json, where it has one; BadFile names what is wrong with it.
 
-    `plans` keeps what was read: every shard holds the whole plan, and it is read and checked once. `opened` closes
-    the measurements.
+    `plans` keeps what was read: every shard holds the whole plan, and it is read and checked once.
     """
-    file, lines = None, folder / "measurements.jsonl" if folder.is_dir() else folder
-    with contextlib.suppress(OSError):  # `read_report` says what is wrong
-        file = opened.enter_context(lines.open("rb", 2**16))
-    session = read_report(folder)
+    session = read()
     path = folder / SHARD_FILE
     if not path.is_file():
         return Part(folder, session, file)
@@ -115,9 +122,13 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     """
     if (out / "measurements.jsonl").exists():
         raise BadFile(f"{out} holds measurements already: name a new directory with -o")
-    with uncollected(), contextlib.ExitStack() as opened:
+    with uncollected(), contextlib.ExitStack() as files:
         plans: dict[str, tuple[Case, ...] | None] = {}
-        return _merge([read_part(folder, plans, opened) for folder in folders], out)
+        lines = {folder: opened(folder, files) for folder in folders}
+        with gathering.readers(list(lines)) as readers:
+            read = readers.sessions.items()
+            parts = {folder: read_part(folder, session, lines[folder], plans) for folder, session in read}
+            return _merge([parts[folder] for folder in folders], out, readers)
 
 
 @contextlib.contextmanager
@@ -129,10 +140,13 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if before:
+            if not gc.get_freeze_count():
+                gc.freeze()  # as old as they get, else the first collection walks all of them after all
+                gc.unfreeze()
             gc.enable()
 
 
-def _merge(parts: Sequence[Part], out: Path) -> Merged:
+def _merge(parts: Sequence[Part], out: Path, readers: gathering.Readers) -> Merged:
     whole, absent = plan_of(parts)
     found = joined(parts, whole)
     rows = [one.row for one in found]
@@ -146,14 +160,21 @@ def _merge(parts: Sequence[Part], out: Path) -> Merged:
         environments = {name: world for part in parts for name, world in part.session.environments.items()}
         used = {row.environment for row in rows}
         environments = {name: world for name, world in sorted(environments.items()) if name in used}
-        carry_losses(parts, rows, out / "nll")
-        lines = (one.written(row) for one, row in zip(found, rows, strict=True))
-        _write(out, lines, whole, environments)
+        linked = readers.beside(link, losses(parts, rows, out / "nll"), out / "nll")
+        replace_text(out / "plan.json", plan_text(whole))
+        replace_text(out / "environments.json", json.dumps(environments, indent=1, sort_keys=True) + "\n")
+        with replacement(out / "measurements.jsonl") as file, ThreadPoolExecutor(1) as pool:
+            file.writelines(one.written(row) for one, row in zip(found, rows, strict=True))
+            file.flush()
+            synced = pool.submit(os.fsync, file.fileno())  # meanwhile the report is made
+            command = merged_command([part.session.command for part in parts], out)
+            notes = tuple(dict.fromkeys(note for part in parts for note in part.session.notes))
+            files = report.files(out, rows, whole, environments, notes=notes, command=command)
+            synced.result()
+            linked()
     except OSError as error:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
-    command = merged_command([part.session.command for part in parts], out)
-    notes = tuple(dict.fromkeys(note for part in parts for note in part.session.notes))
-    return Merged(report.write(out, rows, whole, environments, notes=notes, command=command), tuple(rows), absent)
+    return Merged(report.put(out, files), tuple(rows), absent)
 
 
 def plan_of(parts: Sequence[Part]) -> tuple[tuple[Case, ...], tuple[int, ...]]:
@@ -233,30 +254,29 @@ def _told(row: Row, reasons: Mapping[Case, str]) -> Row:
     return Row.of(row.case, verdict=Verdict.MISSING, reason=reason) if reason else row
 
 
-def carry_losses(parts: Sequence[Part], rows: Iterable[Row], folder: Path) -> None:
-    """Link (or copy) the per-token losses that the rows name; content-addressed, so equal names are equal files."""
+def losses(parts: Sequence[Part], rows: Iterable[Row], folder: Path) -> dict[Path, list[str]]:
+    """Files of per-token losses that the rows name and `folder`, made here, lacks, by the directory that has them."""
     wanted = {sha for row in rows for sha in (row.nll, row.detail.get("reference_nll")) if sha}
     wanted = {f"{sha}.npz" for sha in wanted if isinstance(sha, str) and SHA.fullmatch(sha)}
     folder.mkdir(exist_ok=True)
     wanted.difference_update(path.name for path in folder.iterdir())
-    for part in parts:
-        if (kept := part.folder / "nll").is_dir():
-            for name in sorted(wanted.intersection(path.name for path in kept.iterdir())):
-                _link(kept / name, folder / name)
-                wanted.remove(name)
+    found = {}
+    for kept in (part.folder / "nll" for part in parts):
+        if kept.is_dir():
+            found[kept] = sorted(wanted.intersection(path.name for path in kept.iterdir()))
+            wanted.difference_update(found[kept])
+    return found
 
 
-def _link(source: Path, target: Path) -> None:
-    with contextlib.suppress(OSError):  # another file system: copied instead
-        os.link(source, target)
-        return
-    target.write_bytes(source.read_bytes())
-
-
-def _write(out: Path, lines: Iterable[bytes], whole: Sequence[Case], environments: Mapping[str, Any]) -> None:
-    replace_text(out / "plan.json", plan_text(whole))
-    replace_text(out / "environments.json", json.dumps(environments, indent=1, sort_keys=True) + "\n")
-    replace_pieces(out / "measurements.jsonl", lines)
+def link(found: Mapping[Path, Sequence[str]], folder: Path) -> None:
+    """Link (or copy) the files into `folder`; content-addressed, so equal names are equal files."""
+    for source, name in ((kept / name, name) for kept, names in found.items() for name in names):
+        try:
+            os.link(source, folder / name)
+        except FileExistsError:
+            continue
+        except OSError:  # another file system
+            replace_bytes(folder / name, source.read_bytes())
 
 
 def merged_command(commands: Sequence[str], out: Path) -> str:

@@ -31,7 +31,8 @@ LEVELS = (
     "windows stats environment probe settings messages recorded exact wording invariants inputs strangers "
     "cachefolders",
     "door planning preloaded child group layergroup turns needs faults upgrade runner placing cluster session report "
-    "judge contract family trial drift baselines bounds published fits controls documents rebaselining merging",
+    "judge contract family trial drift baselines bounds published fits controls documents rebaselining gathering "
+    "merging",
     "plugin collector publisher commands",
     "cases __main__",
 )  # a package stands for all of its modules
@@ -41,7 +42,7 @@ TORCH_FREE = frozenset(  # and every package's modules: importing these, and all
     "errors jsonvalues rowlines records specifications contracts options files catalog admission calibration door "
     "methods metrics arguments protocols corpora models stats environment probe architectures planning runner session "
     "report judge baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding "
-    "merging faults upgrade placing cluster inputs plain strangers cachefolders".split()
+    "gathering merging faults upgrade placing cluster inputs plain strangers cachefolders".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}

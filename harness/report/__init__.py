@@ -8,7 +8,7 @@ from harness.report.comparison import render_comparison
 from harness.report.decisions import Entry
 from harness.report.markdown import render
 from harness.report.plots import plots
-from harness.report.publishing import compare_paths, excerpt, rewrite, write
+from harness.report.publishing import compare_paths, excerpt, files, put, rewrite, write
 from harness.report.reading import Session, nll_reader, read_report
 from harness.report.upgrading import SideFacts, Step, render_upgrade, worst
 
@@ -21,8 +21,10 @@ __all__ = [
     "compare",
     "compare_paths",
     "excerpt",
+    "files",
     "nll_reader",
     "plots",
+    "put",
     "read_report",
     "render",
     "render_comparison",

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from operator import attrgetter
 from typing import Any
 
 from harness.environment import Environment
@@ -37,7 +36,7 @@ def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
         if harm
         else f"No harm: {ran:,} of {plural(len(mine), 'planned case')} ran, none is out of bound or worse."
     )
-    lines = [f"**{opening}** {measured(mine)}", "", f"{tally(mine)} Verdicts: {words(counts)}."]
+    lines = [f"**{opening}** {measured(planned)}", "", f"{tally(mine)} Verdicts: {words(counts)}."]
     failed = [row for row in mine if row.verdict in FAILING and row.verdict is not Verdict.MISSING]
     lines += ["", *failures(failed[:SHOWN])] if failed else []
     if len(failed) > SHOWN:
@@ -45,7 +44,7 @@ def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def measured(rows: Sequence[Row]) -> str:
+def measured(planned: Sequence[Case]) -> str:
     """What the session set out to measure, in a sentence."""
 
     def names(values: Iterable[str]) -> str:
@@ -53,15 +52,15 @@ def measured(rows: Sequence[Row]) -> str:
         more = f" and {len(unique) - NAMED:,} more" if len(unique) > NAMED else ""
         return ", ".join(unique[:NAMED]) + more
 
-    def every(name: str) -> dict[str, None]:
-        return dict.fromkeys(map(attrgetter(name), rows))
-
-    methods = {row.method for row in rows if row.method != row.reference}
-    texts = names(every("dataset"))
-    where = f" on {texts} under {names(every('protocol'))}" if texts else ""
+    every = dict(zip(Case._fields, map(dict.fromkeys, zip(*planned, strict=True)), strict=True))
+    methods = {
+        method for method, reference in {(case.method, case.reference) for case in planned} if method != reference
+    }
+    texts = names(every["dataset"])
+    where = f" on {texts} under {names(every['protocol'])}" if texts else ""
     return (
-        f"Planned: {plural(len(methods), 'method')} against {names(every('reference'))} for {names(every('model'))}"
-        f"{where}; {names(metric.partition('.')[0] for metric in every('metric'))}; on {', '.join(every('device'))}."
+        f"Planned: {plural(len(methods), 'method')} against {names(every['reference'])} for {names(every['model'])}"
+        f"{where}; {names(metric.partition('.')[0] for metric in every['metric'])}; on {', '.join(every['device'])}."
     )
 
 

@@ -141,8 +141,9 @@ def derived_command(planned: Sequence[Case]) -> str:
         return [f"--{name}", _shell(",".join(unique))] if unique else []
 
     parts = ["pytest -p harness.plugin --pyargs harness.cases"]
+    every = dict(zip(Case._fields, zip(*planned, strict=True), strict=True))
     for name in ("model", "method", "dataset", "protocol", "metric"):
-        parts += option(f"{name}s", [getattr(case, name) for case in planned])
+        parts += option(f"{name}s", every[name])
     parts += option("reference", [planned[0].reference])
     devices = dict.fromkeys(case.device for case in planned)
     return " ".join(parts + (option("device", list(devices)) if len(devices) == 1 else []))

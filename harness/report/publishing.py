@@ -16,6 +16,8 @@ from harness.report.markdown import render
 from harness.report.plots import plots
 from harness.report.reading import nll_reader, read_report
 
+REPORT, SESSION = "report.md", "session.json"
+
 
 def write(
     directory: Path,
@@ -30,10 +32,36 @@ def write(
 
     `notes` and `command` are kept in session.json, so that `rewrite` gives the same report later.
     """
+    return put(directory, files(directory, rows, planned, environments, notes=notes, command=command))
+
+
+def files(
+    directory: Path,
+    rows: Sequence[Row],
+    planned: Sequence[Case],
+    environments: Mapping[str, Mapping[str, Any]],
+    *,
+    notes: Sequence[str] = (),
+    command: str = "",
+) -> dict[str, str]:
+    """The texts that `write` writes, by name, report.md the last; published figures are those in `directory`."""
+    made = {}
     if notes or command:
         told = {"command": command, "notes": list(notes)}
-        _put(directory / "session.json", json.dumps(told, indent=1, sort_keys=True) + "\n")
-    return _publish(directory, rows, planned, environments, notes, command)
+        made[SESSION] = json.dumps(told, indent=1, sort_keys=True) + "\n"
+    figures = published.kept(directory)
+    text = render(rows, planned, environments, notes=notes, command=command, published_figures=figures)
+    return {**made, **plots(rows, planned), REPORT: text}
+
+
+def put(directory: Path, texts: Mapping[str, str]) -> Path:
+    """Write what `files` made, each whole or not at all; returns the report's path."""
+    for name, text in texts.items():
+        try:
+            replace_text(directory / name, text)
+        except OSError as error:
+            raise BadFile(f"{directory / name} cannot be written: {error.strerror or error}") from error
+    return directory / REPORT
 
 
 def rewrite(directory: Path) -> Path:
@@ -41,7 +69,9 @@ def rewrite(directory: Path) -> Path:
     if not directory.is_dir():
         raise BadFile(f"{directory} is no report directory: name the folder that holds measurements.jsonl")
     session = read_report(directory)
-    return _publish(directory, session.rows, session.planned, session.environments, session.notes, session.command)
+    measured = (session.rows, session.planned, session.environments)
+    made = files(directory, *measured, notes=session.notes, command=session.command)
+    return put(directory, {name: text for name, text in made.items() if name != SESSION})
 
 
 def excerpt(directory: Path, models: Sequence[str]) -> str:
@@ -53,29 +83,6 @@ def excerpt(directory: Path, models: Sequence[str]) -> str:
     rows = [row for row in session.rows if row.model in models]
     planned = [case for case in session.planned if case.model in models]
     return render(rows, planned, session.environments, notes=session.notes, command=session.command, with_plots=False)
-
-
-def _publish(
-    directory: Path,
-    rows: Sequence[Row],
-    planned: Sequence[Case],
-    environments: Mapping[str, Mapping[str, Any]],
-    notes: Sequence[str],
-    command: str,
-) -> Path:
-    for name, text in plots(rows, planned).items():
-        _put(directory / name, text)
-    path = directory / "report.md"
-    figures = published.kept(directory)
-    _put(path, render(rows, planned, environments, notes=notes, command=command, published_figures=figures))
-    return path
-
-
-def _put(path: Path, text: str) -> None:
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def compare_paths(path_a: Path, path_b: Path, baselines: Path = Path("baselines")) -> Comparison:
