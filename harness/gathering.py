@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harness.report.reading import Session, read_report
+from harness.report.reading import Session, measurements_of, read_report
 
 T = TypeVar("T")
 LEAST = 2**25  # bytes of measurements from which it is worth while: a process costs some hundredths of a second
@@ -64,7 +64,7 @@ def dealt(sizes: dict[Path, int], count: int) -> list[list[Path]]:
 
 def size(folder: Path) -> int:
     """Bytes of a directory's measurements, 0 where there are none."""
-    lines = folder / "measurements.jsonl" if folder.is_dir() else folder
+    lines = measurements_of(folder)
     return lines.stat().st_size if lines.is_file() else 0
 
 

@@ -24,7 +24,7 @@ from harness.errors import BadFile
 from harness.files import replace_bytes, replace_text, replacement
 from harness.jsonvalues import parse_line
 from harness.records import Case, Row, Verdict
-from harness.report.reading import SHA, Session, plan_text
+from harness.report.reading import SHA, Session, measurements_of, plan_text
 from harness.sharding import Shard, partition, plan_digest
 
 SHARD_FILE = "shard.json"
@@ -83,9 +83,8 @@ def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -
 
 def opened(folder: Path, files: contextlib.ExitStack) -> BinaryIO | None:
     """A directory's measurements, which `files` closes."""
-    lines = folder / "measurements.jsonl" if folder.is_dir() else folder
     with contextlib.suppress(OSError):  # `read_report` says what is wrong
-        return files.enter_context(lines.open("rb", 2**16))
+        return files.enter_context(measurements_of(folder).open("rb", 2**16))
     return None
 
 
@@ -169,7 +168,8 @@ def _merge(parts: Sequence[Part], out: Path, readers: gathering.Readers) -> Merg
             synced = pool.submit(os.fsync, file.fileno())  # meanwhile the report is made
             command = merged_command([part.session.command for part in parts], out)
             notes = tuple(dict.fromkeys(note for part in parts for note in part.session.notes))
-            files = report.files(out, rows, whole, environments, notes=notes, command=command)
+            report.remember(out, notes, command)
+            files = report.files(out, rows, whole, environments, notes, command)
             synced.result()
             linked()
     except OSError as error:

@@ -8,7 +8,7 @@ from harness.report.comparison import render_comparison
 from harness.report.decisions import Entry
 from harness.report.markdown import render
 from harness.report.plots import plots
-from harness.report.publishing import compare_paths, excerpt, files, put, rewrite, write
+from harness.report.publishing import compare_paths, excerpt, files, put, remember, rewrite, write
 from harness.report.reading import Session, nll_reader, read_report
 from harness.report.upgrading import SideFacts, Step, render_upgrade, worst
 
@@ -26,6 +26,7 @@ __all__ = [
     "plots",
     "put",
     "read_report",
+    "remember",
     "render",
     "render_comparison",
     "render_upgrade",

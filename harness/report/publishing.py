@@ -16,7 +16,7 @@ from harness.report.markdown import render
 from harness.report.plots import plots
 from harness.report.reading import nll_reader, read_report
 
-REPORT, SESSION = "report.md", "session.json"
+REPORT = "report.md"
 
 
 def write(
@@ -32,7 +32,15 @@ def write(
 
     `notes` and `command` are kept in session.json, so that `rewrite` gives the same report later.
     """
-    return put(directory, files(directory, rows, planned, environments, notes=notes, command=command))
+    remember(directory, notes, command)
+    return put(directory, files(directory, rows, planned, environments, notes, command))
+
+
+def remember(directory: Path, notes: Sequence[str], command: str) -> None:
+    """Keep what only the session knows."""
+    if notes or command:
+        told = {"command": command, "notes": list(notes)}
+        put(directory, {"session.json": json.dumps(told, indent=1, sort_keys=True) + "\n"})
 
 
 def files(
@@ -40,22 +48,17 @@ def files(
     rows: Sequence[Row],
     planned: Sequence[Case],
     environments: Mapping[str, Mapping[str, Any]],
-    *,
-    notes: Sequence[str] = (),
-    command: str = "",
+    notes: Sequence[str],
+    command: str,
 ) -> dict[str, str]:
-    """The texts that `write` writes, by name, report.md the last; published figures are those in `directory`."""
-    made = {}
-    if notes or command:
-        told = {"command": command, "notes": list(notes)}
-        made[SESSION] = json.dumps(told, indent=1, sort_keys=True) + "\n"
+    """The plots' and the report's text by name; its published figures are those that `directory` keeps."""
     figures = published.kept(directory)
     text = render(rows, planned, environments, notes=notes, command=command, published_figures=figures)
-    return {**made, **plots(rows, planned), REPORT: text}
+    return {**plots(rows, planned), REPORT: text}
 
 
 def put(directory: Path, texts: Mapping[str, str]) -> Path:
-    """Write what `files` made, each whole or not at all; returns the report's path."""
+    """Write texts by their names, each whole or not at all; returns the report's path."""
     for name, text in texts.items():
         try:
             replace_text(directory / name, text)
@@ -70,8 +73,7 @@ def rewrite(directory: Path) -> Path:
         raise BadFile(f"{directory} is no report directory: name the folder that holds measurements.jsonl")
     session = read_report(directory)
     measured = (session.rows, session.planned, session.environments)
-    made = files(directory, *measured, notes=session.notes, command=session.command)
-    return put(directory, {name: text for name, text in made.items() if name != SESSION})
+    return put(directory, files(directory, *measured, session.notes, session.command))
 
 
 def excerpt(directory: Path, models: Sequence[str]) -> str:

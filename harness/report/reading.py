@@ -44,7 +44,7 @@ def read_report(path: Path) -> Session:
     plan.json, environments.json and session.json where they are there and unreadable. Without plan.json the rows
     themselves are taken for the plan, with a note, since what never ran is then unknown.
     """
-    lines = path / "measurements.jsonl" if path.is_dir() else path
+    lines = measurements_of(path)
     if not lines.is_file():
         if published.kept(path):  # a session of published figures alone
             told = _json(path / "session.json", dict) or {}
@@ -66,6 +66,11 @@ def read_report(path: Path) -> Session:
     kept = told.get("notes", ())
     notes += tuple(map(str, kept if isinstance(kept, list) else ()))
     return Session(rows, planned, environments, notes, str(told.get("command", "")), path, spans)
+
+
+def measurements_of(path: Path) -> Path:
+    """The file that holds a report directory's measurements, or the bare file itself."""
+    return path / "measurements.jsonl" if path.is_dir() else path
 
 
 def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
