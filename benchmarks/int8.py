@@ -22,6 +22,7 @@ SUBJECTS = (  # kind, subject, dtype
     ("harness", "bf16", "bf16"),
     ("harness", "absmax-int8", "fp32"),
     ("harness", "absmax-int8:compute=bf16", "fp32"),
+    ("harness", "absmax-int8:compute=fused", "fp32"),
     ("harness", "absmax-int8-w8a8", "fp32"),
     ("harness", "zeropoint-int8", "fp32"),
     ("harness", "bnb-int8", "fp32"),
@@ -30,10 +31,14 @@ SUBJECTS = (  # kind, subject, dtype
     ("quanto", "int8", "fp32"),
     ("harness", "nf4", "fp32"),
     ("harness", "nf4:compute=bf16", "fp32"),
+    ("harness", "nf4:compute=fused", "fp32"),
     ("harness", "linear-int4", "fp32"),
+    ("harness", "linear-int4:compute=fused", "fp32"),
     ("harness", "bnb-nf4", "fp32"),
 )
-PERPLEXITIES = ("absmax-int8", "absmax-int8:compute=bf16", "absmax-int8-w8a8")  # the first one dequantizes in fp32
+PERPLEXITIES = (  # the first one dequantizes in fp32
+    "absmax-int8", "absmax-int8:compute=bf16", "absmax-int8:compute=fused", "absmax-int8-w8a8"
+)  # fmt: skip
 PROFILED = (
     ("fp32", "prefill"),
     ("fp32", "decode"),
@@ -41,9 +46,11 @@ PROFILED = (
     ("absmax-int8", "decode"),
     ("absmax-int8:compute=bf16", "prefill"),
     ("absmax-int8:compute=bf16", "decode"),
+    ("absmax-int8:compute=fused", "decode"),
     ("absmax-int8-w8a8", "prefill"),
     ("nf4", "prefill"),
     ("nf4", "decode"),
+    ("nf4:compute=fused", "decode"),
     ("linear-int4", "decode"),
 )
 PEERS = ("bnb-int8", "torchao int8", "quanto int8")
@@ -52,7 +59,7 @@ FIGURES = (  # of what, over what, kind of work, at least
     *((ours, peer, work, 1.0) for ours in PERPLEXITIES for peer in PEERS for work in ("prefill", "decode")),
     *(
         (ours, "fp32", work, least)
-        for ours in ("nf4", "nf4:compute=bf16", "linear-int4")
+        for ours in ("nf4", "nf4:compute=bf16", "nf4:compute=fused", "linear-int4", "linear-int4:compute=fused")
         for work, least in (("prefill", 1 / 1.5), ("decode", 1.0))
     ),
 )

@@ -41,15 +41,17 @@ SHORT = """\
   is all there is to save without another forward. The rate of the products holds no such work.
 - *int8 at prefill, and decode in fp32*: a good part of a prefill is not the quantized products, and threads that sleep
   between operations weigh more the quicker these are: see how threads wait. `absmax-int8` in fp32 unpacks a weight at
-  every call, which torch does not vectorize (`copy_`), and keeps the bits of the dequantized product; the scale behind
-  the product would be quicker and move the last bits. `compute=bf16` and w8a8 are the quick ones, and say what they
-  round.
+  every call, which torch does not vectorize (`copy_`), and keeps the bits of the dequantized product. `compute=bf16`
+  and w8a8 are quicker where a processor has such products, and say what they round. `compute=fused` rounds nothing and
+  is what decode wants: codes are read as they lie, by loops that Numba compiles. At prefill it is the dequantized
+  product: hundreds of rows share one unpacking, and the product itself is the library's.
 - *An fp32 product that oneDNN rounds to bf16* is not used where the table has it quicker either: the setting is the
   process's, and a processor without bf16 products ignores it, so that figures would depend on the processor.
 - *Activations in two or three int8 digits* (16 or 24 bits, sums exact): splitting and joining cost more than the
   products save.
-- *4 bits at decode*: unpacking is a look-up an element or a few (`index_select`), and scaling one more pass. A kernel
-  that multiplies packed codes as they lie, as bitsandbytes has, would be needed; torch's own
+- *4 bits at decode*: unpacking in torch is a look-up an element or a few (`index_select`), and scaling one more pass,
+  each through memory. `compute=fused` does both in the cache. What is left of a token's time then is the model's own
+  operations between the products, and the head, which no method of the table quantizes. Torch's own product
   (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout, which differs between processors.
 - *Loading from the page cache*: reading is then one copy; quantizing takes some ten operations a weight, in the cache
   and on every core.

@@ -25,12 +25,13 @@ AS_MODEL = "dtype"  # a compute dtype that follows the model's
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of a method: its type, default and meaning."""
+    """One argument of a method: its type, default and meaning; `requires` names a distribution that a value needs."""
 
     kind: type[int] | type[float] | type[str]
     default: int | float | str
     help: str
     choices: tuple[int | float | str, ...] = ()
+    requires: Mapping[int | float | str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from harness.files import locked, replace_text, sha256_file
 from harness.inputs import Inputs
 from harness.jsonvalues import digest
 from harness.messages import Job, Reply, Stop
-from harness.planning import member_of, method_of, missing_packages
+from harness.planning import member_of, method_of, missing_packages, packages
 from harness.records import Case, Figure, Row
 from harness.specifications import parse
 
@@ -59,6 +59,8 @@ class Group:
         self.arguments = arguments.resolve(parse(job.method), self.method, job.device)
         self.batch_size = options.batch_size if self.method.batch_invariant else 1
         self.method_id = arguments.method_id(self.method, self.arguments, self.batch_size)
+        every = packages(self.method, self.arguments.values)
+        self.libraries = {name: version for name, version in every.items() if name not in environment.LIBRARIES}
         self.reference_method = method_of(parse(job.reference), catalog.methods())
         self.reference_arguments = arguments.resolve(parse(job.reference), self.reference_method, job.device)
         self.inputs = Inputs(job.inputs)
@@ -113,8 +115,8 @@ class Group:
     def model(self) -> nn.Module:
         """The model under the method; predicted first, so that a death while loading can say what it needed."""
         if self._model is None:
-            for name in missing_packages(self.method):
-                raise MissingPackage(name, f"the method '{self.method.name}'")
+            for name in missing_packages(self.method, self.arguments.values):
+                raise MissingPackage(name, f"the method '{self.job.method}'")
             predicted = memory.predict(self.config, self.method, self.arguments)
             self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
             self.connection.send(Reply("predicted", data=self.predicted))
@@ -197,9 +199,9 @@ class Group:
         """What --resume compares: equal keys mean that measuring again would repeat the same work."""
         self.case = case
         plan = (self.plan.protocol_id, self.plan.token_hash) if case.dataset else ()
-        outside = catalog.outside_code()
         early = asdict(stop) if stop else {}  # an early-stopped delta is another figure than that of every token
-        known = [self.checkpoint.revision, self.method_id, *plan, *self.world, outside, early]
+        code = (catalog.outside_code(), self.libraries)
+        known = [self.checkpoint.revision, self.method_id, *plan, *self.world, *code, early]
         return digest([case.id, case.reference, *known, self.repetitions if member_of(case).timed else 0])
 
     def measure(self, case: Case, stop: Stop | None = None) -> Row:
@@ -211,8 +213,9 @@ class Group:
         figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
         texts = self._text_facts(member, figure.detail.get("whole", True)) if case.dataset else {}
         calibrated = self._calibration(case)
-        grid = self.method.grid and self.method.grid == self.checkpoint.grid
-        told = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": bool(grid)}
+        aligned = bool(self.method.grid) and self.method.grid == self.checkpoint.grid
+        told = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": aligned}
+        told |= {"libraries": self.libraries}
         notes = {name: value for name, value in told.items() if value}
         detail = {**figure.detail, **calibrated, **notes, **texts.pop("detail", {})}
         self.inputs.untouched(self.checkpoint)

@@ -5,10 +5,12 @@ Computed alike in every process, so that a case that never ran can be shown as m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from harness import arguments, calibration, catalog, corpora, invariants, models, protocols
@@ -123,15 +125,20 @@ def ordered_items(found: Mapping[str, T]) -> list[tuple[str, T]]:
     return [(name, found[name]) for name in ordered(found)]
 
 
-def missing_packages(method: Method) -> list[str]:
-    """Distributions that the method needs and that are not installed."""
-    missing = []
-    for name in method.requires:
-        try:
-            distribution(name)
-        except PackageNotFoundError:
-            missing.append(name)
-    return missing
+def packages(method: Method, values: Mapping[str, Any]) -> dict[str, str]:
+    """Distributions that the method needs with these values of its arguments, and their versions: '' where absent."""
+    chosen = ((parameter, values.get(key, parameter.default)) for key, parameter in method.parameters.items())
+    names = [*method.requires, *(one.requires[value] for one, value in chosen if value in one.requires)]
+    found = dict.fromkeys(names, "")
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def missing_packages(method: Method, values: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+    """Those of `packages` that are not installed."""
+    return [name for name, version in packages(method, values).items() if not version]
 
 
 def installed(method: Method) -> bool:

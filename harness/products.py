@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import engine
+from harness import engine, fused
 from harness.contracts import AS_MODEL
 
 TILES = frozenset({"amx_bf16"})
@@ -52,6 +52,27 @@ def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = A
     return _finished(x, _rounded_product(x.bfloat16(), weight.bfloat16()).float(), bias)
 
 
+def few(x: Tensor, inputs: int) -> bool:
+    """Whether x (..., in) has so few rows, where they lie, that `harness.fused` is the quicker product."""
+    return x.numel() <= FEW_ROWS * inputs and x.device.type == "cpu"
+
+
+def of_few_rows(x: Tensor, loop: fused.Loop, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """The product by a loop of `harness.fused`.
+
+    Args:
+        x: (..., in), any float dtype, never rounded.
+        loop: of the weight.
+        shape: (out, in).
+        bias: (out,) or None.
+
+    Returns:
+        (..., out) in x's dtype, summed in fp32.
+    """
+    rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+    return _finished(x, fused.multiply(rows.view(-1, shape[1]), loop, shape[0]), bias)
+
+
 def _rounded_product(rows: Tensor, weight: Tensor) -> Tensor:
     """The product of bf16 matrices, summed in fp32 and rounded to bf16 on every processor."""
     if rows.device.type != "cpu" or engine.native(torch.bfloat16):
@@ -63,7 +84,8 @@ def _finished(x: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
     """Add the bias in fp32 and give back x's shape and dtype: (M, out) or (..., out) fp32."""
     if bias is not None:
         sums += bias
-    return sums.view(*x.shape[:-1], sums.shape[-1]).to(x.dtype)
+    shaped = sums.view(*x.shape[:-1], sums.shape[-1])
+    return shaped if x.dtype == torch.float32 else shaped.to(x.dtype)  # a token's 200 layers would feel the call
 
 
 @functools.lru_cache(maxsize=64)  # widths that a model has: some bytes each

@@ -7,9 +7,10 @@ load with a state_dict. Tied weights share one `StoredWeight`, every module of a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from harness import pieces, products
 from harness.contracts import AS_MODEL, QuantizedWeight
 from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from harness.fused import Loop
 
 Values = Mapping[str, int | float | str]
 
@@ -34,6 +38,7 @@ class Recipe:
     values: Values = field(default_factory=dict)
     compute: str = AS_MODEL
     grain: str = ""
+    fused: Callable[..., Loop | None] | None = None
 
 
 class KeepsDtype(nn.Module):
@@ -127,6 +132,10 @@ class QuantizedLinear(nn.Module):
         """The recipe's product where it has one, else a dequantized weight in the dtype of x."""
         store: Any = self._modules["store"]  # past __getattr__, which a token's 200 layers would feel
         recipe, bias = store.recipe, self._parameters["bias"]
+        if recipe.fused is not None and products.few(x, store.matrix[1]):
+            loop = _loop(store)
+            if loop is not None:
+                return products.of_few_rows(x, loop, store.matrix, bias)
         if recipe.product is not None:
             found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
             return found
@@ -135,6 +144,23 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and method, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, method={self.store.recipe.method}"
+
+
+# beside the modules, so that no copy of a model takes it along: what it was made of, and the loop
+_loops: MutableMapping[StoredWeight, tuple[Tensor, Tensor, Loop | None]] = weakref.WeakKeyDictionary()
+
+
+def _loop(store: StoredWeight) -> Loop | None:
+    """The fused loop of a store, made once for as long as its codes and scale are the same tensors."""
+    codes, scale = store._buffers["codes"], store._buffers["scale"]
+    made = _loops.get(store)
+    if made is None or made[0] is not codes or made[1] is not scale:
+        assert store.recipe.fused is not None
+        assert codes is not None
+        assert scale is not None
+        loop = store.recipe.fused(store.tensors(), store.matrix, **store.recipe.values)
+        _loops[store] = made = (codes, scale, loop)
+    return made[2]
 
 
 @functools.cache

@@ -8,15 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from harness import scopes
 from harness.contracts import AS_MODEL, Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
+from harness.fused import FUSED
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
     from torch import Tensor, nn
 
     from harness import quantized
+    from harness.fused import Loop
 
 
 COMPUTE = Parameter(
     str, AS_MODEL, "dtype of the products: bf16 rounds activations to it; 'dtype' is the model's", (AS_MODEL, "bf16")
+)
+COMPUTE_OR_FUSED = Parameter(
+    str,
+    AS_MODEL,
+    f"as elsewhere, or '{FUSED}': a few rows' products read codes as they lie (needs numba)",
+    (*COMPUTE.choices, FUSED),
+    requires={FUSED: "numba"},
 )
 
 
@@ -31,6 +40,7 @@ def weight_method(
     tables: Mapping[str, tuple[float, ...]] | None = None,
     product: Callable[..., Tensor] | None = None,
     computes: bool = False,
+    fused: Callable[..., Loop | None] | None = None,
     grain: str = "",
     grid: str = "",
     core: bool = True,
@@ -50,6 +60,8 @@ def weight_method(
         product: (x (..., in), stored, shape, bias or None, **values) -> (..., out) in x's dtype, where that is
             faster than F.linear on the dequantized weight; None for the latter.
         computes: `product` takes the argument `compute` (COMPUTE), as every method without one does.
+        fused: (stored, shape, **values) -> a loop of `harness.fused`, which `compute=fused` runs for few rows on a
+            CPU, or None where the codes do not fit one.
         grain: 'row' or 'block' where no row, or block of `values["block"]` flattened weights, depends on another: the
             weight is then quantized piece by piece, in the cache. '' quantizes it whole.
         grid: 'affine4:32' where the codes can represent such a grid exactly.
@@ -64,9 +76,10 @@ def weight_method(
         from harness import quantized
 
         values = dict(arguments.values)
-        compute = str(values.pop("compute", AS_MODEL)) if takes else AS_MODEL
+        asked = str(values.pop("compute", AS_MODEL)) if takes else AS_MODEL
+        few, compute = (fused, AS_MODEL) if asked == FUSED else (None, asked)
         chosen = functools.partial(product, compute=compute) if product and takes else product
-        return quantized.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain)
+        return quantized.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain, few)
 
     def targets(model: nn.Module, arguments: Arguments) -> list[str]:
         return scopes.select(model, arguments.scope or Scope())
@@ -94,7 +107,7 @@ def weight_method(
 
         return quantized.weights(model)
 
-    every = {**(parameters or {}), **({"compute": COMPUTE} if takes else {})}
+    every = {**(parameters or {}), **({"compute": COMPUTE_OR_FUSED if fused else COMPUTE} if takes else {})}
     facts: Any = {"scoped": True, "grid": grid, "core": core, "concurrent": True}
     return Method(name, summary, bits, load, sketch, weights, targets, every, **facts)
 

@@ -7,10 +7,13 @@ Weights only (w8a16). In bf16 (`dtype=bf16`), on a processor with bf16 products 
 codes as they lie: sums are rounded to bf16 once. Elsewhere, in fp32 and in fp16, the weight is dequantized at every
 call and the product is that of the activations' dtype: fp32 activations are never rounded, unless `compute=bf16` asks
 for it. Then activations and sums are rounded to bf16 once each on every processor, and the scale comes after, in fp32.
+`compute=fused` multiplies up to eight rows (a token's decode) with the codes as they lie: fp32 throughout, the scale
+after the sum; more rows as without it.
 """
 
 from __future__ import annotations
 
+from harness import fused
 from harness.codes import dequantize_int8, product_int8, quantize_rows
 from harness.weightmethod import weight_method
 
@@ -24,5 +27,6 @@ METHOD = weight_method(
     dequantize=dequantize,
     product=product,
     computes=True,
+    fused=fused.int8,
     grain="row",
 )

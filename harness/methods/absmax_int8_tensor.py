@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from harness import fused
 from harness.codes import dequantize_int8, divide, product_int8
 from harness.weightmethod import weight_method
 
@@ -32,4 +33,5 @@ METHOD = weight_method(
     dequantize=dequantize,
     product=product,
     computes=True,
+    fused=fused.int8,
 )

@@ -7,9 +7,11 @@ device, ours as its CPU code of 0.50 does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from harness import fused
 from harness.codes import BLOCK, dequantize_levels, quantize_to_levels
 from harness.weightmethod import weight_method
 
@@ -36,6 +38,7 @@ METHOD = weight_method(
     bits=4,
     quantize=quantize,
     dequantize=dequantize,
+    fused=functools.partial(fused.int4, levels=LEVELS),
     grain="block",
     parameters={"block": BLOCK},
     tables={"levels": LEVELS},

@@ -5,14 +5,18 @@ The code -8 stays unused, so that the grid is symmetric. Ties round to even. |w 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from harness import fused
 from harness.codes import BLOCK, blocks, divide, pack, rescale, unpack
 from harness.weightmethod import weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LEVELS = tuple(float(code) for code in range(-8, 8))  # of the codes, before their step
 
 
 def quantize(weight: Tensor, block: int) -> dict[str, Tensor]:
@@ -27,7 +31,7 @@ def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int)
     """(out, in) fp32."""
     import torch
 
-    levels = torch.arange(-8.0, 8.0, device=stored["codes"].device)
+    levels = torch.tensor(LEVELS, device=stored["codes"].device)
     values = unpack(stored["codes"], levels, shape[0] * shape[1])
     return rescale(values, block, stored["scale"]).view(shape)
 
@@ -38,6 +42,7 @@ METHOD = weight_method(
     bits=4,
     quantize=quantize,
     dequantize=dequantize,
+    fused=functools.partial(fused.int4, levels=LEVELS),
     grain="block",
     parameters={"block": BLOCK},
 )

@@ -7,14 +7,18 @@ end codes. Ties round to even. |w - w'| <= s / 2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from harness import fused
 from harness.codes import BLOCK, blocks, divide, pack, rescale, unpack
 from harness.weightmethod import weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LEVELS = tuple(float(code) for code in range(16))  # of the codes, before their step
 
 
 def quantize(weight: Tensor, block: int) -> dict[str, Tensor]:
@@ -30,7 +34,7 @@ def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int)
     """(out, in) fp32."""
     import torch
 
-    levels = torch.arange(16.0, device=stored["codes"].device)
+    levels = torch.tensor(LEVELS, device=stored["codes"].device)
     values = unpack(stored["codes"], levels, shape[0] * shape[1])
     return rescale(values, block, stored["scale"], stored["minimum"]).view(shape)
 
@@ -41,6 +45,7 @@ METHOD = weight_method(
     bits=4,
     quantize=quantize,
     dequantize=dequantize,
+    fused=functools.partial(fused.int4, levels=LEVELS),
     grain="block",
     parameters={"block": BLOCK},
     grid="affine4:32",  # with block=32: lossless where the weights were stored so; other blocks straddle that grid

@@ -7,9 +7,11 @@ bitsandbytes uses too; a test derives them again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from harness import fused
 from harness.codes import BLOCK, dequantize_levels, quantize_to_levels
 from harness.weightmethod import weight_method
 
@@ -52,6 +54,7 @@ METHOD = weight_method(
     bits=4,
     quantize=quantize,
     dequantize=dequantize,
+    fused=functools.partial(fused.int4, levels=LEVELS),
     grain="block",
     parameters={"block": BLOCK},
     tables={"levels": LEVELS},

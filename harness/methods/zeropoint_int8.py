@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from harness import fused
 from harness.codes import divide
 from harness.weightmethod import weight_method
 
@@ -41,5 +42,6 @@ METHOD = weight_method(
     bits=8,
     quantize=quantize,
     dequantize=dequantize,
+    fused=fused.int8,
     grain="row",
 )

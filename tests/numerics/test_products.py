@@ -1,5 +1,6 @@
 """Products with int8 codes: within their stated roundings, and untouched where a processor lacks the instructions."""
 
+import copy
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from harness import engine, memory, pieces, products
+from harness import engine, memory, pieces, products, quantized
 from harness.arguments import resolve
 from harness.contracts import Arguments, Method, Scope
 from harness.methods import (
@@ -195,6 +196,85 @@ def test_compute_in_bf16_rounds_activations_weights_and_sums_once_each(
             error = (found.double() - wanted).abs()
             assert bool((error <= 2.0**-9 * 1.1 * (2 * sizes + (wanted - bias).abs()) + 1e-5 * sizes).all())
             assert float(error.max()) > 1e-4  # it is rounded
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("module", ROUNDED, ids=lambda module: module.METHOD.name)
+def test_fused_products_of_few_rows_are_those_of_the_dequantized_weight(
+    module: ModuleType, kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    made = nn.Linear(192, 41) if kind is nn.Linear else Conv1D(41, 192)
+    assert isinstance(made.weight, torch.Tensor)
+    nn.init.normal_(made.weight, mean=0.3)
+    nn.init.normal_(made.bias)
+    (layer,) = quantized_layers(f"{module.METHOD.name}:compute=fused", module.METHOD, made)
+    assert isinstance(layer, quantized.QuantizedLinear)
+    assert layer.bias is not None
+    wide, bias = layer.store.dequantize().double(), layer.bias.double()
+    monkeypatch.setattr(quantized.StoredWeight, "dequantize", lambda store: pytest.fail("dequantized"))
+    if hasattr(module, "product"):
+        monkeypatch.setattr(products, "of_codes", lambda *_: pytest.fail("dequantized"))
+    for rows in (1, 3, 8):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = normal(2, rows // 2, 192).to(dtype) if rows == 8 else normal(rows, 192).to(dtype)
+            found = layer(x)
+            assert (found.shape, found.dtype) == ((*x.shape[:-1], 41), dtype)
+            error = (found.double() - (x.double() @ wide.T + bias)).abs()
+            sizes = x.double().abs() @ wide.abs().T + bias.abs()
+            assert bool((error <= (1e-6 if dtype == torch.float32 else 2.0**-8) * sizes).all())
+
+
+def test_fused_products_depend_neither_on_other_rows_nor_on_the_number_of_threads() -> None:
+    threads, x = torch.get_num_threads(), normal(8, 192)
+    for module in (absmax_int8, zeropoint_int8, nf4, linear_int4_affine):
+        torch.manual_seed(0)
+        (layer,) = quantized_layers(f"{module.METHOD.name}:compute=fused", module.METHOD, nn.Linear(192, 41))
+        found = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found += [layer(x), torch.cat([layer(row[None]) for row in x])]
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_many_rows_and_blocks_across_rows_are_dequantized_also_where_fused_is_asked_for() -> None:
+    for text, module, inputs, rows in (
+        ("absmax-int8", absmax_int8, 192, 9),
+        ("nf4", nf4, 192, 9),
+        ("nf4:block=128", nf4, 192, 1),
+        ("fp4", fp4, 63, 1),
+    ):
+        found = []
+        for more in ("", ":compute=fused"):
+            torch.manual_seed(0)
+            (layer,) = quantized_layers(text + more, module.METHOD, nn.Linear(inputs, 41))
+            found.append(layer(normal(rows, inputs)))
+        assert torch.equal(*found)
+
+
+def test_fused_products_follow_what_is_loaded_into_their_store_and_what_replaces_it() -> None:
+    torch.manual_seed(0)
+    layers = quantized_layers("nf4:compute=fused", nf4.METHOD, nn.Linear(192, 41), nn.Linear(192, 41))
+    first, second, x = layers[0], layers[1], normal(1, 192)
+    wanted = second(x)
+    assert not torch.equal(first(x), wanted)
+    copied = copy.deepcopy(first)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), wanted)
+    assert not torch.equal(copied(x), wanted)
+    copied.load_state_dict(second.state_dict(), assign=True)
+    assert torch.equal(copied(x), wanted)
+
+
+def test_not_a_number_in_a_row_reaches_every_fused_product_of_it_and_no_other() -> None:
+    for module in (absmax_int8, nf4):
+        (layer,) = quantized_layers(f"{module.METHOD.name}:compute=fused", module.METHOD, nn.Linear(192, 41))
+        x = normal(3, 192)
+        x[1, 5] = torch.nan
+        assert layer(x).isnan().all(dim=1).tolist() == [False, True, False]
 
 
 def test_compute_in_bf16_changes_nothing_where_all_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

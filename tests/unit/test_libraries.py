@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,14 @@ def test_every_optional_method_is_listed_but_not_planned_by_default() -> None:
 def test_predicting_bytes_without_the_library_names_the_pip_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "gpt2", "--method", "torchao-int8"]) == 2
     assert "pip install torchao" in capsys.readouterr().err
+
+
+def test_a_value_of_an_argument_can_need_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    method = catalog.methods()["nf4"]
+    assert planning.packages(method, {"compute": "fused"}) == {"numba": version("numba")}
+    monkeypatch.setattr(planning, "version", absent)
+    assert planning.missing_packages(method, {"compute": "fused"}) == ["numba"]
+    assert planning.missing_packages(method, {"compute": "bf16"}) == planning.missing_packages(method) == []

@@ -31,6 +31,7 @@ class Pretended:
             "environment": HERE,
             "code": "code",
             "repetitions": 10,
+            "libraries": {},
             **changed,
         }
         here = facts["environment"]
@@ -39,7 +40,9 @@ class Pretended:
         self.plan = dataclasses.make_dataclass("P", [("protocol_id", str), ("token_hash", str)])(
             facts["protocol_id"], facts["token_hash"]
         )
-        self.method_id, self.repetitions = facts["method_id"], facts["repetitions"]
+        self.method_id, self.repetitions, self.libraries = (
+            facts[name] for name in ("method_id", "repetitions", "libraries")
+        )
         self.world = (
             facts["config"], here.environment_class, here.machine, str(here.threads), here.wait_policy, facts["code"]
         )  # fmt: skip
@@ -78,6 +81,7 @@ def key(wanted: Case | None = None, stop: Stop | None = None, **changed: Any) ->
         {"wanted": case(reference="bf16")},
         {"wanted": case(metric="perplexity")},
         {"stop": STOP},
+        {"libraries": {"torchao": "0.18.0"}},
     ],
     ids=str,
 )
