@@ -4,7 +4,7 @@ A token's decode reads every weight once, so that bytes are time: a dequantized 
 bytes an element. Here a row of a weight at a time is unpacked where it is multiplied. Activations are never rounded,
 sums are fp32, and the scale comes behind the sum of its row or block. More rows than `products.FEW_ROWS`, other
 devices, and blocks that do not divide a row take the product that the method has otherwise. The loops are compiled by
-Numba, for this processor, once: its cache keeps them.
+Numba, for this processor, once: the harness's cache keeps them.
 """
 
 from __future__ import annotations

@@ -12,6 +12,11 @@ import numba
 import numpy as np
 from numba import njit, prange
 
+from harness.files import cache_dir
+
+# beside converted checkpoints, unless NUMBA_CACHE_DIR says where: this file's own folder may be read-only
+numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(cache_dir() / "numba")
+
 SUMS = {"reassoc", "contract"}  # LLVM's fast-math flags that sums need; without the others not a number stays so
 Array = np.ndarray[Any, Any]
 
