@@ -16,6 +16,7 @@ from harness.jsonvalues import digest
 from harness.runner import server_environment
 
 PINS = ("torch==2.13.0", "transformers==5.23.0", "lm_eval[hf]==0.4.13", "torchao==0.18.0", "optimum-quanto==0.2.7")
+OURS = ("orjson",)  # that the harness's modules import there
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,13 +26,13 @@ def environment() -> Path:
     chosen = os.environ.get("PEERS_PYTHON")
     if chosen:
         return Path(chosen)
-    home = cache_dir() / "environments" / f"peers-{digest(list(PINS))[:12]}"
+    home = cache_dir() / "environments" / f"peers-{digest([*PINS, *OURS])[:12]}"
     python, whole = home / "bin" / "python", home / "whole"
     with locked(home.with_suffix(".lock")):
         if not whole.is_file():
             print(f"installing {', '.join(PINS)} into {home}", file=sys.stderr)
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PINS], check=True)
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PINS, *OURS], check=True)
             whole.touch()
     return python
 
