@@ -58,9 +58,6 @@ SHORT = """\
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
   server loads torch, transformers and bitsandbytes once, pytest starts, plots are drawn at the end. So it weighs more
   the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.
-  The session of 2026-11-28 was measured before the fork server imported with the garbage collector off and without
-  torch's compiler, in a shell that kept Python from caching bytecode (`PYTHONDONTWRITEBYTECODE`), which cost every
-  start a compilation of all modules; the command now takes that variable away.
 - *CUDA*: not run on a card."""
 JOINED = {"loading"}  # what several parts measure, a model each
 KEPT = ROOT / "docs" / "data" / "performance.json"
