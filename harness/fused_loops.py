@@ -71,3 +71,23 @@ def int4(
                 for b in range(least.shape[1]):
                     total += sums[m, b] * least[i, b]
                 found[m, i] = total
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def unpack_int4(codes: Array, scale: Array, least: Array, pairs: Array, found: Array, threads: int) -> None:
+    """The weight itself into found (out, in), as `int4` takes it, rounded as the dequantized one: without SUMS."""
+    outputs, half = codes.shape
+    block = 2 * half // scale.shape[1]
+    each = (outputs + threads - 1) // threads
+    for thread in prange(threads):
+        wide = np.empty(half, np.int64)
+        levels = wide.view(np.float32)
+        for i in range(thread * each, min(outputs, (thread + 1) * each)):
+            for j in range(half):
+                wide[j] = pairs[np.uintp(codes[i, j])]
+            for b in range(scale.shape[1]):
+                for j in range(b * block, (b + 1) * block):
+                    found[i, j] = levels[j] * scale[i, b]
+            for b in range(least.shape[1]):
+                for j in range(b * block, (b + 1) * block):
+                    found[i, j] += least[i, b]

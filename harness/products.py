@@ -53,16 +53,16 @@ def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = A
 
 
 def few(x: Tensor, inputs: int) -> bool:
-    """Whether x (..., in) has so few rows, where they lie, that `harness.fused` is the quicker product."""
-    return x.numel() <= FEW_ROWS * inputs and x.device.type == "cpu"
+    """Whether x (..., in) has so few rows that `harness.fused` is the quicker product."""
+    return x.numel() <= FEW_ROWS * inputs
 
 
-def of_few_rows(x: Tensor, loop: fused.Loop, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-    """The product by a loop of `harness.fused`.
+def of_few_rows(x: Tensor, loops: fused.Loops, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """The product by the loops of `harness.fused`.
 
     Args:
         x: (..., in), any float dtype, never rounded.
-        loop: of the weight.
+        loops: of the weight.
         shape: (out, in).
         bias: (out,) or None.
 
@@ -70,7 +70,7 @@ def of_few_rows(x: Tensor, loop: fused.Loop, shape: tuple[int, int], bias: Tenso
         (..., out) in x's dtype, summed in fp32.
     """
     rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
-    return _finished(x, fused.multiply(rows.view(-1, shape[1]), loop, shape[0]), bias)
+    return _finished(x, fused.multiply(rows.view(-1, shape[1]), loops, shape[0]), bias)
 
 
 def _rounded_product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import pieces, products
+from harness import fused, pieces, products
 from harness.contracts import AS_MODEL, QuantizedWeight
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
-    from harness.fused import Loop
+    from harness.fused import Loops
 
 Values = Mapping[str, int | float | str]
 
@@ -38,7 +38,7 @@ class Recipe:
     values: Values = field(default_factory=dict)
     compute: str = AS_MODEL
     grain: str = ""
-    fused: Callable[..., Loop | None] | None = None
+    fused: Callable[..., Loops | None] | None = None
 
 
 class KeepsDtype(nn.Module):
@@ -132,34 +132,34 @@ class QuantizedLinear(nn.Module):
         """The recipe's product where it has one, else a dequantized weight in the dtype of x."""
         store: Any = self._modules["store"]  # past __getattr__, which a token's 200 layers would feel
         recipe, bias = store.recipe, self._parameters["bias"]
-        if recipe.fused is not None and products.few(x, store.matrix[1]):
-            loop = _loop(store)
-            if loop is not None:
-                return products.of_few_rows(x, loop, store.matrix, bias)
+        loops = _loops(store) if recipe.fused is not None and x.device.type == "cpu" else None
+        if loops is not None and products.few(x, store.matrix[1]):
+            return products.of_few_rows(x, loops, store.matrix, bias)
         if recipe.product is not None:
             found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
             return found
-        return products.dequantized(x, store.dequantize(), bias, recipe.compute)
+        weight = fused.unpacked(loops, store.matrix) if loops is not None else None
+        return products.dequantized(x, store.dequantize() if weight is None else weight, bias, recipe.compute)
 
     def extra_repr(self) -> str:
         """Shape and method, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, method={self.store.recipe.method}"
 
 
-# beside the modules, so that no copy of a model takes it along: what it was made of, and the loop
-_loops: MutableMapping[StoredWeight, tuple[Tensor, Tensor, Loop | None]] = weakref.WeakKeyDictionary()
+# beside the modules, so that no copy of a model takes it along: what they were made of, and the loops
+_kept: MutableMapping[StoredWeight, tuple[Tensor, Tensor, Loops | None]] = weakref.WeakKeyDictionary()
 
 
-def _loop(store: StoredWeight) -> Loop | None:
-    """The fused loop of a store, made once for as long as its codes and scale are the same tensors."""
+def _loops(store: StoredWeight) -> Loops | None:
+    """The fused loops of a store, made once for as long as its codes and scale are the same tensors."""
     codes, scale = store._buffers["codes"], store._buffers["scale"]
-    made = _loops.get(store)
+    made = _kept.get(store)
     if made is None or made[0] is not codes or made[1] is not scale:
         assert store.recipe.fused is not None
         assert codes is not None
         assert scale is not None
-        loop = store.recipe.fused(store.tensors(), store.matrix, **store.recipe.values)
-        _loops[store] = made = (codes, scale, loop)
+        loops = store.recipe.fused(store.tensors(), store.matrix, **store.recipe.values)
+        _kept[store] = made = (codes, scale, loops)
     return made[2]
 
 

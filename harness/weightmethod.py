@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
     from torch import Tensor, nn
 
     from harness import quantized
-    from harness.fused import Loop
+    from harness.fused import Loops
 
 
 COMPUTE = Parameter(
@@ -40,7 +40,7 @@ def weight_method(
     tables: Mapping[str, tuple[float, ...]] | None = None,
     product: Callable[..., Tensor] | None = None,
     computes: bool = False,
-    fused: Callable[..., Loop | None] | None = None,
+    fused: Callable[..., Loops | None] | None = None,
     grain: str = "",
     grid: str = "",
     core: bool = True,
@@ -60,8 +60,8 @@ def weight_method(
         product: (x (..., in), stored, shape, bias or None, **values) -> (..., out) in x's dtype, where that is
             faster than F.linear on the dequantized weight; None for the latter.
         computes: `product` takes the argument `compute` (COMPUTE), as every method without one does.
-        fused: (stored, shape, **values) -> a loop of `harness.fused`, which `compute=fused` runs for few rows on a
-            CPU, or None where the codes do not fit one.
+        fused: (stored, shape, **values) -> the loops of `harness.fused` that `compute=fused` runs on a CPU, or None
+            where the codes do not fit them.
         grain: 'row' or 'block' where no row, or block of `values["block"]` flattened weights, depends on another: the
             weight is then quantized piece by piece, in the cache. '' quantizes it whole.
         grid: 'affine4:32' where the codes can represent such a grid exactly.

@@ -225,6 +225,20 @@ def test_fused_products_of_few_rows_are_those_of_the_dequantized_weight(
             assert bool((error <= (1e-6 if dtype == torch.float32 else 2.0**-8) * sizes).all())
 
 
+@pytest.mark.parametrize("module", [linear_int4, linear_int4_affine, nf4, fp4], ids=lambda module: module.METHOD.name)
+def test_many_rows_take_the_very_weight_from_a_fused_loop(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for text in (module.METHOD.name, f"{module.METHOD.name}:compute=fused:block=32"):
+        torch.manual_seed(0)
+        made = nn.Linear(192, 41)
+        nn.init.normal_(made.weight, mean=0.3)
+        (layer,) = quantized_layers(text if "fused" in text else f"{text}:block=32", module.METHOD, made)
+        if "fused" in text:
+            monkeypatch.setattr(quantized.StoredWeight, "dequantize", lambda store: pytest.fail("dequantized"))
+        found.append(layer(normal(9, 192)))
+    assert torch.equal(*found)
+
+
 def test_fused_products_depend_neither_on_other_rows_nor_on_the_number_of_threads() -> None:
     threads, x = torch.get_num_threads(), normal(8, 192)
     for module in (absmax_int8, zeropoint_int8, nf4, linear_int4_affine):
