@@ -90,15 +90,21 @@ class Bench:
         """A prompt into a cache, logits of its last position."""
         return timed(lambda: self.model(input_ids=self.ids[:, :tokens], use_cache=True, logits_to_keep=1))
 
-    def decode(self) -> float:
-        """One token behind a prompt of PROMPT tokens."""
+    def decode(self, tokens: int = 1) -> float:
+        """A token behind a prompt of PROMPT tokens: the mean of some in a row, behind one that is not timed."""
         if self.cache is None:
             self.cache = self.model(input_ids=self.ids[:, :PROMPT], use_cache=True, logits_to_keep=1).past_key_values
         grown = self.cache.get_seq_length() - PROMPT
         if grown:
             self.cache.crop(-grown)
         token = self.ids[:, PROMPT - 1 : PROMPT]
-        return timed(lambda: self.model(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1))
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                self.model(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+        run(1)
+        return timed(lambda: run(tokens)) / tokens
 
     def profile(self, work: str, operations: int = 7) -> list[tuple[str, float]]:
         """The operations that one run of a work spends itself in, and their share of its processor time."""

@@ -1,16 +1,15 @@
-"""Products of few rows with the codes as they lie (`compute=fused`): a weight is unpacked in the cache, not in memory.
+"""Products with the codes as they lie (`compute=fused`): a weight is unpacked in the cache, not in memory.
 
 A token's decode reads every weight once, so that bytes are time: a dequantized weight is written and read again, four
-bytes an element. Here a row of a weight at a time is unpacked where it is multiplied. Activations are never rounded,
-sums are fp32, and the scale comes behind the sum of its row or block. For more rows than `products.FEW_ROWS` the weight
-is dequantized as ever, 4-bit codes by a loop of here, to the same bits. Other devices, and blocks that do not divide a
-row, take the product that the method has otherwise. The loops are compiled by Numba, for this processor, once: the
-harness's cache keeps them.
+bytes an element. Here a row of a weight at a time is unpacked where it is multiplied. For more rows than
+`products.FEW_ROWS` some rows of the weight at a time are unpacked, to the bits of the dequantized ones, and torch
+multiplies them before they leave the cache. Activations are never rounded, sums are fp32. Other devices, and blocks
+that do not divide a row, take the product that the method has otherwise. The loops are compiled by Numba, for this
+processor, once: the harness's cache keeps them.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
     Array = np.ndarray[Any, Any]
 
 FUSED = "fused"  # a value of `compute`
+SLAB = 2**19  # elements of a weight that are unpacked at a time: 2 MiB, which stays in the cache
 ONE_AT_A_TIME = threading.Lock()  # not every threading layer of Numba takes calls from several threads
 
 
@@ -31,17 +31,16 @@ class Loops:
     """What is run on a weight's codes where they lie, so that what is loaded into them later counts.
 
     Attributes:
-        multiply: (x (M, in) fp32, found (M, out) fp32, threads) -> None: x W^T into `found`.
-        unpack: (found (out, in) fp32, threads) -> None: W into `found`, to the bits of the dequantized weight; None
-            where torch is as quick.
+        multiply: (x (M * in,) fp32, found (M * out,) fp32, threads) -> None: x W^T into `found`.
+        unpack: (first, found (rows * in,) fp32, threads) -> None: W's rows from the first on into `found`.
     """
 
     multiply: Callable[[Array, Array, int], None]
-    unpack: Callable[[Array, int], None] | None = None
+    unpack: Callable[[int, Array, int], None]
 
 
 def int8(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Loops:
-    """The loop for int8 codes, W = (codes - zero point) scale.
+    """The loops for int8 codes, W = (codes - zero point) scale; in products the scale comes behind the sum of a row.
 
     Args:
         stored: codes (out, in) int8, scale () or (out, 1) fp32, zero_point (out, 1) fp32 where there is one.
@@ -52,9 +51,12 @@ def int8(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Loops:
     from harness import fused_loops
 
     zero = stored["zero_point"].numpy() if "zero_point" in stored else np.zeros(1, dtype=np.float32)
-    loop, codes, scale = fused_loops.int8, stored["codes"].numpy(), stored["scale"].numpy().reshape(-1)
-    zero = zero.reshape(-1)
-    return Loops(lambda x, found, threads: loop(x, codes, scale, zero, found, threads))
+    weight = stored["codes"].numpy(), stored["scale"].numpy().reshape(-1), zero.reshape(-1)
+    multiply, unpack = fused_loops.int8, fused_loops.unpack_int8
+    return Loops(
+        lambda x, found, threads: multiply(x, *weight, found, threads),
+        lambda first, found, threads: unpack(*weight, first, found, threads),
+    )
 
 
 def int4(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int, levels: tuple[float, ...]) -> Loops | None:
@@ -69,56 +71,42 @@ def int4(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int, level
     Returns:
         None where blocks do not divide a row.
     """
+    import numpy as np
+
     from harness import fused_loops
 
-    outputs, inputs = shape
+    inputs = shape[1]
     if inputs % block:
         return None
-    blocks = inputs // block
-    loop, whole, pairs = fused_loops.int4, fused_loops.unpack_int4, _pairs(levels)
-    codes = stored["codes"].numpy().reshape(outputs, inputs // 2)
-    scale = stored["scale"].numpy().reshape(outputs, blocks)
-    least = stored["minimum"].numpy().reshape(outputs, blocks) if "minimum" in stored else scale[:, :0]
-
-    def run(x: Array, found: Array, threads: int) -> None:
-        parts = x.reshape(-1, blocks, block)
-        sums = parts.sum(axis=2) if least.size else parts[:, :0, 0]
-        loop(parts, sums, codes, scale, least, pairs, found, threads)
-
-    return Loops(run, lambda found, threads: whole(codes, scale, least, pairs, found, threads))
+    scale = stored["scale"].numpy()
+    least = stored["minimum"].numpy() if "minimum" in stored else scale[:0]
+    table = np.array(levels, dtype=np.float32)
+    planes = np.ascontiguousarray(table.view(np.uint8).reshape(16, 4).T).reshape(-1)
+    weight = stored["codes"].numpy(), scale, least, table, planes, inputs
+    multiply, unpack = fused_loops.int4, fused_loops.unpack_int4
+    return Loops(
+        lambda x, found, threads: multiply(x, *weight, found, threads),
+        lambda first, found, threads: unpack(*weight, first, found, threads),
+    )
 
 
 def multiply(x: Tensor, loops: Loops, outputs: int) -> Tensor:
-    """Run a weight's product with as many threads as torch has: (M, in) fp32 contiguous -> (M, out) fp32."""
+    """Run a weight's product with as many threads as torch has: (..., in) fp32 contiguous -> (..., out) fp32."""
     import torch
 
     from harness import fused_loops
 
-    found = torch.empty(x.shape[0], outputs)
+    found = torch.empty(*x.shape[:-1], outputs)
     with ONE_AT_A_TIME:
-        loops.multiply(x.numpy(), found.numpy(), fused_loops.threads(torch.get_num_threads()))
+        loops.multiply(x.numpy().reshape(-1), found.numpy().reshape(-1), fused_loops.threads(torch.get_num_threads()))
     return found
 
 
-def unpacked(loops: Loops, shape: tuple[int, int]) -> Tensor | None:
-    """The weight (out, in) fp32 by a loop, with as many threads as torch has; None where there is no such loop."""
+def unpack(loops: Loops, first: int, found: Tensor) -> None:
+    """Write rows of the weight, from the first on, into `found` (rows, in) fp32, with as many threads as torch has."""
     import torch
 
     from harness import fused_loops
 
-    if loops.unpack is None:
-        return None
-    found = torch.empty(shape)
     with ONE_AT_A_TIME:
-        loops.unpack(found.numpy(), fused_loops.threads(torch.get_num_threads()))
-    return found
-
-
-@functools.lru_cache(maxsize=16)
-def _pairs(levels: tuple[float, ...]) -> Array:
-    """Both levels of every byte as one element of 8 bytes: (256,) int64, the high nibble's first."""
-    import numpy as np
-
-    table = np.array(levels, dtype=np.float32)
-    both = np.stack((table.repeat(16), np.tile(table, 16)), axis=1)
-    return both.view(np.int64).reshape(-1)
+        loops.unpack(first, found.numpy().reshape(-1), fused_loops.threads(torch.get_num_threads()))

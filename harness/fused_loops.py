@@ -1,16 +1,22 @@
 """The loops of `harness.fused`, compiled by Numba at their first call; imported where `compute=fused` is asked for.
 
 Rows of the weight are shared out between threads, so that no figure depends on how many there are. Sums may be taken
-in any order, which lets them run in vector registers: the order is that of the processor's width.
+in any order, which lets them run in vector registers: the order is that of the processor's width. All that a loop calls
+stands in this file: Numba's cache sees a change only in the file of the loop.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
 
 from harness.files import cache_dir
 
@@ -18,76 +24,198 @@ from harness.files import cache_dir
 numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(cache_dir() / "numba")
 
 SUMS = {"reassoc", "contract"}  # LLVM's fast-math flags that sums need; without the others not a number stays so
+REGISTERS = "+avx2" in cpu_target.target_context.codegen().magic_tuple()[2]  # whether levels are looked up in them
+CODES = 32  # looked up at a time
+PSHUFB = "llvm.x86.avx2.pshuf.b"  # 32 lookups in a table of 16 bytes, one a lane
+FIRST_FOURS, LAST_FOURS = (0, 1, 4, 5, 8, 9, 12, 13), (2, 3, 6, 7, 10, 11, 14, 15)  # bytes with those of eight codes
+BYTE, INDEX = ir.IntType(8), ir.IntType(32)
+PAIRS, FLOATS = ir.VectorType(ir.IntType(16), 16), ir.VectorType(ir.FloatType(), 8)
 Array = np.ndarray[Any, Any]
+_running = threading.local()
 
 
 def threads(wanted: int) -> int:
     """Have as many threads run the loops, of those Numba started with: how many they are."""
     found: int = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
-    if numba.get_num_threads() != found:
+    if getattr(_running, "threads", None) != found:  # a token's 200 products would feel the call
         numba.set_num_threads(found)
+        _running.threads = found
     return found
 
 
 @njit(parallel=True, nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
 def int8(x: Array, codes: Array, scale: Array, zero: Array, found: Array, threads: int) -> None:
-    """Of x (M, in) and codes (out, in) int8, scale and zero (out,), or (1,) for all; found (M, out); else fp32."""
+    """Of x (M * in,) and codes (out, in) int8, scale and zero (out,), or (1,) for all; found (M * out,); else fp32."""
     outputs, inputs = codes.shape
+    wide, sums = x.reshape(-1, inputs), found.reshape(-1, outputs)
     each = (outputs + threads - 1) // threads
     for thread in prange(threads):
         for i in range(thread * each, min(outputs, (thread + 1) * each)):
             row, step, offset = codes[i], scale[min(i, len(scale) - 1)], zero[min(i, len(zero) - 1)]
-            for m in range(x.shape[0]):
+            for m in range(len(wide)):
                 total = np.float32(0)
                 for j in range(inputs):
-                    total += x[m, j] * (np.float32(row[j]) - offset)
-                found[m, i] = total * step
+                    total += wide[m, j] * (np.float32(row[j]) - offset)
+                sums[m, i] = total * step
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def unpack_int8(codes: Array, scale: Array, zero: Array, first: int, found: Array, threads: int) -> None:
+    """Rows of the weight from the first on into found (rows * in,), rounded as the dequantized: without SUMS."""
+    weight = found.reshape(-1, codes.shape[1])
+    rows, inputs = weight.shape
+    each = (rows + threads - 1) // threads
+    for thread in prange(threads):
+        for i in range(thread * each, min(rows, (thread + 1) * each)):
+            step, offset = scale[min(first + i, len(scale) - 1)], zero[min(first + i, len(zero) - 1)]
+            for j in range(inputs):
+                weight[i, j] = (np.float32(codes[first + i, j]) - offset) * step
 
 
 @njit(parallel=True, nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
 def int4(
-    x: Array, sums: Array, codes: Array, scale: Array, least: Array, pairs: Array, found: Array, threads: int
+    x: Array,
+    codes: Array,
+    scale: Array,
+    least: Array,
+    levels: Array,
+    planes: Array,
+    inputs: int,
+    found: Array,
+    threads: int,
 ) -> None:
-    """Of x (M, blocks, block) and codes (out, in / 2) uint8, with what belongs to a block: scale (out, blocks).
+    """Of x (M * in,) and codes (out * in / 2,) uint8, with what belongs to a block: scale (out * in / block,).
 
-    Where a block has a least level, least (out, blocks) and sums (M, blocks) of x, else (out, 0). pairs (256,) int64.
+    Where a block has a least level, least alike, else (0,). levels (16,), and planes (64,) uint8, their first bytes,
+    then their second, third and fourth. found (M * out,).
     """
-    outputs, half = codes.shape
-    rows, blocks, block = x.shape
+    outputs = 2 * len(codes) // inputs
+    wide, sums = x.reshape(-1, inputs), found.reshape(-1, outputs)
     each = (outputs + threads - 1) // threads
     for thread in prange(threads):
-        wide = np.empty(half, np.int64)  # one row's levels, two an element
-        levels = wide.view(np.float32)
+        row = np.empty(inputs, np.float32)
         for i in range(thread * each, min(outputs, (thread + 1) * each)):
-            for j in range(half):
-                wide[j] = pairs[np.uintp(codes[i, j])]
-            for m in range(rows):
+            _row_of_int4(codes, scale, least, levels, planes, i, row)
+            for m in range(len(wide)):
                 total = np.float32(0)
-                for b in range(blocks):
-                    part = np.float32(0)
-                    for j in range(block):
-                        part += x[m, b, j] * levels[b * block + j]
-                    total += part * scale[i, b]
-                for b in range(least.shape[1]):
-                    total += sums[m, b] * least[i, b]
-                found[m, i] = total
+                for j in range(inputs):
+                    total += wide[m, j] * row[j]
+                sums[m, i] = total
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def unpack_int4(codes: Array, scale: Array, least: Array, pairs: Array, found: Array, threads: int) -> None:
-    """The weight itself into found (out, in), as `int4` takes it, rounded as the dequantized one: without SUMS."""
-    outputs, half = codes.shape
-    block = 2 * half // scale.shape[1]
-    each = (outputs + threads - 1) // threads
+def unpack_int4(
+    codes: Array,
+    scale: Array,
+    least: Array,
+    levels: Array,
+    planes: Array,
+    inputs: int,
+    first: int,
+    found: Array,
+    threads: int,
+) -> None:
+    """Rows of the weight from the first on into found (rows * in,), rounded as the dequantized: without SUMS."""
+    weight = found.reshape(-1, inputs)
+    rows = len(weight)
+    each = (rows + threads - 1) // threads
     for thread in prange(threads):
-        wide = np.empty(half, np.int64)
-        levels = wide.view(np.float32)
-        for i in range(thread * each, min(outputs, (thread + 1) * each)):
-            for j in range(half):
-                wide[j] = pairs[np.uintp(codes[i, j])]
-            for b in range(scale.shape[1]):
-                for j in range(b * block, (b + 1) * block):
-                    found[i, j] = levels[j] * scale[i, b]
-            for b in range(least.shape[1]):
-                for j in range(b * block, (b + 1) * block):
-                    found[i, j] += least[i, b]
+        for i in range(thread * each, min(rows, (thread + 1) * each)):
+            _row_of_int4(codes, scale, least, levels, planes, first + i, weight[i])
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _row_of_int4(codes: Array, scale: Array, least: Array, levels: Array, planes: Array, i: int, row: Array) -> None:
+    """Row i of the weight into row (in,): level * scale (+ least), two roundings."""
+    block = 2 * len(codes) // len(scale)
+    blocks = len(row) // block
+    for b in range(blocks):
+        first = (i * blocks + b) * block // 2
+        _scaled(codes, first, levels, planes, scale[i * blocks + b], row, b * block, block)
+    if len(least) > 0:
+        for b in range(blocks):
+            part, lowest = row[b * block : (b + 1) * block], least[i * blocks + b]
+            for j in range(block):
+                part[j] += lowest
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _scaled_by_table(
+    codes: Array, first: int, levels: Array, planes: Array, scale: float, found: Array, at: int, count: int
+) -> None:
+    """Levels of `count` codes from byte `first` on, times a scale, into found from `at` on, one after another."""
+    for j in range(count // 2):
+        byte = codes[first + j]
+        found[at + 2 * j] = levels[np.uintp(byte >> 4)] * scale
+        found[at + 2 * j + 1] = levels[np.uintp(byte & 15)] * scale
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _scaled_in_registers(
+    codes: Array, first: int, levels: Array, planes: Array, scale: float, found: Array, at: int, count: int
+) -> None:
+    """The same, to the same bits, CODES at a time."""
+    whole = count - count % CODES
+    for j in range(0, whole, CODES):
+        _levels_in_registers(codes, first + j // 2, planes, scale, found, at + j)
+    _scaled_by_table(codes, first + whole // 2, levels, planes, scale, found, at + whole, count - whole)
+
+
+_scaled = _scaled_in_registers if REGISTERS else _scaled_by_table
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _levels_in_registers(
+    context: Any, codes: Any, first: Any, planes: Any, scale: Any, found: Any, at: Any
+) -> tuple[Any, Any]:
+    """CODES levels from byte `first` on, times a scale: one shuffle looks up a byte of them all, four their floats.
+
+    The first four of each eight codes go to the lower lane of a register and the last four to the upper, so that bytes
+    make floats, and floats stand in their order, within the lanes.
+    """
+
+    def generate(target: Any, builder: Any, signature: Any, given: Any) -> Any:
+        def place(array: int, index: Any, kind: Any) -> Any:
+            data = target.make_array(signature.args[array])(target, builder, given[array]).data
+            return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+        codes, first, planes, scale, found, at = range(6)
+        packed = builder.load(place(codes, given[first], ir.VectorType(BYTE, 16)), align=1)
+        packed = builder.shuffle_vector(packed, packed, _constant(INDEX, (*FIRST_FOURS, *LAST_FOURS)))
+        nibbles = builder.lshr(packed, _constant(BYTE, [4] * 16)), builder.and_(packed, _constant(BYTE, [15] * 16))
+        wanted = builder.shuffle_vector(*nibbles, _constant(INDEX, _in_turn(16, 0, 16)))
+        tables = ir.VectorType(BYTE, CODES)
+        lookup = builder.module.declare_intrinsic(PSHUFB, fnty=ir.FunctionType(tables, [tables, tables]))
+        looked = []
+        for plane in range(4):
+            start = ir.Constant(ir.IntType(64), 16 * plane)
+            table = builder.load(place(planes, start, ir.VectorType(BYTE, 16)), align=1)
+            both = builder.shuffle_vector(table, table, _constant(INDEX, [*range(16)] * 2))
+            looked.append(builder.call(lookup, [both, wanted]))
+        lower, upper = (_woven(builder, looked[k], looked[k + 1], PAIRS) for k in (0, 2))
+        parts = [part for low, high in zip(lower, upper, strict=True) for part in _woven(builder, low, high, FLOATS)]
+        one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), given[scale], ir.Constant(INDEX, 0))
+        steps = builder.shuffle_vector(one, one, _constant(INDEX, [0] * 8))
+        to = place(found, given[at], FLOATS)
+        for k, part in enumerate(parts):
+            builder.store(builder.fmul(part, steps), builder.gep(to, [ir.Constant(INDEX, k)]), align=4)
+        return target.get_dummy_value()
+
+    return types.void(codes, first, planes, scale, found, at), generate
+
+
+def _constant(element: Any, values: Sequence[int]) -> Any:
+    return ir.Constant(ir.VectorType(element, len(values)), [ir.Constant(element, value) for value in values])
+
+
+def _in_turn(count: int, start: int, stop: int) -> list[int]:
+    """Elements from start to stop of two vectors of `count`, one of each in turn, as a shuffle's mask."""
+    return [at + vector for at in range(start, stop) for vector in (0, count)]
+
+
+def _woven(builder: Any, left: Any, right: Any, kind: Any) -> list[Any]:
+    """The lower and the upper half of both lanes of two vectors, elements in turn, as vectors of a kind."""
+    count: int = left.type.count
+    lane, half = count // 2, count // 4
+    masks = (_in_turn(count, at, at + half) + _in_turn(count, lane + at, lane + at + half) for at in (0, half))
+    return [builder.bitcast(builder.shuffle_vector(left, right, _constant(INDEX, mask)), kind) for mask in masks]

@@ -70,7 +70,37 @@ def of_few_rows(x: Tensor, loops: fused.Loops, shape: tuple[int, int], bias: Ten
         (..., out) in x's dtype, summed in fp32.
     """
     rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
-    return _finished(x, fused.multiply(rows.view(-1, shape[1]), loops, shape[0]), bias)
+    found = fused.multiply(rows, loops, shape[0])
+    if bias is not None:
+        found += bias
+    return found if x.dtype == torch.float32 else found.to(x.dtype)
+
+
+def in_slabs(x: Tensor, loops: fused.Loops, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """The product with some rows of the weight at a time, which the cache still holds when they are multiplied.
+
+    Args:
+        x: (..., in), any float dtype: the weight is rounded to it.
+        loops: of the weight.
+        shape: (out, in).
+        bias: (out,) or None.
+
+    Returns:
+        (..., out) in x's dtype.
+    """
+    outputs, inputs = shape
+    rows = x.reshape(-1, inputs)  # (M, in)
+    found = x.new_empty(rows.shape[0], outputs)
+    slab = torch.empty(min(outputs, max(1, fused.SLAB // inputs)), inputs)
+    for first in range(0, outputs, len(slab)):
+        part = slab[: outputs - first]
+        fused.unpack(loops, first, part)
+        weight, columns = part.to(x.dtype).t(), slice(first, first + len(part))
+        if bias is None:
+            torch.mm(rows, weight, out=found[:, columns])
+        else:
+            torch.addmm(bias[columns], rows, weight, out=found[:, columns])
+    return found.view(*x.shape[:-1], outputs)
 
 
 def _rounded_product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import fused, pieces, products
+from harness import pieces, products
 from harness.contracts import AS_MODEL, QuantizedWeight
 from harness.errors import HarnessError
 
@@ -135,11 +135,12 @@ class QuantizedLinear(nn.Module):
         loops = _loops(store) if recipe.fused is not None and x.device.type == "cpu" else None
         if loops is not None and products.few(x, store.matrix[1]):
             return products.of_few_rows(x, loops, store.matrix, bias)
+        if loops is not None and (recipe.product is None or not products.quick(x)):
+            return products.in_slabs(x, loops, store.matrix, bias)
         if recipe.product is not None:
             found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
             return found
-        weight = fused.unpacked(loops, store.matrix) if loops is not None else None
-        return products.dequantized(x, store.dequantize() if weight is None else weight, bias, recipe.compute)
+        return products.dequantized(x, store.dequantize(), bias, recipe.compute)
 
     def extra_repr(self) -> str:
         """Shape and method, for print(model)."""

@@ -23,7 +23,7 @@ COMPUTE = Parameter(
 COMPUTE_OR_FUSED = Parameter(
     str,
     AS_MODEL,
-    f"as elsewhere, or '{FUSED}': a few rows' products read codes as they lie (needs numba)",
+    f"as elsewhere, or '{FUSED}': codes are unpacked in the cache (needs numba)",
     (*COMPUTE.choices, FUSED),
     requires={FUSED: "numba"},
 )

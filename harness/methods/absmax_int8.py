@@ -8,7 +8,7 @@ codes as they lie: sums are rounded to bf16 once. Elsewhere, in fp32 and in fp16
 call and the product is that of the activations' dtype: fp32 activations are never rounded, unless `compute=bf16` asks
 for it. Then activations and sums are rounded to bf16 once each on every processor, and the scale comes after, in fp32.
 `compute=fused` multiplies up to eight rows (a token's decode) with the codes as they lie: fp32 throughout, the scale
-after the sum; more rows as without it.
+after the sum. For more rows the weight is unpacked and multiplied some rows at a time, in the cache.
 """
 
 from __future__ import annotations
