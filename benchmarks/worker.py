@@ -160,15 +160,15 @@ class Bench:
         request = Instance("loglikelihood_rolling", {}, (self.text,), 0)
         return -float(self.language.loglikelihood_rolling([request], disable_tqdm=True)[0])
 
-    def nll(self) -> list[float]:
-        """NLL of every token; of lm-eval from its windows' logits."""
+    def nll(self, wide: bool = False) -> list[float]:
+        """NLL of every token; of lm-eval from its windows' logits, whose softmax is in fp32, or in fp64 if wide."""
         if self.kind == "lm-eval":
-            return self._nll_of_peer()
+            return self._nll_of_peer(torch.float64 if wide else torch.float32)
         from harness import engine
 
         return [float(value) for value in engine.score(self.model, self.windows, device="cpu", concurrent=True)]
 
-    def _nll_of_peer(self) -> list[float]:
+    def _nll_of_peer(self, dtype: torch.dtype) -> list[float]:
         from lm_eval import utils
 
         tokens = self.language.tok_encode(self.text, add_special_tokens=False)
@@ -181,7 +181,7 @@ class Bench:
         found: list[float] = []
         for context, scored in map(utils.make_disjoint_window, pieces):
             fed = torch.tensor([(context + scored)[:-1]])
-            logits = self.language._model_call(fed)[0, -len(scored) :].float().log_softmax(-1)
+            logits = self.language._model_call(fed)[0, -len(scored) :].to(dtype).log_softmax(-1)
             found += (-logits.gather(1, torch.tensor(scored)[:, None])[:, 0]).tolist()
         return found
 

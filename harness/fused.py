@@ -11,7 +11,7 @@ processor, once: the harness's cache keeps them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
     Array = np.ndarray[Any, Any]
 
 FUSED = "fused"  # a value of `compute`
-SLAB = 2**19  # elements of a weight that are unpacked at a time: 2 MiB, which stays in the cache
+SLAB = 2**20  # elements of a weight that are unpacked at a time: 4 MiB, which stay in the cache
+ALONE = 2**20  # elements of a product that one thread is done with about when others would have woken
+SOON = 2**18  # elements to unpack, likewise: fewer, as the product of the slab waits for them
 ONE_AT_A_TIME = threading.Lock()  # not every threading layer of Numba takes calls from several threads
 
 
@@ -31,12 +33,16 @@ class Loops:
     """What is run on a weight's codes where they lie, so that what is loaded into them later counts.
 
     Attributes:
-        multiply: (x (M * in,) fp32, found (M * out,) fp32, threads) -> None: x W^T into `found`.
-        unpack: (first, found (rows * in,) fp32, threads) -> None: W's rows from the first on into `found`.
+        weight: what the loops take.
+        shape: (out, in).
+        multiply: x W^T by one thread, and shared out.
+        unpack: W's rows by one thread, and shared out.
     """
 
-    multiply: Callable[[Array, Array, int], None]
-    unpack: Callable[[int, Array, int], None]
+    weight: tuple[Any, ...]
+    shape: tuple[int, int]
+    multiply: tuple[Callable[..., None], Callable[..., None]]
+    unpack: tuple[Callable[..., None], Callable[..., None]]
 
 
 def int8(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Loops:
@@ -48,15 +54,11 @@ def int8(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Loops:
     """
     import numpy as np
 
-    from harness import fused_loops
+    from harness import fused_loops as loops
 
     zero = stored["zero_point"].numpy() if "zero_point" in stored else np.zeros(1, dtype=np.float32)
     weight = stored["codes"].numpy(), stored["scale"].numpy().reshape(-1), zero.reshape(-1)
-    multiply, unpack = fused_loops.int8, fused_loops.unpack_int8
-    return Loops(
-        lambda x, found, threads: multiply(x, *weight, found, threads),
-        lambda first, found, threads: unpack(*weight, first, found, threads),
-    )
+    return Loops(weight, shape, (loops.int8, loops.int8_shared), (loops.unpack_int8, loops.unpack_int8_shared))
 
 
 def int4(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int, levels: tuple[float, ...]) -> Loops | None:
@@ -73,40 +75,48 @@ def int4(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int, level
     """
     import numpy as np
 
-    from harness import fused_loops
+    from harness import fused_loops as loops
 
-    inputs = shape[1]
-    if inputs % block:
+    if shape[1] % block:
         return None
     scale = stored["scale"].numpy()
     least = stored["minimum"].numpy() if "minimum" in stored else scale[:0]
     table = np.array(levels, dtype=np.float32)
     planes = np.ascontiguousarray(table.view(np.uint8).reshape(16, 4).T).reshape(-1)
-    weight = stored["codes"].numpy(), scale, least, table, planes, inputs
-    multiply, unpack = fused_loops.int4, fused_loops.unpack_int4
-    return Loops(
-        lambda x, found, threads: multiply(x, *weight, found, threads),
-        lambda first, found, threads: unpack(*weight, first, found, threads),
-    )
+    weight = stored["codes"].numpy(), scale, least, table, planes, shape[1]
+    return Loops(weight, shape, (loops.int4, loops.int4_shared), (loops.unpack_int4, loops.unpack_int4_shared))
 
 
-def multiply(x: Tensor, loops: Loops, outputs: int) -> Tensor:
-    """Run a weight's product with as many threads as torch has: (..., in) fp32 contiguous -> (..., out) fp32."""
+def multiply(x: Tensor, loops: Loops) -> Tensor:
+    """Compute x W^T: (..., in) fp32 contiguous -> (..., out) fp32."""
     import torch
 
-    from harness import fused_loops
-
+    outputs, inputs = loops.shape
     found = torch.empty(*x.shape[:-1], outputs)
-    with ONE_AT_A_TIME:
-        loops.multiply(x.numpy().reshape(-1), found.numpy().reshape(-1), fused_loops.threads(torch.get_num_threads()))
+    given = x.numpy().reshape(-1), loops.weight, found.numpy().reshape(-1)
+    _run(loops.multiply, given, outputs, _threads() if outputs * inputs > ALONE else 1)
     return found
 
 
 def unpack(loops: Loops, first: int, found: Tensor) -> None:
-    """Write rows of the weight, from the first on, into `found` (rows, in) fp32, with as many threads as torch has."""
+    """Write rows of the weight, from the first on, into `found` (rows, in) fp32."""
+    given = loops.weight, first, found.numpy().reshape(-1)
+    _run(loops.unpack, given, len(found), _threads() if found.numel() > SOON else 1)
+
+
+def _threads() -> int:
+    """As many as torch has."""
     import torch
 
     from harness import fused_loops
 
+    return fused_loops.threads(torch.get_num_threads())
+
+
+def _run(loop: tuple[Callable[..., None], Callable[..., None]], given: Sequence[Any], rows: int, threads: int) -> None:
+    """Run a loop over rows, alone or shared out."""
+    if threads == 1:
+        loop[0](*given, 0, rows)
+        return
     with ONE_AT_A_TIME:
-        loops.unpack(first, found.numpy().reshape(-1), fused_loops.threads(torch.get_num_threads()))
+        loop[1](*given, rows, threads)

@@ -1,7 +1,8 @@
 """The loops of `harness.fused`, compiled by Numba at their first call; imported where `compute=fused` is asked for.
 
 Rows of the weight are shared out between threads, so that no figure depends on how many there are. Sums may be taken
-in any order, which lets them run in vector registers: the order is that of the processor's width. All that a loop calls
+in any order, which lets them run in vector registers: the order is that of the processor's width. What unpacks is
+without that leave, so that it rounds as the method does. All that a loop calls
 stands in this file: Numba's cache sees a change only in the file of the loop.
 """
 
@@ -31,6 +32,7 @@ FIRST_FOURS, LAST_FOURS = (0, 1, 4, 5, 8, 9, 12, 13), (2, 3, 6, 7, 10, 11, 14, 1
 BYTE, INDEX = ir.IntType(8), ir.IntType(32)
 PAIRS, FLOATS = ir.VectorType(ir.IntType(16), 16), ir.VectorType(ir.FloatType(), 8)
 Array = np.ndarray[Any, Any]
+Weight = tuple[Any, ...]
 _running = threading.local()
 
 
@@ -43,92 +45,108 @@ def threads(wanted: int) -> int:
     return found
 
 
-@njit(parallel=True, nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
-def int8(x: Array, codes: Array, scale: Array, zero: Array, found: Array, threads: int) -> None:
-    """Of x (M * in,) and codes (out, in) int8, scale and zero (out,), or (1,) for all; found (M * out,); else fp32."""
+@njit(nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
+def int8(x: Array, weight: Weight, found: Array, start: int, stop: int) -> None:
+    """Outputs from start to stop of x (M * in,) fp32 into found (M * out,) fp32.
+
+    weight: codes (out, in) int8, scale and zero point, each (out,), or (1,) for all, fp32.
+    """
+    codes, scale, zero = weight
     outputs, inputs = codes.shape
     wide, sums = x.reshape(-1, inputs), found.reshape(-1, outputs)
-    each = (outputs + threads - 1) // threads
-    for thread in prange(threads):
-        for i in range(thread * each, min(outputs, (thread + 1) * each)):
-            row, step, offset = codes[i], scale[min(i, len(scale) - 1)], zero[min(i, len(zero) - 1)]
-            for m in range(len(wide)):
-                total = np.float32(0)
-                for j in range(inputs):
-                    total += wide[m, j] * (np.float32(row[j]) - offset)
-                sums[m, i] = total * step
-
-
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def unpack_int8(codes: Array, scale: Array, zero: Array, first: int, found: Array, threads: int) -> None:
-    """Rows of the weight from the first on into found (rows * in,), rounded as the dequantized: without SUMS."""
-    weight = found.reshape(-1, codes.shape[1])
-    rows, inputs = weight.shape
-    each = (rows + threads - 1) // threads
-    for thread in prange(threads):
-        for i in range(thread * each, min(rows, (thread + 1) * each)):
-            step, offset = scale[min(first + i, len(scale) - 1)], zero[min(first + i, len(zero) - 1)]
+    for i in range(start, stop):
+        row, step, offset = codes[i], scale[min(i, len(scale) - 1)], zero[min(i, len(zero) - 1)]
+        for m in range(len(wide)):
+            total = np.float32(0)
             for j in range(inputs):
-                weight[i, j] = (np.float32(codes[first + i, j]) - offset) * step
+                total += wide[m, j] * (np.float32(row[j]) - offset)
+            sums[m, i] = total * step
 
 
-@njit(parallel=True, nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
-def int4(
-    x: Array,
-    codes: Array,
-    scale: Array,
-    least: Array,
-    levels: Array,
-    planes: Array,
-    inputs: int,
-    found: Array,
-    threads: int,
-) -> None:
-    """Of x (M * in,) and codes (out * in / 2,) uint8, with what belongs to a block: scale (out * in / block,).
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def unpack_int8(weight: Weight, first: int, found: Array, start: int, stop: int) -> None:
+    """Rows from start to stop of found (rows * in,) fp32, which holds the weight's from `first` on, as dequantized."""
+    codes, scale, zero = weight
+    rows = found.reshape(-1, codes.shape[1])
+    for i in range(start, stop):
+        step, offset = scale[min(first + i, len(scale) - 1)], zero[min(first + i, len(zero) - 1)]
+        for j in range(rows.shape[1]):
+            rows[i, j] = (np.float32(codes[first + i, j]) - offset) * step
 
-    Where a block has a least level, least alike, else (0,). levels (16,), and planes (64,) uint8, their first bytes,
-    then their second, third and fourth. found (M * out,).
+
+@njit(nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
+def int4(x: Array, weight: Weight, found: Array, start: int, stop: int) -> None:
+    """Outputs from start to stop of x (M * in,) fp32 into found (M * out,) fp32.
+
+    weight: codes (out * in / 2,) uint8, with what belongs to a block: scale (out * in / block,) and, where there is a
+    least level, least alike, else (0,), fp32; levels (16,) fp32, and planes (64,) uint8, their first bytes, then their
+    second, third and fourth; in.
     """
-    outputs = 2 * len(codes) // inputs
-    wide, sums = x.reshape(-1, inputs), found.reshape(-1, outputs)
-    each = (outputs + threads - 1) // threads
-    for thread in prange(threads):
-        row = np.empty(inputs, np.float32)
-        for i in range(thread * each, min(outputs, (thread + 1) * each)):
-            _row_of_int4(codes, scale, least, levels, planes, i, row)
-            for m in range(len(wide)):
-                total = np.float32(0)
-                for j in range(inputs):
-                    total += wide[m, j] * row[j]
-                sums[m, i] = total
+    codes, inputs = weight[0], weight[5]
+    wide, sums = x.reshape(-1, inputs), found.reshape(-1, 2 * len(codes) // inputs)
+    row = np.empty(inputs, np.float32)
+    for i in range(start, stop):
+        _row_of_int4(weight, i, row)
+        for m in range(len(wide)):
+            total = np.float32(0)
+            for j in range(inputs):
+                total += wide[m, j] * row[j]
+            sums[m, i] = total
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def unpack_int4(
-    codes: Array,
-    scale: Array,
-    least: Array,
-    levels: Array,
-    planes: Array,
-    inputs: int,
-    first: int,
-    found: Array,
-    threads: int,
-) -> None:
-    """Rows of the weight from the first on into found (rows * in,), rounded as the dequantized: without SUMS."""
-    weight = found.reshape(-1, inputs)
-    rows = len(weight)
-    each = (rows + threads - 1) // threads
-    for thread in prange(threads):
-        for i in range(thread * each, min(rows, (thread + 1) * each)):
-            _row_of_int4(codes, scale, least, levels, planes, first + i, weight[i])
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def unpack_int4(weight: Weight, first: int, found: Array, start: int, stop: int) -> None:
+    """Rows from start to stop of found (rows * in,) fp32, which holds the weight's from `first` on, as dequantized."""
+    rows = found.reshape(-1, weight[5])
+    for i in range(start, stop):
+        _row_of_int4(weight, first + i, rows[i])
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _row_of_int4(codes: Array, scale: Array, least: Array, levels: Array, planes: Array, i: int, row: Array) -> None:
+def _share(rows: int, thread: int, threads: int) -> tuple[int, int]:
+    """Rows from one to another that a thread takes."""
+    each = (rows + threads - 1) // threads
+    return min(rows, thread * each), min(rows, (thread + 1) * each)
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def int8_shared(x: Array, weight: Weight, found: Array, rows: int, threads: int) -> None:
+    """`int8`, shared out."""
+    for thread in prange(threads):
+        start, stop = _share(rows, thread, threads)
+        int8(x, weight, found, start, stop)
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def unpack_int8_shared(weight: Weight, first: int, found: Array, rows: int, threads: int) -> None:
+    """`unpack_int8`, shared out."""
+    for thread in prange(threads):
+        start, stop = _share(rows, thread, threads)
+        unpack_int8(weight, first, found, start, stop)
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def int4_shared(x: Array, weight: Weight, found: Array, rows: int, threads: int) -> None:
+    """`int4`, shared out."""
+    for thread in prange(threads):
+        start, stop = _share(rows, thread, threads)
+        int4(x, weight, found, start, stop)
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def unpack_int4_shared(weight: Weight, first: int, found: Array, rows: int, threads: int) -> None:
+    """`unpack_int4`, shared out."""
+    for thread in prange(threads):
+        start, stop = _share(rows, thread, threads)
+        unpack_int4(weight, first, found, start, stop)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _row_of_int4(weight: Weight, i: int, row: Array) -> None:
     """Row i of the weight into row (in,): level * scale (+ least), two roundings."""
+    codes, scale, least, levels, planes, inputs = weight
     block = 2 * len(codes) // len(scale)
-    blocks = len(row) // block
+    blocks = inputs // block
     for b in range(blocks):
         first = (i * blocks + b) * block // 2
         _scaled(codes, first, levels, planes, scale[i * blocks + b], row, b * block, block)

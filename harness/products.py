@@ -57,38 +57,36 @@ def few(x: Tensor, inputs: int) -> bool:
     return x.numel() <= FEW_ROWS * inputs
 
 
-def of_few_rows(x: Tensor, loops: fused.Loops, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+def of_few_rows(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
     """The product by the loops of `harness.fused`.
 
     Args:
         x: (..., in), any float dtype, never rounded.
         loops: of the weight.
-        shape: (out, in).
         bias: (out,) or None.
 
     Returns:
         (..., out) in x's dtype, summed in fp32.
     """
     rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
-    found = fused.multiply(rows, loops, shape[0])
+    found = fused.multiply(rows, loops)
     if bias is not None:
         found += bias
     return found if x.dtype == torch.float32 else found.to(x.dtype)
 
 
-def in_slabs(x: Tensor, loops: fused.Loops, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+def in_slabs(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
     """The product with some rows of the weight at a time, which the cache still holds when they are multiplied.
 
     Args:
         x: (..., in), any float dtype: the weight is rounded to it.
         loops: of the weight.
-        shape: (out, in).
         bias: (out,) or None.
 
     Returns:
         (..., out) in x's dtype.
     """
-    outputs, inputs = shape
+    outputs, inputs = loops.shape
     rows = x.reshape(-1, inputs)  # (M, in)
     found = x.new_empty(rows.shape[0], outputs)
     slab = torch.empty(min(outputs, max(1, fused.SLAB // inputs)), inputs)

@@ -134,9 +134,9 @@ class QuantizedLinear(nn.Module):
         recipe, bias = store.recipe, self._parameters["bias"]
         loops = _loops(store) if recipe.fused is not None and x.device.type == "cpu" else None
         if loops is not None and products.few(x, store.matrix[1]):
-            return products.of_few_rows(x, loops, store.matrix, bias)
+            return products.of_few_rows(x, loops, bias)
         if loops is not None and (recipe.product is None or not products.quick(x)):
-            return products.in_slabs(x, loops, store.matrix, bias)
+            return products.in_slabs(x, loops, bias)
         if recipe.product is not None:
             found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
             return found

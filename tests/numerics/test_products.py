@@ -241,14 +241,16 @@ def unpacked(layer: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("more", ["", ":block=16", ":block=32"])
 @pytest.mark.parametrize("module", ROUNDED, ids=lambda module: module.METHOD.name)
-def test_fused_loops_unpack_the_very_weight(module: ModuleType, more: str) -> None:
+def test_fused_loops_unpack_the_very_weight(module: ModuleType, more: str, monkeypatch: pytest.MonkeyPatch) -> None:
     more = more if "block" in module.METHOD.parameters else ""
     torch.manual_seed(0)
     made = nn.Linear(192, 41)
     nn.init.normal_(made.weight, mean=0.3)
     (layer,) = quantized_layers(f"{module.METHOD.name}:compute=fused{more}", module.METHOD, made)
     assert isinstance(layer, quantized.QuantizedLinear)
-    assert torch.equal(unpacked(layer), layer.store.dequantize())
+    for alone in (0, 2**20):  # shared out between threads, and not
+        monkeypatch.setattr(fused, "SOON", alone)
+        assert torch.equal(unpacked(layer), layer.store.dequantize())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -303,15 +305,18 @@ def test_processors_without_wide_registers_look_levels_up_in_a_table(tmp_path: P
     assert list(tmp_path.rglob("fused_loops.int4-*.nbc"))
 
 
-def test_fused_products_depend_neither_on_other_rows_nor_on_the_number_of_threads() -> None:
+def test_fused_products_depend_neither_on_other_rows_nor_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     threads, x = torch.get_num_threads(), normal(8, 192)
     for module in (absmax_int8, zeropoint_int8, nf4, linear_int4_affine):
         torch.manual_seed(0)
         (layer,) = quantized_layers(f"{module.METHOD.name}:compute=fused", module.METHOD, nn.Linear(192, 41))
         found = []
         try:
-            for count in (1, 2, 3):
+            for count, alone in ((1, 0), (2, 0), (3, 0), (2, 2**20)):
                 torch.set_num_threads(count)
+                monkeypatch.setattr(fused, "ALONE", alone)
                 found += [layer(x), torch.cat([layer(row[None]) for row in x])]
         finally:
             torch.set_num_threads(threads)
