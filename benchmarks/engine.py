@@ -134,8 +134,8 @@ def render_beside(results: Mapping[str, Any]) -> str:
         "Threads that share a small product wait for each other at every operation. Under methods whose forward keeps "
         f"no state, windows of up to {PASS_TOKENS} tokens therefore run two at a time, each on half of the threads. "
         f"`rolling:W` in fp32 over the first {results['beside'][0]['tokens']:,} tokens of `lee`, batch 1, medians of "
-        f"{REPETITIONS} interleaved runs. lm-eval takes its log softmax in fp32 over the whole vocabulary, whose roundings "
-        f"do not cancel in the mean; ours sums it apart.\n\n{writing.table(heads, rows)}"
+        f"{REPETITIONS} interleaved runs. lm-eval's log softmax is torch's in fp32; the last column takes it of "
+        f"the same logits in fp64.\n\n{writing.table(heads, rows)}"
     )
 
 

@@ -39,20 +39,27 @@ SHORT = """\
 - *The engine against lm-eval*: both run the model's own forward, of which the profile above shows what is no product:
   norms, rotary embedding, activation, residuals. Ours saves what lies behind it (whole logits, their copies), and that
   is all there is to save without another forward. The rate of the products holds no such work.
-- *int8 at prefill, and decode in fp32*: a good part of a prefill is not the quantized products, and threads that sleep
-  between operations weigh more the quicker these are: see how threads wait. `absmax-int8` in fp32 unpacks a weight at
-  every call, which torch does not vectorize (`copy_`), and keeps the bits of the dequantized product. `compute=bf16`
-  and w8a8 are quicker where a processor has such products, and say what they round. `compute=fused` rounds nothing and
-  is what decode wants: codes are read as they lie, by loops that Numba compiles. At prefill it is the dequantized
-  product: hundreds of rows share one unpacking, and the product itself is the library's.
+- *The mean NLL against lm-eval*: what is apart is lm-eval's log softmax, whose fp32 sums over the vocabulary lean to
+  one side. With the softmax of the very same logits taken in fp64, ours agrees far within the figure and lm-eval's own
+  answer is as far off as before: the last column of windows two at a time.
+- *int8 at prefill*: a product in fp32 takes as long with an unpacked weight as with the model's own, and it is most of
+  a prefill (`mm`): no method that rounds no activation is twice as quick on a processor without products of its own for
+  bf16 or int8. `compute=bf16` and w8a8 are quicker where it has such products, and say what they round. Threads that
+  sleep between operations weigh more the quicker these are: see how threads wait.
+- *int8 at decode, without `compute=fused`*: `absmax-int8` unpacks a weight at every call, which torch does not
+  vectorize (`copy_`), and keeps the bits of the dequantized product. `compute=fused` rounds nothing either, reads codes
+  as they lie, by loops that Numba compiles, and is what decode wants. At prefill it unpacks in the cache, 4 MiB at a
+  time, and leaves the product to torch. Tried there: slabs of 0.5, 1 and 2 MiB (no quicker: every slab wakes sleeping
+  threads twice), and one thread that unpacks (slower).
 - *An fp32 product that oneDNN rounds to bf16* is not used where the table has it quicker either: the setting is the
   process's, and a processor without bf16 products ignores it, so that figures would depend on the processor.
 - *Activations in two or three int8 digits* (16 or 24 bits, sums exact): splitting and joining cost more than the
   products save.
-- *4 bits at decode*: unpacking in torch is a look-up an element or a few (`index_select`), and scaling one more pass,
-  each through memory. `compute=fused` does both in the cache. What is left of a token's time then is the model's own
-  operations between the products, and the head, which no method of the table quantizes. Torch's own product
-  (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout, which differs between processors.
+- *4 bits without `compute=fused`*: unpacking in torch is a look-up an element or a few (`index_select`), and scaling
+  one more pass, each through memory. `compute=fused` looks 32 levels up in registers and scales them there. What is
+  left of a token's time then is the model's own operations between the products, and the head, which no method of the
+  table quantizes. Torch's own product (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout,
+  which differs between processors.
 - *Loading from the page cache*: reading is then one copy; quantizing takes some ten operations a weight, in the cache
   and on every core.
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
