@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import commands, door
+from harness import commands
 from harness.errors import HarnessError
 from harness.settings import read_declared
 
@@ -22,13 +22,19 @@ USAGE = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a HarnessError is one line and exit status 2."""
+    given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m harness", description=commands.__doc__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for info in sorted(pkgutil.iter_modules(commands.__path__), key=lambda info: info.name):
-        importlib.import_module(f"harness.commands.{info.name}").add(subparsers)
-    parsed = parser.parse_args(arguments)
+    names = sorted(info.name for info in pkgutil.iter_modules(commands.__path__))
+    for name in given[:1] if given and given[0] in names else names:  # one command's imports, where it is named
+        importlib.import_module(f"harness.commands.{name}").add(subparsers)
+    parsed = parser.parse_args(given)
     try:
-        door.open_to(read_declared(Path.cwd())[1])
+        declared = read_declared(Path.cwd())[1]
+        if declared.methods or declared.metrics or declared.models or declared.datasets:
+            from harness import door
+
+            door.open_to(declared)
         status: int = parsed.run(parsed)
     except HarnessError as error:
         print(f"python -m harness {parsed.command}: {error}", file=sys.stderr)
