@@ -57,6 +57,7 @@ def starts(folder: Path) -> dict[str, float]:
     """Median seconds of whole commands on a small report."""
     commands = {
         "python -c pass": ["-c", "pass"],
+        "python -c 'import numpy'": ["-c", "import numpy"],
         "python -m harness report --help": ["-m", "harness", "report", "--help"],
         "python -m harness compare A A": ["-m", "harness", "compare", str(folder), str(folder)],
         "python -m harness report A": ["-m", "harness", "report", str(folder)],

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from harness import report
-
 
 def add(subparsers: Any) -> None:
     """Declare the command."""
@@ -19,6 +17,8 @@ def add(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the comparison; the exit status is its answer."""
+    from harness import report  # not for --help
+
     comparison = report.compare_paths(arguments.before, arguments.after)
     print(report.render_comparison(comparison))
     return comparison.status

@@ -9,8 +9,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from harness import report
-
 
 def add(subparsers: Any) -> None:
     """Declare the command."""
@@ -22,6 +20,8 @@ def add(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rewrite and print, or print a part."""
+    from harness import report  # not for --help
+
     if arguments.models:
         print(report.excerpt(arguments.directory, arguments.models.split(",")))
         return 0
