@@ -2,8 +2,8 @@
 
 Rows of the weight are shared out between threads, so that no figure depends on how many there are. Sums may be taken
 in any order, which lets them run in vector registers: the order is that of the processor's width. What unpacks is
-without that leave, so that it rounds as the method does. All that a loop calls
-stands in this file: Numba's cache sees a change only in the file of the loop.
+without that leave, so that it rounds as the method does. All that a loop calls stands in this file: Numba's cache sees
+a change only in the file of the loop.
 """
 
 from __future__ import annotations
