@@ -18,6 +18,8 @@ from harness.report import writing
 
 REPETITIONS = 7
 TOKENS = 8  # of a turn's decode
+PROMPT = 128  # tokens of a prefill
+MEBIBYTES = 512  # that the memory's pace is measured on
 SUBJECTS = (  # kind, subject, dtype
     ("harness", "fp32", "fp32"),
     ("harness", "bf16", "bf16"),
@@ -99,12 +101,20 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
         work: interleaved({name: (worker, request) for name, worker in workers.items()}, REPETITIONS)
         for work, request in requests.items()
     }
+    limits = interleaved(
+        {
+            "products": (workers["fp32"], {"do": "products", "rows": PROMPT, "scored": 1}),
+            "reading": (workers["fp32"], {"do": "reading", "mebibytes": MEBIBYTES}),
+        },
+        REPETITIONS,
+    )
     storage = {name: worker.ask("storage") for name, worker in workers.items()}
     quality = perplexities(workers)
     profiles = [(name, work, workers[name].ask("profile", work=work)) for name, work in PROFILED if name in workers]
     for worker in workers.values():
         worker.close()
-    return {"int8": {"times": times, "storage": storage, "quality": quality, "unable": unable, "profiles": profiles}}
+    told = {"storage": storage, "quality": quality, "unable": unable, "profiles": profiles}
+    return {"int8": {"times": times, "limits": limits, **told}}
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -117,6 +127,7 @@ def render(results: Mapping[str, Any]) -> str:
             *(f"{1e3 * middles[work][name]:.1f}" for work in ("prefill", "decode")),
             *(f"{middles[work]['fp32'] / middles[work][name]:.2f}" for work in ("prefill", "decode")),
             f"{found['storage'][name] / 2**20:.2f}",
+            f"{1e3 * middle(found['limits']['reading']) * found['storage'][name] / 2**20 / MEBIBYTES:.1f}",
         ]
         for name in found["storage"]
     ]
@@ -129,16 +140,19 @@ def render(results: Mapping[str, Any]) -> str:
     quality = "; ".join(
         f"`{name}` {value:.3f} ({100 * (value / exact - 1):+.2f}%)" for name, value in found["quality"].items()
     )
+    products = 1e3 * middle(found["limits"]["products"])
     unable = "".join(f"\n- {name} could not run: {why}" for name, why in found["unable"].items())
     profiles = [
         [f"`{name}`", work, ", ".join(f"{key} {100 * share:.0f}%" for key, share in shares)]
         for name, work, shares in found["profiles"]
     ]
-    head = ["", "prefill(128) ms", "decode ms", "fp32 / it: prefill", "decode", "storage MiB"]
+    head = ["", "prefill(128) ms", "decode ms", "fp32 / it: prefill", "decode", "storage MiB", "to read it once, ms"]
     return (
         f"## int8 and 4-bit\n\nMedians of {REPETITIONS} turns, every model in a process of its own, fp32 activations "
         f"outside the products. A turn's decode is the mean of {TOKENS} tokens, behind one that is not timed: nobody "
-        f"decodes a single one, and what other models left in the caches is not theirs to pay for.\n\n"
+        f"decodes a single one, and what other models left in the caches is not theirs to pay for. Limits of the "
+        f"machine, in the same run: the linear layers of fp32's prefill alone take {products:.1f} ms; a token's decode "
+        f"reads what is stored once, at the pace of a sum over {MEBIBYTES} MiB.\n\n"
         f"{writing.table(head, rows)}\n{unable}\n\n"
         f"{writing.table(['ours', 'against', 'work', 'times as fast', 'wanted', 'reached'], figures)}\n\n"
         f"Perplexity on the beginning of `lee`, against the weight dequantized in fp32: {quality}.\n\n"

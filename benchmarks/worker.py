@@ -211,6 +211,12 @@ class Bench:
 
         return timed(run)
 
+    def reading(self, mebibytes: int = 512) -> float:
+        """Seconds that reading so much memory takes, on all threads: the sum of a tensor that no cache holds."""
+        values = torch.ones(mebibytes * 2**18)
+        values.sum()
+        return timed(values.sum)
+
     def peak(self, batch: int = 1) -> int:
         """Bytes above the resident model that scoring the text needs."""
         from harness import devices, engine
