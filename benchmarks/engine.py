@@ -33,7 +33,7 @@ def text(folder: Path) -> Path:
     return path
 
 
-def compared(ours: Worker, peer: Worker) -> dict[str, float]:
+def compared(ours: Worker, peer: Worker) -> dict[str, Any]:
     """NLL of every token and of the whole text, ours against the peer's, and both against the peer's logits in fp64."""
     here, there, exact = np.array(ours.ask("nll")), np.array(peer.ask("nll")), np.array(peer.ask("nll", wide=True))
     return {

@@ -9,8 +9,8 @@ a change only in the file of the loop.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -33,7 +33,14 @@ BYTE, INDEX = ir.IntType(8), ir.IntType(32)
 PAIRS, FLOATS = ir.VectorType(ir.IntType(16), 16), ir.VectorType(ir.FloatType(), 8)
 Array = np.ndarray[Any, Any]
 Weight = tuple[Any, ...]
+Loop = TypeVar("Loop", bound=Callable[..., None] | Callable[..., tuple[int, int]])
 _running = threading.local()
+
+
+def compiled(**options: Any) -> Callable[[Loop], Loop]:
+    """Numba's `njit`, which says no types."""
+    decorator: Callable[[Loop], Loop] = njit(**options)
+    return decorator
 
 
 def threads(wanted: int) -> int:
@@ -45,7 +52,7 @@ def threads(wanted: int) -> int:
     return found
 
 
-@njit(nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
+@compiled(nogil=True, fastmath=SUMS, cache=True)
 def int8(x: Array, weight: Weight, found: Array, start: int, stop: int) -> None:
     """Outputs from start to stop of x (M * in,) fp32 into found (M * out,) fp32.
 
@@ -63,7 +70,7 @@ def int8(x: Array, weight: Weight, found: Array, start: int, stop: int) -> None:
             sums[m, i] = total * step
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(nogil=True, cache=True)
 def unpack_int8(weight: Weight, first: int, found: Array, start: int, stop: int) -> None:
     """Rows from start to stop of found (rows * in,) fp32, which holds the weight's from `first` on, as dequantized."""
     codes, scale, zero = weight
@@ -74,7 +81,7 @@ def unpack_int8(weight: Weight, first: int, found: Array, start: int, stop: int)
             rows[i, j] = (np.float32(codes[first + i, j]) - offset) * step
 
 
-@njit(nogil=True, fastmath=SUMS, cache=True)  # type: ignore[untyped-decorator]
+@compiled(nogil=True, fastmath=SUMS, cache=True)
 def int4(x: Array, weight: Weight, found: Array, start: int, stop: int) -> None:
     """Outputs from start to stop of x (M * in,) fp32 into found (M * out,) fp32.
 
@@ -94,7 +101,7 @@ def int4(x: Array, weight: Weight, found: Array, start: int, stop: int) -> None:
             sums[m, i] = total
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(nogil=True, cache=True)
 def unpack_int4(weight: Weight, first: int, found: Array, start: int, stop: int) -> None:
     """Rows from start to stop of found (rows * in,) fp32, which holds the weight's from `first` on, as dequantized."""
     rows = found.reshape(-1, weight[5])
@@ -102,14 +109,14 @@ def unpack_int4(weight: Weight, first: int, found: Array, start: int, stop: int)
         _row_of_int4(weight, first + i, rows[i])
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@compiled(inline="always")
 def _share(rows: int, thread: int, threads: int) -> tuple[int, int]:
     """Rows from one to another that a thread takes."""
     each = (rows + threads - 1) // threads
     return min(rows, thread * each), min(rows, (thread + 1) * each)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True, nogil=True, cache=True)
 def int8_shared(x: Array, weight: Weight, found: Array, rows: int, threads: int) -> None:
     """`int8`, shared out."""
     for thread in prange(threads):
@@ -117,7 +124,7 @@ def int8_shared(x: Array, weight: Weight, found: Array, rows: int, threads: int)
         int8(x, weight, found, start, stop)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True, nogil=True, cache=True)
 def unpack_int8_shared(weight: Weight, first: int, found: Array, rows: int, threads: int) -> None:
     """`unpack_int8`, shared out."""
     for thread in prange(threads):
@@ -125,7 +132,7 @@ def unpack_int8_shared(weight: Weight, first: int, found: Array, rows: int, thre
         unpack_int8(weight, first, found, start, stop)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True, nogil=True, cache=True)
 def int4_shared(x: Array, weight: Weight, found: Array, rows: int, threads: int) -> None:
     """`int4`, shared out."""
     for thread in prange(threads):
@@ -133,7 +140,7 @@ def int4_shared(x: Array, weight: Weight, found: Array, rows: int, threads: int)
         int4(x, weight, found, start, stop)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True, nogil=True, cache=True)
 def unpack_int4_shared(weight: Weight, first: int, found: Array, rows: int, threads: int) -> None:
     """`unpack_int4`, shared out."""
     for thread in prange(threads):
@@ -141,7 +148,7 @@ def unpack_int4_shared(weight: Weight, first: int, found: Array, rows: int, thre
         unpack_int4(weight, first, found, start, stop)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@compiled(inline="always")
 def _row_of_int4(weight: Weight, i: int, row: Array) -> None:
     """Row i of the weight into row (in,): level * scale (+ least), two roundings."""
     codes, scale, least, levels, planes, inputs = weight
@@ -157,7 +164,7 @@ def _row_of_int4(weight: Weight, i: int, row: Array) -> None:
                 part[j] += lowest
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@compiled(inline="always")
 def _scaled_by_table(
     codes: Array, first: int, levels: Array, planes: Array, scale: float, found: Array, at: int, count: int
 ) -> None:
@@ -168,7 +175,7 @@ def _scaled_by_table(
         found[at + 2 * j + 1] = levels[np.uintp(byte & 15)] * scale
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@compiled(inline="always")
 def _scaled_in_registers(
     codes: Array, first: int, levels: Array, planes: Array, scale: float, found: Array, at: int, count: int
 ) -> None:

@@ -278,7 +278,6 @@ def test_many_rows_are_multiplied_slab_by_slab(
 
 
 WITHOUT_REGISTERS = """
-import sys
 import torch
 from torch import nn
 from harness import fused_loops
