@@ -64,8 +64,8 @@ SHORT = """\
   and on every core.
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
   server loads torch, transformers and bitsandbytes once, pytest starts, plots are drawn at the end. So it weighs more
-  the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time;
-  `compare` needs numpy, and makes some sixty dataclasses. A command imports no other's needs.
+  the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.
+  `compare` of figures that moved also imports numpy, for their intervals. A command imports no other's needs.
 - *CUDA*: not run on a card."""
 JOINED = {"loading"}  # what several parts measure, a model each
 KEPT = ROOT / "docs" / "data" / "performance.json"

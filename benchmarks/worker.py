@@ -106,13 +106,16 @@ class Bench:
         run(1)
         return timed(lambda: run(tokens)) / tokens
 
-    def profile(self, work: str, operations: int = 7) -> list[tuple[str, float]]:
-        """The operations that one run of a work spends itself in, and their share of its processor time."""
+    def profile(self, work: str, operations: int = 7, **asked: Any) -> list[tuple[str, float]]:
+        """The operations that one run of a work spends itself in, and their share of its processor time.
+
+        What other threads run is not seen: scoring is asked for with one window at a time.
+        """
         from torch.profiler import ProfilerActivity, profile
 
-        getattr(self, work)()
+        getattr(self, work)(**asked)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
-            getattr(self, work)()
+            getattr(self, work)(**asked)
         events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
         return [(event.key.removeprefix("aten::"), event.self_cpu_time_total / total) for event in events[:operations]]
@@ -141,13 +144,17 @@ class Bench:
         self.windows = list(plan.windows)
         return plan.tokens
 
-    def score(self, batch: int = 1, beside: bool = True) -> float:
+    def score(self, batch: int = 1, beside: bool = True, blocks: bool = True) -> float:
         """Seconds of the whole text's NLL: harness.engine, or lm-eval's own rolling log likelihood."""
         if self.kind != "lm-eval":
-            from harness import engine
+            from harness import cpu_products, engine
 
             asked = {"device": "cpu", "batch_size": batch, "concurrent": beside}
-            return timed(lambda: engine.score(self.model, self.windows, **asked))
+            kept, cpu_products.WIDE = cpu_products.WIDE, cpu_products.WIDE if blocks else sys.maxsize
+            try:
+                return timed(lambda: engine.score(self.model, self.windows, **asked))
+            finally:
+                cpu_products.WIDE = kept
         from lm_eval.api.instance import Instance
 
         request = Instance("loglikelihood_rolling", {}, (self.text,), 0)

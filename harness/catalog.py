@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Generic, TypeVar
 
 from harness import admission
-from harness.contracts import Method, Metric
+from harness.contracts import Member, Method, Metric
 from harness.errors import HarnessError
 from harness.files import sha256_file
 from harness.jsonvalues import digest
@@ -49,6 +49,7 @@ def declare(declared: Declared) -> None:
     if _declared != before:
         listed_methods.cache_clear()
         listed_metrics.cache_clear()
+        member.cache_clear()
 
 
 def outside_code() -> str:
@@ -170,6 +171,15 @@ def methods() -> dict[str, Method]:
 def metrics() -> dict[str, Metric]:
     """Every metric family by name."""
     return {name: item.value for name, item in listed_metrics().items()}
+
+
+@functools.cache
+def member(name: str) -> Member | None:
+    """The metric of a full name, if there is one; for a family of the harness's own, its file alone is imported."""
+    family = name.partition(".")[0]
+    own = {info.name for info in pkgutil.iter_modules([str(Path(__file__).parent / "metrics")])}
+    asked = [importlib.import_module(f"harness.metrics.{family}").METRIC] if family in own else metrics().values()
+    return {one.name: one for metric in asked for one in metric.members}.get(name)
 
 
 def code_version() -> str:

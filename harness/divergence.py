@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness import engine
 from harness.contracts import Window
+from harness.cpu_products import quick_products
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def compare(reference: nn.Module, candidate: nn.Module, windows: Sequence[Window
         device: "cpu" or "cuda".
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.inference_mode(), engine.fp32_products(reference), engine.fp32_products(candidate):
+    with torch.inference_mode(), quick_products(reference), quick_products(candidate):
         for window in windows:
             if window.scored:
                 theirs, ours = (scored_rows(model, window, device) for model in (reference, candidate))
@@ -119,7 +120,7 @@ def first_divergence(
     """
     fed = torch.from_numpy(prompt[None].copy()).to(device)  # (1, L), later (1, 1)
     caches: list[Any] = [None, None]
-    with torch.inference_mode(), engine.fp32_products(reference), engine.fp32_products(candidate):
+    with torch.inference_mode(), quick_products(reference), quick_products(candidate):
         for agreed in range(new):
             choices = []
             for side, model in enumerate((reference, candidate)):

@@ -10,12 +10,8 @@ for each other at every operation, two forwards beside each other do not.
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,20 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from harness.contracts import Window
+from harness.cpu_products import quick_int8_products, quick_products
 
 LOGITS_BYTES = 32 * 2**20  # fp32 logits held at once: fills the cores, and glibc keeps blocks up to this for reuse
 PROBE_TOKENS = 16  # enough to show a scaled or capped head, and no work
-NATIVE = {  # instruction sets with products in a half precision; without them torch's half GEMM is 5 to 10 times slower
-    torch.float16: frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
-    torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
-}
 PASS_TOKENS = 512  # of one forward where the batch is chosen: fills two cores, and a window of it runs alone
 STREAMS = 2  # forwards at once where a method allows it: more would hold more activations
-INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})  # int8 dot products in hardware
-INT8_DEPTH = 1023  # products of int8 that fp32 sums exactly: 1023 * 128 * 128 < 2^24
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -69,7 +59,7 @@ def score(
     )
     if not order:
         return nll
-    with torch.inference_mode(), fp32_products(model), quick_int8_products():
+    with torch.inference_mode(), quick_products(model), quick_int8_products():
         split = splits(model, windows[order[0]].ids[:PROBE_TOKENS], device)
         lengths = [len(windows[index].ids) - 1 for index in order]
         parts = list(batches(lengths, batch_size if split else 1))
@@ -200,99 +190,3 @@ def _splits_now(model: nn.Module, ids: Tensor) -> bool:
     output = backbone(model)(input_ids=ids, use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)  # (1, L, H)
     return hidden is not None and torch.equal(head(hidden), whole)
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """The processor's instruction sets as Linux names them; empty where it does not say."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return frozenset()
-    for line in path.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in {"flags", "Features"}:  # x86, ARM
-            return frozenset(value.split())
-    return frozenset()
-
-
-def native(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of the dtype in hardware; fp32 always."""
-    return dtype not in NATIVE or bool(NATIVE[dtype] & cpu_flags())
-
-
-def linear_in_fp32(module: Any, x: Tensor) -> Tensor:
-    """The nn.Linear x W^T + b: half inputs, fp32 products and sums, one rounding."""
-    if x.dtype != module.weight.dtype:
-        return nn.Linear.forward(module, x)
-    bias = None if module.bias is None else module.bias.float()
-    return functional.linear(x.float(), module.weight.float(), bias).to(x.dtype)
-
-
-def conv1d_in_fp32(module: Any, x: Tensor) -> Tensor:
-    """The Conv1D of transformers, x W + b with W (in, out), in the same way."""
-    if x.dtype != module.weight.dtype:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
-    weight: Tensor = module.weight.float()  # (in, out)
-    sums: Tensor = x.float() @ weight + module.bias.float()  # (..., out)
-    return sums.to(x.dtype)
-
-
-@contextmanager
-def fp32_products(model: nn.Module) -> Iterator[None]:
-    """Within, plain half-precision linear layers on a CPU without such products multiply in fp32.
-
-    A half GEMM rounds exact products of half inputs once, after an fp32 sum; so does this, so the numbers agree but
-    for the order of the sum, at the speed of fp32. Quantized and otherwise special modules are left alone, and the
-    model is untouched afterwards.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    replacements = {nn.Linear: linear_in_fp32, Conv1D: conv1d_in_fp32}
-    changed: list[nn.Module] = []
-    for module in model.modules():
-        product = replacements.get(type(module))
-        if product is None or "forward" in vars(module):  # a hook of another library owns this module's forward
-            continue
-        weight = module.weight
-        if isinstance(weight, Tensor) and weight.device.type == "cpu" and not native(weight.dtype):
-            module.forward = types.MethodType(product, module)
-            changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """`torch._int_mm` through fp32, equal to the last bit: (M, K) int8 @ (K, N) int8 -> (M, N) int32.
-
-    An fp32 sum of INT8_DEPTH products of int8 is exact, since 1023 * 128^2 < 2^24; longer rows are summed in int32.
-    """
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
-    for start in range(0, a.shape[1], INT8_DEPTH):
-        piece = slice(start, start + INT8_DEPTH)
-        total += (a[:, piece].float() @ b[piece].float()).to(torch.int32)
-    return total
-
-
-@contextmanager
-def quick_int8_products() -> Iterator[None]:
-    """Within, a CPU without int8 dot products takes `torch._int_mm` through fp32: the same integers, some 20x sooner.
-
-    LLM.int8 spends nearly all of an evaluation there on such processors. Timed cases never come through here except
-    `latency.evaluation`, which times this very pass.
-    """
-    if cpu_flags() & INT8_FLAGS or not cpu_flags():
-        yield
-        return
-    library = torch._int_mm
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return int8_product(a, b) if a.device.type == "cpu" else library(a, b)
-
-    torch._int_mm = product  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch._int_mm = library

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import engine, fused
+from harness import cpu_products, fused, teams
 from harness.contracts import AS_MODEL
 
 TILES = frozenset({"amx_bf16"})
@@ -32,7 +32,7 @@ def quick(x: Tensor) -> bool:
 
 def tiled(x: Tensor) -> bool:
     """Whether bf16 products run in tiles where x lies."""
-    return x.device.type == "cpu" and bool(TILES & engine.cpu_flags())
+    return x.device.type == "cpu" and bool(TILES & cpu_products.cpu_flags())
 
 
 def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = AS_MODEL) -> Tensor:
@@ -48,7 +48,7 @@ def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = A
         (..., out) in x's dtype.
     """
     if compute == AS_MODEL or x.dtype == torch.bfloat16:
-        return F.linear(x, weight.to(x.dtype), bias)
+        return cpu_products.linear(x, weight.to(x.dtype), bias)
     return _finished(x, _rounded_product(x.bfloat16(), weight.bfloat16()).float(), bias)
 
 
@@ -78,6 +78,8 @@ def of_few_rows(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
 def in_slabs(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
     """The product with some rows of the weight at a time, which the cache still holds when they are multiplied.
 
+    Every thread unpacks and multiplies its own part of the weight.
+
     Args:
         x: (..., in), any float dtype: the weight is rounded to it.
         loops: of the weight.
@@ -89,21 +91,21 @@ def in_slabs(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
     outputs, inputs = loops.shape
     rows = x.reshape(-1, inputs)  # (M, in)
     found = x.new_empty(rows.shape[0], outputs)
-    slab = torch.empty(min(outputs, max(1, fused.SLAB // inputs)), inputs)
-    for first in range(0, outputs, len(slab)):
-        part = slab[: outputs - first]
-        fused.unpack(loops, first, part)
-        weight, columns = part.to(x.dtype).t(), slice(first, first + len(part))
-        if bias is None:
-            torch.mm(rows, weight, out=found[:, columns])
-        else:
-            torch.addmm(bias[columns], rows, weight, out=found[:, columns])
+
+    def multiply(start: int, stop: int) -> None:
+        slab = torch.empty(min(stop - start, max(1, fused.SLAB // inputs)), inputs)
+        for first in range(start, stop, len(slab)):
+            part = slab[: stop - first]
+            fused.unpack(loops, first, part)
+            cpu_products.into_columns(rows, part.to(x.dtype), bias, found, first)
+
+    teams.shared(multiply, outputs, outputs * inputs // fused.SHARE)
     return found.view(*x.shape[:-1], outputs)
 
 
 def _rounded_product(rows: Tensor, weight: Tensor) -> Tensor:
     """The product of bf16 matrices, summed in fp32 and rounded to bf16 on every processor."""
-    if rows.device.type != "cpu" or engine.native(torch.bfloat16):
+    if rows.device.type != "cpu" or cpu_products.native(torch.bfloat16):
         return F.linear(rows, weight)
     return F.linear(rows.float(), weight.float()).bfloat16()
 
@@ -166,7 +168,7 @@ def in_bf16(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
 def multiplies_int8(rows: Tensor, codes: Tensor) -> bool:
     """Whether `torch._int_mm` takes rows (M, in) and codes (out, in) where they lie, in hardware."""
     if not rows.is_cuda:
-        return bool(engine.cpu_flags() & engine.INT8_FLAGS)
+        return bool(cpu_products.cpu_flags() & cpu_products.INT8_FLAGS)
     (count, inputs), outputs = rows.shape, len(codes)
     return torch.cuda.get_device_capability(rows.device) >= TURING and count > 16 and inputs % 8 == outputs % 8 == 0
 
@@ -180,6 +182,6 @@ def in_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
     step = rows.abs().amax(dim=1, keepdim=True).div_(127)  # (M, 1)
     whole = torch.div(rows, step.clamp_min_(TINY)).round_().char()  # (M, in)
-    product = torch._int_mm if multiplies_int8(whole, codes) else engine.int8_product
+    product = torch._int_mm if multiplies_int8(whole, codes) else cpu_products.int8_product
     sums = product(whole, codes.t())  # (M, out) int32
     return _finished(x, torch.mul(sums, step).mul_(scale.view(-1)), bias)  # (M, out) fp32

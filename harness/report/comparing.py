@@ -8,7 +8,7 @@ itself: unlike a session's verdicts (`harness.family`), a comparison of many cas
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,6 @@ from harness.report.decisions import (
     valued,
 )
 from harness.report.reading import Nll, latest
-from harness.stats import paired_delta
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +98,9 @@ def compare(
             f"nothing to compare: A has {len(a)} cases, B has {len(b)}, and none is in both "
             "(model, method, dataset, protocol, metric, device, reference)"
         )
-    judge = _Judge(_Side(a, nll_a), _Side(b, nll_b), members or known_members(), bounds or package_bounds())
+    judge = _Judge(
+        _Side(a, nll_a), _Side(b, nll_b), members.get if members else catalog.member, bounds or package_bounds()
+    )
     return Comparison(
         tuple(judge.entry(a[case], b[case]) for case in shared),
         tuple(case for case in a if case not in b),
@@ -126,11 +127,6 @@ def identity_notes(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
         if getattr(a, name) and getattr(b, name) and getattr(a, name) != getattr(b, name)
     }
     return list(found)
-
-
-def known_members() -> dict[str, Member]:
-    """The catalogue's metrics by full name."""
-    return {member.name: member for metric in catalog.metrics().values() for member in metric.members}
 
 
 def environment_difference(
@@ -175,7 +171,7 @@ class _Side:
 class _Judge:
     a: _Side
     b: _Side
-    members: Mapping[str, Member]
+    member: Callable[[str], Member | None]
     bounds: Bounds
 
     def entry(self, a: Row, b: Row) -> Entry:
@@ -185,11 +181,11 @@ class _Judge:
             return absent(blank)
         if field := differing(a, b):
             return replace(blank, verdict=Verdict.NOT_COMPARABLE, reason=field)
-        member = self.members.get(a.metric)
         if a.metric in ("perplexity", "perplexity.delta"):
             return self._perplexity(blank, a.value, b.value)
         if a.case.family == FAMILY:
             return behaved(blank)
+        member = self.member(a.metric)
         if a.case.family == "latency" or (member is not None and member.timed):
             return timed(blank, self.bounds.allowance(blank.case))
         return valued(blank, member, self.bounds.allowance(blank.case), a.value, b.value)
@@ -208,6 +204,8 @@ class _Judge:
             words = ("bit-identical losses", "the same distance to the reference at every token")
             reason = words[pick is _Side.excess]
             return replace(blank, verdict=Verdict.SAME, reason=reason, change=0.0, low=0.0, high=0.0, paired=True)
+        from harness.stats import paired_delta  # numpy, which nothing unchanged needs
+
         ends = list(itertools.accumulate(counts))
         spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         change = paired_delta(after, before, spans)

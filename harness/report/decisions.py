@@ -9,7 +9,6 @@ from typing import Any
 from harness.contracts import Member
 from harness.jsonvalues import decode_number
 from harness.records import Case, Row, Verdict
-from harness.stats import hodges_lehmann_ratio
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,8 @@ def turned(blank: Entry, allowance: float) -> Entry:
     a, b = blank.a, blank.b
     if len(a.samples) != len(b.samples) or not a.samples:
         return replace(blank, verdict=Verdict.UNUSABLE, reason="the two sides have not equally many repetitions")
+    from harness.stats import hodges_lehmann_ratio  # numpy, which nothing untimed needs
+
     ratio = hodges_lehmann_ratio(b.samples, a.samples)
     floor = max(math.log(allowance), *(_number(row.detail.get("aa_floor")) or 0.0 for row in (a, b)))
     found = replace(blank, change=ratio.value, low=ratio.low, high=ratio.high)

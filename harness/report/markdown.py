@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from harness import published
 from harness.records import Case, Row
 from harness.report import account, behaviour, large, tables
 from harness.report.figures import MOST, Figure, drawn, figures
@@ -62,6 +61,8 @@ def render(
     if not alone:
         parts += _session(found, planned)
     if published_figures:
+        from harness import published  # few reports have any
+
         parts += ["## Published figures, computed again", published.section(published_figures).rstrip()]
     if not alone:
         parts += ["## Environment", account.environments(found, environments)]

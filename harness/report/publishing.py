@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import bounds, published
+from harness import bounds
 from harness.errors import BadFile
 from harness.files import replace_text
 from harness.records import Case, Row
@@ -52,6 +52,8 @@ def files(
     command: str,
 ) -> dict[str, str]:
     """The plots' and the report's text by name; its published figures are those that `directory` keeps."""
+    from harness import published  # not for `compare`
+
     figures = published.kept(directory)
     text = render(rows, planned, environments, notes=notes, command=command, published_figures=figures)
     return {**plots(rows, planned), REPORT: text}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import published
 from harness.errors import BadFile, MissingAsset
 from harness.jsonvalues import parse_json
 from harness.records import Case, Row
@@ -46,6 +45,8 @@ def read_report(path: Path) -> Session:
     """
     lines = measurements_of(path)
     if not lines.is_file():
+        from harness import published  # a package of its own weight, which few sessions need
+
         if published.kept(path):  # a session of published figures alone
             told = _json(path / "session.json", dict) or {}
             return Session((), (), command=str(told.get("command", "")), folder=path)

@@ -10,9 +10,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from harness import engine, windows
+from harness import cpu_products, engine, windows
 from harness.contracts import Window
 
 VOCABULARY = 61
@@ -158,109 +157,25 @@ def test_a_broken_weight_shows_in_every_token_it_reaches() -> None:
     assert np.isnan(engine.score(model, plans(text(30))["chunk"], device="cpu")).all()
 
 
-def half_apart(a: torch.Tensor, b: torch.Tensor) -> int:
-    """The largest distance of two half-precision tensors in representable numbers between them."""
-
-    def ordered(values: torch.Tensor) -> torch.Tensor:
-        bits = values.view(torch.int16).to(torch.int32)
-        return torch.where(bits < 0, -32768 - bits, bits)
-
-    return int((ordered(a) - ordered(b)).abs().max())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
-def test_fp32_products_are_the_half_gemm_within_one_ulp(
-    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    layer = Conv1D(200, 300) if kind == "conv1d" else nn.Linear(300, 200, bias=kind == "linear")
-    layer = layer.to(dtype).requires_grad_(False)
-    x = torch.randn(2, 32, 300).to(dtype)
-    torchs, apart = layer(x), 1 if engine.native(dtype) else 2  # without such products torch rounds some sums twice
-    monkeypatch.setattr(engine, "native", lambda dtype: False)
-    with engine.fp32_products(nn.Sequential(layer)):
-        assert "forward" in vars(layer)
-        ours = layer(x)
-    assert ours.dtype == dtype
-    assert half_apart(ours, torchs) <= apart
-    weight = layer.weight.double() if kind == "conv1d" else layer.weight.double().T  # (in, out)
-    exact = x.double() @ weight + (0 if layer.bias is None else layer.bias.double())
-    # one rounding: half an ulp of the result, and the fp32 sum's own error beside it
-    assert ((ours.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
-
-
-def test_fp32_products_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Special(nn.Linear):
-        pass
-
-    hooked = nn.Linear(4, 4).bfloat16()
-    own = hooked.forward
-    vars(hooked)["forward"] = own  # as accelerate's hooks do
-    model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4), Special(4, 4).bfloat16(), hooked)
-    monkeypatch.setattr(engine, "native", lambda dtype: dtype == torch.float32)
-
-    def patched() -> list[bool]:
-        return ["forward" in vars(module) for module in model]
-
-    def raise_within() -> None:
-        with engine.fp32_products(model):
-            assert patched() == [True, False, False, True]
-            assert hooked.forward is own
-            raise KeyError("within")
-
-    with pytest.raises(KeyError, match="within"):
-        raise_within()
-    assert patched() == [False, False, False, True]
-
-
 def test_score_multiplies_in_fp32_where_the_processor_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(model_of("gpt2")).bfloat16()
     made = plans(text(40))["chunk"]
-    monkeypatch.setattr(engine, "native", lambda dtype: True)
+    monkeypatch.setattr(cpu_products, "native", lambda dtype: True)
     plain = engine.score(model, made, device="cpu")
     used: list[Any] = []
-    product = engine.conv1d_in_fp32
+    product = cpu_products.conv1d_in_fp32
 
     def spy(module: Any, x: torch.Tensor) -> torch.Tensor:
         used.append(module)
         return product(module, x)
 
-    monkeypatch.setattr(engine, "conv1d_in_fp32", spy)
-    monkeypatch.setattr(engine, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(cpu_products, "conv1d_in_fp32", spy)
+    monkeypatch.setattr(cpu_products, "native", lambda dtype: dtype == torch.float32)
     emulated = engine.score(model, made, device="cpu")
     assert len(set(used)) == 8  # four projections in each of two layers
     assert np.abs(plain - emulated).mean() < 0.05  # nats: rounding of a bf16 layer moves later ones
     exact = token_by_token(model, made)  # the rounded weights without any further rounding
     assert np.abs(emulated - exact).mean() <= 1.5 * np.abs(plain - exact).mean()
-
-
-def test_native_products_by_processor_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx512f", "avx512_bf16"}))
-    assert [engine.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [True, True, False]
-    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx2", "amx_fp16"}))
-    assert [engine.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [True, False, True]
-
-
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 7, 3), (5, 1023, 4), (17, 1024, 9), (33, 4096, 8)])
-def test_int8_products_through_fp32_are_exact(rows: int, depth: int, columns: int) -> None:
-    generator = torch.Generator().manual_seed(depth)
-    a = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, generator=generator)
-    b = torch.randint(-128, 128, (depth, columns), dtype=torch.int8, generator=generator)
-    assert torch.equal(engine.int8_product(a, b), (a.long() @ b.long()).to(torch.int32))
-    extreme = torch.full((2, depth), -128, dtype=torch.int8)
-    assert int(engine.int8_product(extreme, extreme.T)[0, 0]) == depth * 128 * 128
-
-
-@pytest.mark.parametrize(("flags", "replaced"), [({"avx512f"}, True), ({"avx512f", "avx512_vnni"}, False)])
-def test_only_a_cpu_without_int8_products_is_helped(
-    monkeypatch: pytest.MonkeyPatch, flags: set[str], replaced: bool
-) -> None:
-    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset(flags))
-    library = torch._int_mm
-    with engine.quick_int8_products():
-        assert (torch._int_mm is not library) is replaced
-    assert torch._int_mm is library
 
 
 @pytest.mark.parametrize("rows", [[0.5, -3.0, 88.0], [-torch.inf] * 3, [torch.inf, 1.0, 2.0], [torch.nan, 1.0, 2.0]])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from harness import engine, fused, memory, pieces, products, quantized
+from harness import cpu_products, fused, memory, pieces, products, quantized
 from harness.arguments import resolve
 from harness.contracts import Arguments, Method, Scope
 from harness.methods import (
@@ -83,7 +83,7 @@ def test_a_scale_for_the_whole_tensor_serves_too() -> None:
 def test_int8_products_are_exact_sums_of_rounded_activations(
     rows: int, inputs: int, outputs: int, flags: frozenset[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: flags)
     x, stored, bias = case(rows, inputs, outputs)
     x[0] = 0
     found = products.in_int8(x, stored["codes"], stored["scale"], bias)
@@ -101,7 +101,7 @@ def test_int8_products_of_one_row_do_not_depend_on_the_others(monkeypatch: pytes
     together = products.in_int8(x, stored["codes"], stored["scale"], bias)
     alone = torch.cat([products.in_int8(row[None], stored["codes"], stored["scale"], bias) for row in x])
     assert torch.equal(together, alone)
-    monkeypatch.setattr(engine, "cpu_flags", lambda: PLAIN)  # and not on the processor
+    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: PLAIN)  # and not on the processor
     assert torch.equal(together, products.in_int8(x, stored["codes"], stored["scale"], bias))
 
 
@@ -128,7 +128,7 @@ def test_fp32_is_multiplied_in_fp32_on_every_processor(method: Method, monkeypat
         plain.get_submodule(weight.name).weight.copy_(weight.dequantize())
     wanted = plain(ids).logits
     for flags in (PLAIN, TILED):
-        monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
         assert torch.equal(model(ids).logits, wanted)
 
 
@@ -139,7 +139,7 @@ def test_bf16_products_follow_the_processor_within_their_rounding(
     x, weight = normal(19, 32).bfloat16(), normal(48, 32, seed=2)
     stored, found = module.quantize(weight), []
     for flags in (PLAIN, TILED):
-        monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
         found.append(module.product(x, stored, (48, 32), None).float())
     plain, tiled = found
     assert not torch.equal(plain, tiled)
@@ -149,14 +149,14 @@ def test_bf16_products_follow_the_processor_within_their_rounding(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 def test_only_bf16_in_tiles_is_quick(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, wanted in ((TILED, dtype == torch.bfloat16), (PLAIN, False), (frozenset({"avx512_bf16"}), False)):
-        monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
         assert products.quick(torch.zeros(1, dtype=dtype)) is wanted
     assert not products.quick(torch.zeros(1, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("method", [absmax_int8.METHOD, absmax_int8_w8a8.METHOD], ids=lambda method: method.name)
 def test_nothing_unpacked_is_kept(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "cpu_flags", lambda: TILED)
+    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: TILED)
     model: nn.Module = tiny()
     method.sketch(model, Arguments("fp32", Scope(), {}))
     before = memory.measure(model)
@@ -194,7 +194,7 @@ def test_compute_in_bf16_rounds_activations_weights_and_sums_once_each(
         wanted = exact(x, restored, bias)
         sizes = x.double().abs() @ restored.double().abs().T
         for flags in (PLAIN, frozenset({"avx512_bf16"}), TILED):
-            monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
+            monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
             found = layer(x)
             assert found.dtype == torch.float32
             error = (found.double() - wanted).abs()
@@ -266,11 +266,12 @@ def test_many_rows_are_multiplied_slab_by_slab(
     wanted = x.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
     sizes = x.double().abs() @ weight.abs().T + 1
     monkeypatch.setattr(quantized.StoredWeight, "dequantize", lambda store: pytest.fail("dequantized"))
-    monkeypatch.setattr(engine, "cpu_flags", lambda: PLAIN)
+    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: PLAIN)
     if layer.bias is not None:
         layer.bias.data = layer.bias.data.to(dtype)
-    for slab in (1, 192 * 7, 192 * 41):
+    for slab, share in ((1, 1), (192 * 7, 192 * 5), (192 * 41, 192 * 41), (192 * 41, 192)):
         monkeypatch.setattr(fused, "SLAB", slab)
+        monkeypatch.setattr(fused, "SHARE", share)
         found = layer(x)
         assert (found.shape, found.dtype) == ((2, 7, 41), dtype)
         error = (found.double() - wanted).abs()
@@ -359,7 +360,7 @@ def test_not_a_number_in_a_row_reaches_every_fused_product_of_it_and_no_other() 
 
 
 def test_compute_in_bf16_changes_nothing_where_all_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "cpu_flags", lambda: TILED)
+    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: TILED)
     x, found = normal(9, 64).bfloat16(), []
     for text in ("nf4:dtype=bf16", "nf4:dtype=bf16:compute=bf16"):
         torch.manual_seed(0)

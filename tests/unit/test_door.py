@@ -102,6 +102,17 @@ def test_whole_declarations_have_no_faults() -> None:
     assert not [fault for metric in catalog.metrics().values() for fault in admission.faults(metric)]
 
 
+def test_a_metric_is_found_by_its_full_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {one.name: one for metric in catalog.metrics().values() for one in metric.members}
+    brought = Metric("speed", (Member("speed.fast", "s", "lower"),), lambda *_: None)  # type: ignore[arg-type]
+    monkeypatch.setattr(catalog, "metrics", lambda: {"speed": brought})  # the harness's own are not looked up there
+    catalog.member.cache_clear()
+    assert {name: catalog.member(name) for name in known} == known
+    assert catalog.member("speed.fast") is brought.members[0]
+    assert [catalog.member(name) for name in ("speed.slow", "memory.unheard", "unheard")] == [None] * 3
+    catalog.member.cache_clear()
+
+
 def point(name: str, value: Any) -> SimpleNamespace:
     def load() -> Any:
         if isinstance(value, Exception):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 import harness
-from harness import engine, memory, quantized
+from harness import cpu_products, memory, quantized
 from harness.contracts import Arguments, Checkpoint, Method, Scope
 from harness.errors import HarnessError
 from harness.methods import absmax_int8, fp32, linear_int4_affine, nf4, zeropoint_int8
@@ -28,7 +28,7 @@ IDS = torch.arange(2, 12)[None]
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose products are those with the dequantized weight (others: tests/numerics/test_products.py)."""
-    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: frozenset({"avx512f"}))
 
 
 def llama() -> Any:

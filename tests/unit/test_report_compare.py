@@ -353,12 +353,12 @@ def test_bad_paths_and_corrupted_losses_are_one_line(tmp_path: Path) -> None:
         compare_paths(a, b)
 
 
-def test_comparing_loads_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
+def test_comparing_loads_no_torch_no_matplotlib_and_for_what_is_unchanged_no_numpy(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", BASE), write(tmp_path / "b", BASE)
     program = (
         "import sys; from pathlib import Path; from harness.report import compare_paths, render_comparison\n"
         "found = compare_paths(Path(sys.argv[1]), Path(sys.argv[2])); render_comparison(found)\n"
-        "print(found.status, {'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+        "print(found.status, {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", program, str(a), str(b)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
