@@ -37,8 +37,10 @@ SHORT = """\
 ## What falls short, and why
 
 - *The engine against lm-eval*: both run the model's own forward, of which the profile above shows what is no product:
-  norms, rotary embedding, activation, residuals. Ours saves what lies behind it (whole logits, their copies), and that
-  is all there is to save without another forward. The rate of the products holds no such work.
+  norms, rotary embedding, activation, residuals. Ours saves what lies behind it (whole logits, their copies), the
+  waiting of threads for each other (two windows at a time), and on AMD's processors what MKL wastes on wide results
+  (blocks of columns). Its rate lies beside that of the products alone, one at a time, or above: what is left to save is
+  another forward. The two parts measured it at different hours of a noisy machine, and say so by their difference.
 - *The mean NLL against lm-eval*: what is apart is lm-eval's log softmax, whose fp32 sums over the vocabulary lean to
   one side. With the softmax of the very same logits taken in fp64, ours agrees far within the figure and lm-eval's own
   answer is as far off as before: the last column of windows two at a time.
@@ -50,7 +52,8 @@ SHORT = """\
   vectorize (`copy_`), and keeps the bits of the dequantized product. `compute=fused` rounds nothing either, reads codes
   as they lie, by loops that Numba compiles, and is what decode wants. At prefill it unpacks in the cache, 4 MiB at a
   time, and leaves the product to torch. Tried there: slabs of 0.5, 1 and 2 MiB (no quicker: every slab wakes sleeping
-  threads twice), and one thread that unpacks (slower).
+  threads twice), one thread that unpacks (slower), threads that each unpack and multiply a part of their own (a fifth
+  quicker on layers alone, not to be seen in the model), and blocks of columns (slower by two threads).
 - *An fp32 product that oneDNN rounds to bf16* is not used where the table has it quicker either: the setting is the
   process's, and a processor without bf16 products ignores it, so that figures would depend on the processor.
 - *Activations in two or three int8 digits* (16 or 24 bits, sums exact): splitting and joining cost more than the

@@ -24,7 +24,8 @@ NATIVE = {  # instruction sets with products in a half precision; without them t
 }
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})  # int8 dot products in hardware
 INT8_DEPTH = 1023  # products of int8 that fp32 sums exactly: 1023 * 128 * 128 < 2^24
-WIDE = 1024  # columns of a result from which blocks of them are the quicker ones
+WIDE = 1024  # columns of a result from which blocks of them are the quicker ones, by one thread
+WIDEST = 8192  # by several: below, waking them at every block takes what it saves
 BLOCK = 512  # columns at a time: 256 to 1024 are alike, one thread or two
 ROWS = 32  # from so many on
 
@@ -73,11 +74,16 @@ def linear_in_blocks(module: Any, x: Tensor) -> Tensor:
 
 
 def wide(weight: Tensor) -> bool:
-    """Whether many rows times this (out, in) are sooner had with some columns of the result at a time.
+    """Whether many rows times this (out, in) may sooner be had with some columns of the result at a time.
 
     MKL does not know AMD's caches: a wide fp32 result takes up to 1.7 times as long in one call.
     """
     return weight.dtype == torch.float32 and len(weight) >= WIDE and weight.device.type == "cpu" and amd()
+
+
+def in_blocks(rows: int, weight: Tensor) -> bool:
+    """Whether so many rows are sooner multiplied in blocks by the threads that torch has here."""
+    return rows >= ROWS and wide(weight) and (len(weight) >= WIDEST or torch.get_num_threads() == 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,7 +97,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (..., out).
     """
-    if x.numel() < ROWS * weight.shape[1] or not wide(weight):
+    if not in_blocks(x.shape[:-1].numel(), weight):
         return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, in)
     found = x.new_empty(len(rows), len(weight))
@@ -109,7 +115,7 @@ def into_columns(rows: Tensor, weight: Tensor, bias: Tensor | None, found: Tenso
         found: (M, out).
         first: column of the first of them.
     """
-    count = len(weight) // BLOCK if len(rows) >= ROWS and wide(weight) else 1
+    count = len(weight) // BLOCK if in_blocks(len(rows), weight) else 1
     ends = [BLOCK * index for index in range(count)] + [len(weight)]  # no narrow rest: a column alone sums otherwise
     for start, end in itertools.pairwise(ends):
         part, columns = weight[start:end], slice(first + start, first + end)

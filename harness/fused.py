@@ -22,8 +22,7 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
     Array = np.ndarray[Any, Any]
 
 FUSED = "fused"  # a value of `compute`
-SLAB = 2**19  # elements of a weight that a thread unpacks at a time: 2 MiB, which stay in the cache
-SHARE = 2**17  # elements of a weight for whose product another thread is woken
+SLAB = 2**20  # elements of a weight that are unpacked at a time: 4 MiB, which stay in the cache
 ALONE = 2**20  # elements of a product that one thread is done with about when others would have woken
 SOON = 2**18  # elements to unpack, likewise: fewer, as the product of the slab waits for them
 ONE_AT_A_TIME = threading.Lock()  # not every threading layer of Numba takes calls from several threads

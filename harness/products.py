@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import cpu_products, fused, teams
+from harness import cpu_products, fused
 from harness.contracts import AS_MODEL
 
 TILES = frozenset({"amx_bf16"})
@@ -78,8 +78,6 @@ def of_few_rows(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
 def in_slabs(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
     """The product with some rows of the weight at a time, which the cache still holds when they are multiplied.
 
-    Every thread unpacks and multiplies its own part of the weight.
-
     Args:
         x: (..., in), any float dtype: the weight is rounded to it.
         loops: of the weight.
@@ -91,15 +89,11 @@ def in_slabs(x: Tensor, loops: fused.Loops, bias: Tensor | None) -> Tensor:
     outputs, inputs = loops.shape
     rows = x.reshape(-1, inputs)  # (M, in)
     found = x.new_empty(rows.shape[0], outputs)
-
-    def multiply(start: int, stop: int) -> None:
-        slab = torch.empty(min(stop - start, max(1, fused.SLAB // inputs)), inputs)
-        for first in range(start, stop, len(slab)):
-            part = slab[: stop - first]
-            fused.unpack(loops, first, part)
-            cpu_products.into_columns(rows, part.to(x.dtype), bias, found, first)
-
-    teams.shared(multiply, outputs, outputs * inputs // fused.SHARE)
+    slab = torch.empty(min(outputs, max(1, fused.SLAB // inputs)), inputs)
+    for first in range(0, outputs, len(slab)):
+        part = slab[: outputs - first]
+        fused.unpack(loops, first, part)
+        cpu_products.into_columns(rows, part.to(x.dtype), bias, found, first)
     return found.view(*x.shape[:-1], outputs)
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -113,12 +114,22 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, **({"rtol": 0, "atol": 0} if HERE else {"rtol": 1e-5, "atol": 1e-4}))
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("running", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 31), (1, 32), (2, 85), (512,)])
-@pytest.mark.parametrize("outputs", [1023, 1024, 1537, 49152 // 8])
+@pytest.mark.parametrize("outputs", [1023, 1024, 1537, 8192])
 def test_blocks_of_columns_are_the_product(
-    bias: bool, shape: tuple[int, ...], outputs: int, monkeypatch: pytest.MonkeyPatch
+    running: int, bias: bool, shape: tuple[int, ...], outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.set_num_threads(running)
     generator = torch.Generator().manual_seed(outputs)
     x, weight = torch.randn(*shape, 576, generator=generator), torch.randn(outputs, 576, generator=generator)
     b = torch.randn(outputs, generator=generator) if bias else None
@@ -133,14 +144,19 @@ def test_blocks_of_columns_are_the_product(
     for amd in (True, False):
         monkeypatch.setattr(cpu_products, "amd", lambda amd=amd: amd)
         same(cpu_products.linear(x, weight, b), functional.linear(x, weight, b))
-    blocks = outputs >= cpu_products.WIDE and x.shape[:-1].numel() >= cpu_products.ROWS
+    blocks = (
+        outputs >= (cpu_products.WIDE if running == 1 else cpu_products.WIDEST)
+        and x.shape[:-1].numel() >= cpu_products.ROWS
+    )
     assert sum(widths) == (outputs if blocks else 0)
     assert all(cpu_products.BLOCK <= width < 2 * cpu_products.BLOCK for width in widths)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("rows", "pieces"), [(31, [1200]), (32, [512, 688])])
 def test_columns_are_written_where_they_belong(rows: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "amd", lambda: True)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 40), torch.randn(1200, 40), torch.randn(2000)
     found, widths = torch.full((rows, 2000), 7.0), []

@@ -269,9 +269,8 @@ def test_many_rows_are_multiplied_slab_by_slab(
     monkeypatch.setattr(cpu_products, "cpu_flags", lambda: PLAIN)
     if layer.bias is not None:
         layer.bias.data = layer.bias.data.to(dtype)
-    for slab, share in ((1, 1), (192 * 7, 192 * 5), (192 * 41, 192 * 41), (192 * 41, 192)):
+    for slab in (1, 192 * 7, 192 * 41):
         monkeypatch.setattr(fused, "SLAB", slab)
-        monkeypatch.setattr(fused, "SHARE", share)
         found = layer(x)
         assert (found.shape, found.dtype) == ((2, 7, 41), dtype)
         error = (found.double() - wanted).abs()
