@@ -16,7 +16,7 @@ from harness.errors import HarnessError
 if TYPE_CHECKING:
     from harness.quantized import Recipe
 
-PIECE = 2**17  # weights quantized at once: half a megabyte in fp32, and few enough operations to be worth a thread
+PIECE = 2**18  # weights quantized at once: a megabyte in fp32, and few enough operations to be worth a thread
 
 
 def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
