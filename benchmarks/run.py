@@ -52,8 +52,8 @@ SHORT = """\
   vectorize (`copy_`), and keeps the bits of the dequantized product. `compute=fused` rounds nothing either, reads codes
   as they lie, by loops that Numba compiles, and is what decode wants. At prefill it unpacks in the cache, 4 MiB at a
   time, and leaves the product to torch. Tried there: slabs of 0.5, 1 and 2 MiB (no quicker: every slab wakes sleeping
-  threads twice), one thread that unpacks (slower), threads that each unpack and multiply a part of their own (a fifth
-  quicker on layers alone, not to be seen in the model), and blocks of columns (slower by two threads).
+  threads twice), one thread that unpacks (slower), threads that each unpack and multiply a part of their own (quicker
+  on layers alone, no quicker in the model), and blocks of columns (no quicker by two threads).
 - *An fp32 product that oneDNN rounds to bf16* is not used where the table has it quicker either: the setting is the
   process's, and a processor without bf16 products ignores it, so that figures would depend on the processor.
 - *Activations in two or three int8 digits* (16 or 24 bits, sums exact): splitting and joining cost more than the
@@ -63,8 +63,9 @@ SHORT = """\
   left of a token's time then is the model's own operations between the products, and the head, which no method of the
   table quantizes. Torch's own product (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout,
   which differs between processors.
-- *Loading from the page cache*: reading is then one copy; quantizing takes some ten operations a weight, in the cache
-  and on every core.
+- *Loading from a quick disk, or from the page cache*: reading is then little more than one copy; quantizing takes some
+  ten operations a weight, in the cache and on every core, which two slow cores feel. 2^18 weights at a time: with
+  fewer, threads wait for the interpreter between operations; 2^20 leave the cache.
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
   server loads torch, transformers and bitsandbytes once, pytest starts, plots are drawn at the end. So it weighs more
   the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.
