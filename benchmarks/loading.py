@@ -86,24 +86,52 @@ def read_seconds(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def load(method: str, folder: str) -> dict[str, float]:
+def piece(model: Any) -> dict[str, Any]:
+    """Quantizing one piece of bf16 weights by one thread, as loading does it: ns a weight, operations by share."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from harness import pieces, quantized
+
+    stores = (quantized.store_of(module) for module in model.modules())
+    recipe = next(store.recipe for store in stores if store is not None)
+    rows = torch.randn(pieces.PIECE // 2048, 2048).mul_(DEVIATION).bfloat16()
+    torch.set_num_threads(1)
+
+    def once() -> float:
+        start = time.perf_counter()
+        recipe.quantize(rows.float(), **recipe.values)
+        return time.perf_counter() - start
+
+    seconds = sorted(once() for _ in range(21))[10]
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        once()
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = [(event.key.removeprefix("aten::"), event.self_cpu_time_total / total) for event in events[:7]]
+    return {"ns": 1e9 * seconds / rows.numel(), "profile": shares}
+
+
+def load(method: str, folder: str) -> dict[str, Any]:
     """In a process of its own: load once; seconds, peak over what was resident, storage, the largest tensor."""
     from harness import arguments, catalog, checkpoints, devices, memory
     from harness.contracts import Checkpoint
     from harness.specifications import parse
 
     specification, device = parse(method), devices.Cpu()
-    found = catalog.methods()[specification.name]
-    given = arguments.resolve(specification, found, "cpu")
+    known = catalog.methods()[specification.name]
+    given = arguments.resolve(specification, known, "cpu")
     checkpoint = Checkpoint(method, Path(folder), "")
     shapes = checkpoints.sketch_model(checkpoints.read_config(checkpoint), "bf16").state_dict().values()
     device.reset_peak()
     before, start = device.peak()["resident"], time.perf_counter()
-    model = found.load(checkpoint, given, "cpu")
+    model = known.load(checkpoint, given, "cpu")
     seconds = time.perf_counter() - start
     peak, storage = device.peak()["resident"], memory.storage_bytes(model)
     largest = max(tensor.nbytes for tensor in shapes)
-    return {"seconds": seconds, "peak": peak - before, "process": peak, "storage": storage, "largest": largest}
+    found = {"seconds": seconds, "peak": peak - before, "process": peak, "storage": storage, "largest": largest}
+    weights = sum(shape.numel() for shape in shapes)
+    return found | ({"weights": weights, "piece": piece(model)} if ours(method) else {})
 
 
 def loaded(method: str, home: str) -> dict[str, Any]:
@@ -160,6 +188,15 @@ def render(results: Mapping[str, Any]) -> str:
                 else "",
             ]
         )
+    shown = [
+        f"- `{one['method']}`, {one['model']}: {one['piece']['ns']:.1f} ns a weight by one thread, "
+        f"{1e9 * one['cached'] / one['weights']:.1f} in the whole load from the page cache by all of them; "
+        + ", ".join(f"{name} {100 * share:.0f}%" for name, share in one["piece"]["profile"])
+        for found in results["loading"].values()
+        for one in found
+        if "piece" in one
+    ]
+    where = "\n\nWhere the time of quantizing a piece goes:\n\n" + "\n".join(shown) if shown else ""
     head = [
         "model", "method", "file GiB", "storage after", "peak over start", "peak of the process",
         "allowed: 1.25 storage + largest", "from disk: load, reading s", "load / reading",
@@ -169,7 +206,8 @@ def render(results: Mapping[str, Any]) -> str:
         "## Loading\n\nRandom bf16 weights in the models' true shapes, written on the spot and deleted. The file is "
         "read and loaded from the disk, its pages dropped from the cache before, and once more from the cache, where "
         "reading is a copy in memory and nothing that computes can keep up. Each load in a process of its own; ours "
-        f"stream, bitsandbytes goes through transformers with a device map.\n\n{writing.table(head, rows)}\n{failed}"
+        "stream, bitsandbytes goes through transformers with a device map.\n\n"
+        f"{writing.table(head, rows)}\n{failed}{where}"
     )
 
 
