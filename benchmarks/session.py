@@ -119,7 +119,8 @@ def curve(results: Mapping[str, Any]) -> dict[str, str]:
             walls = [one["wall"] for one in results["session"][name].values()]
             panel.plot(counts, walls, "o", color="#1F5FA8", label="session")
             panel.plot([counts[0], counts[-1]], [walls[0], walls[-1]], color="#888888", lw=1, label="straight line")
-            panel.set(xlabel=label, ylabel="wall time, s", ylim=(0, None), xlim=(0, None))
+            limits = {"xlim": (0, 1.08 * counts[-1]), "ylim": (0, 1.1 * max(walls))}  # no point is cut
+            panel.set(xlabel=label, ylabel="wall time, s", xticks=counts, **limits)
         canvas.axes[0].legend(frameon=False)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": "Growth of a session"})
