@@ -64,8 +64,9 @@ SHORT = """\
   table quantizes. Torch's own product (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout,
   which differs between processors.
 - *Loading from a quick disk, or from the page cache*: reading is then little more than one copy; quantizing takes some
-  ten operations a weight, in the cache and on every core, which two slow cores feel. 2^18 weights at a time: with
-  fewer, threads wait for the interpreter between operations; 2^20 leave the cache.
+  ten operations a weight. Two threads do it hardly sooner than one (the lines below the table): between operations they
+  wait for the interpreter, and new memory's pages come one at a time. Pieces of 2^16 and 2^17 weights were slower than
+  of 2^18, since threads wait more often, and of 2^20 too, since they leave the cache. Not tried: a compiled loop.
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
   server loads torch, transformers and bitsandbytes once, pytest starts, plots are drawn at the end. So it weighs more
   the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.
