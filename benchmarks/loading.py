@@ -89,7 +89,7 @@ def read_seconds(folder: Path) -> float:
 def piece(model: Any) -> dict[str, Any]:
     """Quantizing one piece of bf16 weights by one thread, as loading does it: ns a weight, operations by share."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
+    from worker import shares
 
     from harness import pieces, quantized
 
@@ -104,12 +104,7 @@ def piece(model: Any) -> dict[str, Any]:
         return time.perf_counter() - start
 
     seconds = sorted(once() for _ in range(21))[10]
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        once()
-    events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    shares = [(event.key.removeprefix("aten::"), event.self_cpu_time_total / total) for event in events[:7]]
-    return {"ns": 1e9 * seconds / rows.numel(), "profile": shares}
+    return {"ns": 1e9 * seconds / rows.numel(), "profile": shares(once, 7)}
 
 
 def load(method: str, folder: str) -> dict[str, Any]:

@@ -68,6 +68,17 @@ def ours(subject: str, folder: str, dtype: str) -> Any:
     return method.load(Checkpoint(subject, Path(folder), ""), given, "cpu")
 
 
+def shares(run: Callable[[], Any], operations: int) -> list[tuple[str, float]]:
+    """The operations that a run spends itself in on this thread, and their share of its processor time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return [(event.key.removeprefix("aten::"), event.self_cpu_time_total / total) for event in events[:operations]]
+
+
 class Bench:
     """What can be asked of a model."""
 
@@ -111,14 +122,8 @@ class Bench:
 
         What other threads run is not seen: scoring is asked for with one window at a time.
         """
-        from torch.profiler import ProfilerActivity, profile
-
         getattr(self, work)(**asked)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            getattr(self, work)(**asked)
-        events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
-        total = sum(event.self_cpu_time_total for event in events)
-        return [(event.key.removeprefix("aten::"), event.self_cpu_time_total / total) for event in events[:operations]]
+        return shares(lambda: getattr(self, work)(**asked), operations)
 
     def read(self, text: str, protocol: str) -> int:
         """Take a text file to score; its tokens."""
