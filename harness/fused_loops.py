@@ -33,7 +33,7 @@ BYTE, INDEX = ir.IntType(8), ir.IntType(32)
 PAIRS, FLOATS = ir.VectorType(ir.IntType(16), 16), ir.VectorType(ir.FloatType(), 8)
 Array = np.ndarray[Any, Any]
 Weight = tuple[Any, ...]
-Loop = TypeVar("Loop", bound=Callable[..., None] | Callable[..., tuple[int, int]])
+Loop = TypeVar("Loop", bound=Callable[..., Any])
 _running = threading.local()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,10 @@ from harness.errors import HarnessError
 
 if TYPE_CHECKING:
     from harness.quantized import Recipe
+    from harness.rounding import Rounding
 
 PIECE = 2**18  # weights quantized at once: a megabyte in fp32, and few enough operations to be worth a thread
+TAKEN = frozenset({torch.float32, torch.bfloat16})  # by a compiled loop, as they lie
 
 
 def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -25,9 +27,10 @@ def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
     Raises:
         HarnessError: a weight or a scale is not finite.
     """
-    step = _piece(recipe, rows)
-    first = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
-    whole = first if step >= rows.shape[0] else _joined(recipe, rows, dtype, step, first)
+    loop = None
+    if recipe.compiled is not None and rows.device.type == "cpu" and rows.numel():
+        loop = recipe.compiled((rows.shape[0], rows.shape[1]), **recipe.values)
+    whole = _in_pieces(recipe, rows, dtype) if loop is None else _by_loop(loop, rows, dtype)
     for name, tensor in whole.items():
         if not _finite(tensor):
             _refuse(recipe, "weight", rows.to(dtype))
@@ -35,26 +38,56 @@ def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
     return whole
 
 
-def _joined(
-    recipe: Recipe, rows: Tensor, dtype: torch.dtype, step: int, first: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The pieces behind the first, a thread a core: operations on so few numbers gain nothing from threads inside."""
-    parts = rows.shape[0] / step
-    whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
-    inference = torch.is_inference_mode_enabled()  # a thread's own affair, as the number of threads is
+def _by_loop(loop: Rounding, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A compiled loop over the weight as it lies, a share a thread; over pieces of it where they must be made."""
+    outputs, inputs = rows.shape
+    as_lies = rows.is_contiguous() and rows.dtype in TAKEN and dtype in (rows.dtype, torch.float32)
+    step = max(1, PIECE // inputs)
+    if as_lies:
+        step = max(step, math.ceil(outputs / torch.get_num_threads()))
 
     def place(start: int) -> None:
+        part = rows[start : start + step]
+        loop.fill(start, part if as_lies else _fp32(part, dtype))
+
+    _in_threads(place, range(0, outputs, step))
+    return loop.found
+
+
+def _in_pieces(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The recipe's own operations on a piece at a time."""
+    step = _piece(recipe, rows)
+    first = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
+    if step >= rows.shape[0]:
+        return first
+    parts = rows.shape[0] / step
+    whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
+
+    def place(start: int) -> None:
+        made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
+        for name, tensor in made.items():
+            at = start // step * len(first[name])
+            whole[name][at : at + len(tensor)] = tensor
+
+    _in_threads(place, range(0, rows.shape[0], step))
+    return whole
+
+
+def _in_threads(place: Callable[[int], None], starts: Sequence[int]) -> None:
+    """A thread a core: operations on so few numbers gain nothing from threads inside."""
+    if len(starts) == 1:
+        place(starts[0])
+        return
+    inference = torch.is_inference_mode_enabled()  # a thread's own affair, as the number of threads is
+
+    def run(start: int) -> None:
         with torch.inference_mode(inference):
-            made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
-            for name, tensor in made.items():
-                at = start // step * len(first[name])
-                whole[name][at : at + len(tensor)] = tensor
+            place(start)
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        deque(pool.map(place, range(0, rows.shape[0], step)), maxlen=0)  # raises what a piece raised
+        deque(pool.map(run, starts), maxlen=0)  # raises what a piece raised
     torch.set_num_threads(threads)  # which threads that are born later take over
-    return whole
 
 
 def _fp32(rows: Tensor, dtype: torch.dtype) -> Tensor:

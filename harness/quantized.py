@@ -22,6 +22,7 @@ from harness.errors import HarnessError
 
 if TYPE_CHECKING:
     from harness.fused import Loops
+    from harness.rounding import Rounding
 
 Values = Mapping[str, int | float | str]
 
@@ -39,6 +40,7 @@ class Recipe:
     compute: str = AS_MODEL
     grain: str = ""
     fused: Callable[..., Loops | None] | None = None
+    compiled: Callable[..., Rounding | None] | None = None
 
 
 class KeepsDtype(nn.Module):

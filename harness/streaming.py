@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ DTYPES = {
     "I8": torch.int8,
     "BOOL": torch.bool,
 }  # as safetensors writes them
+AHEAD = 2**28  # bytes that are on their way while a tensor is worked on
 LONGEST_HEADER = 100_000_000  # bytes: the format's own limit
 
 
@@ -50,15 +53,23 @@ class Place:
         start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         if self.offset % self.dtype.itemsize:
             return self.read()
-        length = math.prod(self.shape) * self.dtype.itemsize
         with self.file.open("rb") as file:
-            if self.file.stat().st_size < self.offset + length:  # reading past the end of a mapping is a bus error
+            if self.file.stat().st_size < self.offset + self.nbytes:  # reading past a mapping's end is a bus error
                 raise self._cut_short()
-            pages = mmap.mmap(file.fileno(), self.offset - start + length, access=mmap.ACCESS_COPY, offset=start)
-        if hasattr(pages, "madvise"):
-            pages.madvise(mmap.MADV_WILLNEED)
+            pages = mmap.mmap(file.fileno(), self.offset - start + self.nbytes, access=mmap.ACCESS_COPY, offset=start)
         flat = torch.frombuffer(pages, dtype=self.dtype, count=math.prod(self.shape), offset=self.offset - start)
         return flat.view(self.shape)
+
+    def expect(self) -> None:
+        """Have the system begin to read it, where it takes such advice."""
+        if hasattr(os, "posix_fadvise"):
+            with self.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
@@ -75,6 +86,21 @@ class Place:
 
     def _cut_short(self) -> BadFile:
         return BadFile(f"{self.file} ends before its last tensor: fetch it again")
+
+
+class Queue:
+    """Tensors in the order in which they are wanted; the system reads those to come while one is worked on."""
+
+    def __init__(self, wanted: Iterable[Place]) -> None:
+        self._coming = deque(wanted)
+        self._ahead = deque[Place]()
+
+    def next(self) -> Place:
+        """The next one, AHEAD bytes behind it on their way."""
+        while self._coming and (not self._ahead or sum(place.nbytes for place in self._ahead) < AHEAD):
+            self._coming[0].expect()
+            self._ahead.append(self._coming.popleft())
+        return self._ahead.popleft()
 
 
 def places(files: Iterable[Path]) -> dict[str, Place] | None:
@@ -123,18 +149,17 @@ def quantized_model(
     later = {f"{owner}.weight" for name in names for owner in owners[name]}
     kept = checkpoints.TORCH_DTYPES[dtype]
     alike = {f"{name}.weight": [f"{owner}.weight" for owner in group] for name, group in owners.items()}
-    for name, place in there.items():
-        if name not in later:
-            _put(
-                model,
-                alike.get(name) or next((group for group in alike.values() if name in group), [name]),
-                place.read(),
-                kept,
-            )
+    whole = [name for name in there if name not in later]
+    sources = {name: next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there) for name in names}
+    queue = Queue(there[name] for name in (*whole, *sources.values()))
+    for name in whole:
+        group = alike.get(name) or next((group for group in alike.values() if name in group), [name])
+        _put(model, group, queue.next().read(), kept)
 
     def read(name: str) -> None:
-        source = next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there)
-        _put(model, [f"{name}.weight"], there[source].mapped())
+        place = queue.next()
+        assert place is there[sources[name]], "weights are quantized in another order than they are read in"
+        _put(model, [f"{name}.weight"], place.mapped())
 
     quantized.apply(model, recipe, names, read=read, dtype=kept)
     return model

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
 
     from harness import quantized
     from harness.fused import Loops
+    from harness.rounding import Rounding
 
 
 COMPUTE = Parameter(
@@ -41,6 +42,7 @@ def weight_method(
     product: Callable[..., Tensor] | None = None,
     computes: bool = False,
     fused: Callable[..., Loops | None] | None = None,
+    compiled: Callable[..., Rounding | None] | None = None,
     grain: str = "",
     grid: str = "",
     core: bool = True,
@@ -62,6 +64,8 @@ def weight_method(
         computes: `product` takes the argument `compute` (COMPUTE), as every method without one does.
         fused: (stored, shape, **values) -> the loops of `harness.fused` that `compute=fused` runs on a CPU, or None
             where the codes do not fit them.
+        compiled: (shape, **values) -> the loop of `harness.rounding` that gives what `quantize` does, to the bit, on a
+            CPU, or None where it does not fit the shape.
         grain: 'row' or 'block' where no row, or block of `values["block"]` flattened weights, depends on another: the
             weight is then quantized piece by piece, in the cache. '' quantizes it whole.
         grid: 'affine4:32' where the codes can represent such a grid exactly.
@@ -79,7 +83,7 @@ def weight_method(
         asked = str(values.pop("compute", AS_MODEL)) if takes else AS_MODEL
         few, compute = (fused, AS_MODEL) if asked == FUSED else (None, asked)
         chosen = functools.partial(product, compute=compute) if product and takes else product
-        return quantized.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain, few)
+        return quantized.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain, few, compiled)
 
     def targets(model: nn.Module, arguments: Arguments) -> list[str]:
         return scopes.select(model, arguments.scope or Scope())

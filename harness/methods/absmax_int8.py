@@ -13,7 +13,7 @@ after the sum. For more rows the weight is unpacked and multiplied some rows at 
 
 from __future__ import annotations
 
-from harness import fused
+from harness import fused, rounding
 from harness.codes import dequantize_int8, product_int8, quantize_rows
 from harness.weightmethod import weight_method
 
@@ -28,5 +28,6 @@ METHOD = weight_method(
     product=product,
     computes=True,
     fused=fused.int8,
+    compiled=rounding.int8,
     grain="row",
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from harness import rounding
 from harness.codes import dequantize_int8, quantize_rows
 from harness.weightmethod import weight_method
 
@@ -35,6 +36,7 @@ METHOD = weight_method(
     quantize=quantize,
     dequantize=dequantize,
     product=product,
+    compiled=rounding.int8,
     grain="row",
     core=False,
 )

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness import fused
+from harness import fused, rounding
 from harness.codes import BLOCK, blocks, divide, pack, rescale, unpack
 from harness.weightmethod import weight_method
 
@@ -43,6 +43,7 @@ METHOD = weight_method(
     quantize=quantize,
     dequantize=dequantize,
     fused=functools.partial(fused.int4, levels=LEVELS),
+    compiled=rounding.int4,
     grain="block",
     parameters={"block": BLOCK},
 )

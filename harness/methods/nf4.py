@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness import fused
+from harness import fused, rounding
 from harness.codes import BLOCK, dequantize_levels, quantize_to_levels
 from harness.weightmethod import weight_method
 
@@ -55,6 +55,7 @@ METHOD = weight_method(
     quantize=quantize,
     dequantize=dequantize,
     fused=functools.partial(fused.int4, levels=LEVELS),
+    compiled=functools.partial(rounding.to_levels, levels=LEVELS),
     grain="block",
     parameters={"block": BLOCK},
     tables={"levels": LEVELS},

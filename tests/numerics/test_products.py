@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from harness import cpu_products, fused, memory, pieces, products, quantized
 from harness.arguments import resolve
 from harness.contracts import Arguments, Method, Scope
+from harness.errors import HarnessError
 from harness.methods import (
     absmax_int8,
     absmax_int8_tensor,
@@ -378,6 +379,42 @@ def test_a_weight_is_quantized_in_pieces_as_it_is_whole(module: ModuleType, monk
         found.append(layers.state_dict())
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+COMPILED = [absmax_int8, absmax_int8_w8a8, linear_int4, nf4, fp4]
+
+
+@pytest.mark.parametrize("piece", [300, 2**18])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lying", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("module", COMPILED, ids=lambda module: module.METHOD.name)
+def test_compiled_loops_quantize_to_the_bits_of_the_definition(
+    module: ModuleType, lying: torch.dtype, kept: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    weight = normal(70, 192).mul_(0.1)
+    weight[3], weight[4], weight[5, ::2] = 0, 1e-45, -1e-6  # no scale, one too small to divide by, and beside zeros
+    weight[6] = torch.arange(192) / 127 - 0.5  # between two levels
+    weight[7, 0] = -3.4e4  # nearly all that fp16 holds
+    (layer,) = quantized_layers(module.METHOD.name, module.METHOD, nn.Linear(192, 70))
+    assert isinstance(layer, quantized.QuantizedLinear)
+    recipe = layer.store.recipe
+    assert recipe.compiled is not None
+    for rows in (weight.to(lying), weight.T.contiguous().to(lying).T):
+        wanted = recipe.quantize(rows.to(kept).float().contiguous(), **recipe.values)
+        found = pieces.quantize(recipe, rows, kept)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+        assert all(found[name].shape == tensor.shape for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("module", COMPILED, ids=lambda module: module.METHOD.name)
+def test_compiled_loops_pass_over_nothing_that_is_not_finite(module: ModuleType, value: float) -> None:
+    made = nn.Linear(192, 41)
+    made.weight.data[17, 100] = value
+    with pytest.raises(HarnessError, match="1 non-finite values in its weight"):
+        quantized_layers(module.METHOD.name, module.METHOD, made)
 
 
 @pytest.mark.parametrize(

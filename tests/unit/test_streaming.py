@@ -133,3 +133,18 @@ def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path: Path) -> None:
         assert torch.equal(place.mapped(), place.read())
         odd = replace(place, offset=place.offset - 1)  # no multiple of the dtype's size: read, as bytes lie
         assert torch.equal(odd.mapped().view(torch.uint8), odd.read().view(torch.uint8))
+
+
+def test_what_comes_next_is_on_its_way_and_each_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [streaming.Place(tmp_path / "x", 4 * at, torch.float32, (at,)) for at in (1, 2, 3, 4, 5)]
+    asked: list[int] = []
+    monkeypatch.setattr(streaming.Place, "expect", lambda place: asked.append(place.shape[0]))
+    monkeypatch.setattr(streaming, "AHEAD", 20)  # bytes: five numbers
+    queue, seen = streaming.Queue(wanted), []
+    for place in wanted:
+        assert queue.next() is place
+        seen.append(asked.copy())
+    assert seen == [[1, 2, 3], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]
+    (tmp_path / "x").write_bytes(bytes(100))
+    monkeypatch.undo()
+    wanted[-1].expect()  # advice: the system may take it or not
