@@ -1,11 +1,12 @@
-"""Products with the codes as they lie (`compute=fused`): a weight is unpacked in the cache, not in memory.
+"""Products with the codes as they lie, on a CPU: a weight is unpacked in registers or in the cache, not in memory.
 
 A token's decode reads every weight once, so that bytes are time: a dequantized weight is written and read again, four
-bytes an element. Here a row of a weight at a time is unpacked where it is multiplied. For more rows than
-`products.FEW_ROWS` some rows of the weight at a time are unpacked, to the bits of the dequantized ones, and torch
-multiplies them before they leave the cache. Activations are never rounded, sums are fp32. Other devices, and blocks
-that do not divide a row, take the product that the method has otherwise. The loops are compiled by Numba, for this
-processor, once: the harness's cache keeps them.
+bytes an element. Here a row of a weight at a time is unpacked where it is multiplied: up to `products.FEW_ROWS` rows of
+fp32 go this way. For more the whole weight is unpacked, to the bits of the method's `dequantize`. `compute=fused` takes
+few rows of any dtype so, and for more unpacks some rows of the weight at a time, which torch multiplies before they
+leave the cache: quicker where weights are large; torch may sum a part's products in another order. Activations are
+never rounded, sums are fp32. Other devices, and blocks that do not divide a row, take the product that the method has
+otherwise. The loops are compiled by Numba, for this processor, once: the harness's cache keeps them.
 """
 
 from __future__ import annotations
@@ -87,6 +88,16 @@ def int4(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int, level
     return Loops(weight, shape, (loops.int4, loops.int4_shared), (loops.unpack_int4, loops.unpack_int4_shared))
 
 
+def preload() -> None:
+    """Have Numba set itself up, half a second, which processes that are forked later find done. Starts no thread."""
+    import numpy as np
+
+    from harness import fused_loops
+
+    one = np.ones(1, dtype=np.float32)
+    fused_loops.int8(one, (np.ones((1, 1), dtype=np.int8), one, one), one.copy(), 0, 1)
+
+
 def multiply(x: Tensor, loops: Loops) -> Tensor:
     """Compute x W^T: (..., in) fp32 contiguous -> (..., out) fp32."""
     import torch
@@ -102,6 +113,15 @@ def unpack(loops: Loops, first: int, found: Tensor) -> None:
     """Write rows of the weight, from the first on, into `found` (rows, in) fp32."""
     given = loops.weight, first, found.numpy().reshape(-1)
     _run(loops.unpack, given, len(found), _threads() if found.numel() > SOON else 1)
+
+
+def whole(loops: Loops) -> Tensor:
+    """The dequantized weight, (out, in) fp32."""
+    import torch
+
+    found = torch.empty(loops.shape)
+    unpack(loops, 0, found)
+    return found
 
 
 def _threads() -> int:

@@ -38,8 +38,15 @@ _running = threading.local()
 
 
 def compiled(**options: Any) -> Callable[[Loop], Loop]:
-    """Numba's `njit`, which says no types."""
-    decorator: Callable[[Loop], Loop] = njit(**options)
+    """Numba's `njit`, which says no types, and takes no loop that it may keep where no folder can be written."""
+
+    def decorator(loop: Loop) -> Loop:
+        try:
+            made: Loop = njit(**options)(loop)
+        except RuntimeError:  # then it is compiled in every process
+            made = njit(**options | {"cache": False})(loop)
+        return made
+
     return decorator
 
 

@@ -28,7 +28,7 @@ def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
         HarnessError: a weight or a scale is not finite.
     """
     loop = None
-    if recipe.compiled is not None and rows.device.type == "cpu" and rows.numel():
+    if recipe.compiled is not None and rows.device.type == "cpu" and rows.numel() > PIECE:
         loop = recipe.compiled((rows.shape[0], rows.shape[1]), **recipe.values)
     whole = _in_pieces(recipe, rows, dtype) if loop is None else _by_loop(loop, rows, dtype)
     for name, tensor in whole.items():

@@ -8,9 +8,10 @@ import gc
 
 gc.disable()
 try:
-    from harness import bnb
+    from harness import bnb, fused
 
     bnb.preload()
+    fused.preload()
     from harness import child, runner  # noqa: F401
 finally:  # the fork server goes on where an import fails, and its children tell why
     gc.freeze()

@@ -52,6 +52,11 @@ def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = A
     return _finished(x, _rounded_product(x.bfloat16(), weight.bfloat16()).float(), bias)
 
 
+def plain(x: Tensor, compute: str) -> bool:
+    """Whether the product is asked for in fp32, of fp32, where the order of its sums is all that may differ."""
+    return x.dtype == torch.float32 and compute == AS_MODEL
+
+
 def few(x: Tensor, inputs: int) -> bool:
     """Whether x (..., in) has so few rows that `harness.fused` is the quicker product."""
     return x.numel() <= FEW_ROWS * inputs

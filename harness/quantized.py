@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import pieces, products
+from harness import fused, pieces, products
 from harness.contracts import AS_MODEL, QuantizedWeight
 from harness.errors import HarnessError
 
@@ -40,6 +40,7 @@ class Recipe:
     compute: str = AS_MODEL
     grain: str = ""
     fused: Callable[..., Loops | None] | None = None
+    slabs: bool = False
     compiled: Callable[..., Rounding | None] | None = None
 
 
@@ -131,18 +132,20 @@ class QuantizedLinear(nn.Module):
         return self.store.restore().to(self.store.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The recipe's product where it has one, else a dequantized weight in the dtype of x."""
+        """Fused loops for few rows, else the recipe's product, else a dequantized weight in the dtype of x."""
         store: Any = self._modules["store"]  # past __getattr__, which a token's 200 layers would feel
         recipe, bias = store.recipe, self._parameters["bias"]
         loops = _loops(store) if recipe.fused is not None and x.device.type == "cpu" else None
-        if loops is not None and products.few(x, store.matrix[1]):
-            return products.of_few_rows(x, loops, bias)
-        if loops is not None and (recipe.product is None or not products.quick(x)):
-            return products.in_slabs(x, loops, bias)
+        if loops is not None and (recipe.slabs or products.plain(x, recipe.compute)):
+            if products.few(x, store.matrix[1]):
+                return products.of_few_rows(x, loops, bias)
+            if recipe.slabs and (recipe.product is None or not products.quick(x)):
+                return products.in_slabs(x, loops, bias)
         if recipe.product is not None:
             found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
             return found
-        return products.dequantized(x, store.dequantize(), bias, recipe.compute)
+        weight = store.dequantize() if loops is None else fused.whole(loops)
+        return products.dequantized(x, weight, bias, recipe.compute)
 
     def extra_repr(self) -> str:
         """Shape and method, for print(model)."""

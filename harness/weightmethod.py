@@ -24,9 +24,9 @@ COMPUTE = Parameter(
 COMPUTE_OR_FUSED = Parameter(
     str,
     AS_MODEL,
-    f"as elsewhere, or '{FUSED}': codes are unpacked in the cache (needs numba)",
+    f"as elsewhere, or '{FUSED}': many rows too are multiplied while codes are unpacked, in the cache",
     (*COMPUTE.choices, FUSED),
-    requires={FUSED: "numba"},
+    requires=dict.fromkeys((*COMPUTE.choices, FUSED), "numba"),
 )
 
 
@@ -62,8 +62,8 @@ def weight_method(
         product: (x (..., in), stored, shape, bias or None, **values) -> (..., out) in x's dtype, where that is
             faster than F.linear on the dequantized weight; None for the latter.
         computes: `product` takes the argument `compute` (COMPUTE), as every method without one does.
-        fused: (stored, shape, **values) -> the loops of `harness.fused` that `compute=fused` runs on a CPU, or None
-            where the codes do not fit them.
+        fused: (stored, shape, **values) -> the loops of `harness.fused`, which multiply few rows of fp32 and unpack
+            the weight for more on a CPU, or None where the codes do not fit them.
         compiled: (shape, **values) -> the loop of `harness.rounding` that gives what `quantize` does, to the bit, on a
             CPU, or None where it does not fit the shape.
         grain: 'row' or 'block' where no row, or block of `values["block"]` flattened weights, depends on another: the
@@ -81,9 +81,10 @@ def weight_method(
 
         values = dict(arguments.values)
         asked = str(values.pop("compute", AS_MODEL)) if takes else AS_MODEL
-        few, compute = (fused, AS_MODEL) if asked == FUSED else (None, asked)
+        compute, slabs = (AS_MODEL, True) if asked == FUSED else (asked, False)
         chosen = functools.partial(product, compute=compute) if product and takes else product
-        return quantized.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain, few, compiled)
+        loops = fused, slabs, compiled
+        return quantized.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain, *loops)
 
     def targets(model: nn.Module, arguments: Arguments) -> list[str]:
         return scopes.select(model, arguments.scope or Scope())
@@ -97,9 +98,8 @@ def weight_method(
         from harness import checkpoints, streaming
 
         if device == "cpu":
-            streamed = streaming.quantized_model(
-                checkpoint, arguments.dtype, recipe(arguments), lambda model: targets(model, arguments)
-            )
+            wanted = functools.partial(targets, arguments=arguments)
+            streamed = streaming.quantized_model(checkpoint, arguments.dtype, recipe(arguments), wanted)
             if streamed is not None:
                 return streamed
         model = checkpoints.open_model(checkpoint, arguments.dtype, device)

@@ -78,11 +78,12 @@ def tampered(method: str, act: Callable[[dict[str, Any], quantized.StoredWeight]
 
 
 def recipe(method: str, **functions: Callable[[Any], Any]) -> Switch:
-    """A weight method with one of its two functions (or its tables) replaced: name=right -> wrong."""
+    """A weight method with one of its two functions (or its tables) replaced, and no loops: name=right -> wrong."""
 
     def init(self: Any, module: Any, given: Any, tables: Any) -> None:
         if given.method == method:
-            given = dataclasses.replace(given, **{name: make(getattr(given, name)) for name, make in functions.items()})
+            wrong = {name: make(getattr(given, name)) for name, make in functions.items()}
+            given = dataclasses.replace(given, fused=None, compiled=None, **wrong)
         right(self, module, given, tables)
 
     right = quantized.StoredWeight.__init__

@@ -178,7 +178,7 @@ def unpacked_once(model: nn.Module) -> nn.Module:
 def without_kernel(model: nn.Module) -> nn.Module:
     """The same codes and scales, with no product that reads codes: the weight is dequantized at every call."""
     for store in stores(model):
-        store.recipe = dataclasses.replace(store.recipe, product=None)
+        store.recipe = dataclasses.replace(store.recipe, product=None, fused=None)
     return model
 
 

@@ -3,12 +3,12 @@
 s = max|w| / 127, q = round(w / s) in -127..127, w' = q s (LLM.int8's weights, arXiv 2208.07339, section 2.1). Ties
 round to even. |w - w'| <= s / 2.
 
-Weights only (w8a16). In bf16 (`dtype=bf16`), on a processor with bf16 products in tiles (AMX), the product reads the
-codes as they lie: sums are rounded to bf16 once. Elsewhere, in fp32 and in fp16, the weight is dequantized at every
-call and the product is that of the activations' dtype: fp32 activations are never rounded, unless `compute=bf16` asks
-for it. Then activations and sums are rounded to bf16 once each on every processor, and the scale comes after, in fp32.
-`compute=fused` multiplies up to eight rows (a token's decode) with the codes as they lie: fp32 throughout, the scale
-after the sum. For more rows the weight is unpacked and multiplied some rows at a time, in the cache.
+Weights only (w8a16): fp32 activations are never rounded, unless `compute=bf16` asks for it. On a CPU up to eight rows
+of fp32 (a token's decode) are multiplied with the codes as they lie: fp32 throughout, the scale after the sum. For more
+rows, and in fp16, the weight is dequantized at every call and the product is that of the activations' dtype. In bf16
+(`dtype=bf16`), on a processor with bf16 products in tiles (AMX), the product reads the codes as they lie: sums are
+rounded to bf16 once. `compute=bf16` rounds activations and sums to bf16 once each on every processor, and the scale
+comes after, in fp32. `compute=fused` unpacks and multiplies some rows of the weight at a time, in the cache.
 """
 
 from __future__ import annotations

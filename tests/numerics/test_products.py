@@ -8,13 +8,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numba.core.caching
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from harness import cpu_products, fused, memory, pieces, products, quantized
+from harness import cpu_products, fused, fused_loops, memory, pieces, products, quantized
 from harness.arguments import resolve
 from harness.contracts import Arguments, Method, Scope
 from harness.errors import HarnessError
@@ -230,6 +231,25 @@ def test_fused_products_of_few_rows_are_those_of_the_dequantized_weight(
             assert bool((error <= (1e-6 if dtype == torch.float32 else 2.0**-8) * sizes).all())
 
 
+@pytest.mark.parametrize("module", ROUNDED, ids=lambda module: module.METHOD.name)
+def test_the_default_takes_few_rows_of_fp32_by_loops_and_keeps_the_bits_of_all_others(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: PLAIN)
+    layers = quantized_layers(module.METHOD.name, module.METHOD, nn.Linear(192, 41, bias=False))
+    (layer,) = layers
+    assert isinstance(layer, quantized.QuantizedLinear)
+    wide = layer.store.recipe.dequantize(layer.store.tensors(), layer.store.matrix, **layer.store.recipe.values)
+    for rows, dtype in ((1, torch.bfloat16), (9, torch.float32), (9, torch.bfloat16), (9, torch.float16)):
+        x = normal(rows, 192).to(dtype)
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, wide.to(dtype)))
+    asked = quantized_layers(f"{module.METHOD.name}:compute=fused", module.METHOD, nn.Linear(192, 41, bias=False))
+    asked.load_state_dict(layers.state_dict())
+    x = normal(2, 4, 192)
+    assert torch.equal(layer(x), asked[0](x))
+
+
 def unpacked(layer: nn.Module) -> torch.Tensor:
     """A layer's weight by its fused loops, (out, in): first and last rows, then those between."""
     assert isinstance(layer, quantized.QuantizedLinear)
@@ -303,6 +323,14 @@ def test_processors_without_wide_registers_look_levels_up_in_a_table(tmp_path: P
     assert ran.returncode == 0, ran.stderr
     assert "NumbaWarning" not in ran.stderr  # and the loops are kept
     assert list(tmp_path.rglob("fused_loops.int4-*.nbc"))
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache function"):
+        numba.njit(cache=True)(lambda: None)
+    ten: Any = fused_loops.compiled(cache=True, nogil=True)(lambda: 10)
+    assert ten() == 10
 
 
 def test_fused_products_depend_neither_on_other_rows_nor_on_the_number_of_threads(
@@ -384,14 +412,13 @@ def test_a_weight_is_quantized_in_pieces_as_it_is_whole(module: ModuleType, monk
 COMPILED = [absmax_int8, absmax_int8_w8a8, linear_int4, nf4, fp4]
 
 
-@pytest.mark.parametrize("piece", [300, 2**18])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lying", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("module", COMPILED, ids=lambda module: module.METHOD.name)
 def test_compiled_loops_quantize_to_the_bits_of_the_definition(
-    module: ModuleType, lying: torch.dtype, kept: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, lying: torch.dtype, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", 300)  # one row
     weight = normal(70, 192).mul_(0.1)
     weight[3], weight[4], weight[5, ::2] = 0, 1e-45, -1e-6  # no scale, one too small to divide by, and beside zeros
     weight[6] = torch.arange(192) / 127 - 0.5  # between two levels
@@ -400,6 +427,7 @@ def test_compiled_loops_quantize_to_the_bits_of_the_definition(
     assert isinstance(layer, quantized.QuantizedLinear)
     recipe = layer.store.recipe
     assert recipe.compiled is not None
+    monkeypatch.setattr(pieces, "_in_pieces", lambda *_: pytest.fail("not by a loop"))
     for rows in (weight.to(lying), weight.T.contiguous().to(lying).T):
         wanted = recipe.quantize(rows.to(kept).float().contiguous(), **recipe.values)
         found = pieces.quantize(recipe, rows, kept)
@@ -410,7 +438,10 @@ def test_compiled_loops_quantize_to_the_bits_of_the_definition(
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("module", COMPILED, ids=lambda module: module.METHOD.name)
-def test_compiled_loops_pass_over_nothing_that_is_not_finite(module: ModuleType, value: float) -> None:
+def test_compiled_loops_pass_over_nothing_that_is_not_finite(
+    module: ModuleType, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 300)
     made = nn.Linear(192, 41)
     made.weight.data[17, 100] = value
     with pytest.raises(HarnessError, match="1 non-finite values in its weight"):

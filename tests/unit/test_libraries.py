@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from harness import arguments, catalog, census, checkpoints, contract, planning
 from harness.__main__ import main
 from harness.contract import Trial
+from harness.contracts import Parameter
 from harness.errors import IncompleteQuantization
 from harness.libraries import Layers, as_linear, library_method
 from harness.specifications import parse
@@ -123,8 +125,14 @@ def test_a_value_of_an_argument_can_need_a_distribution(monkeypatch: pytest.Monk
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    method = catalog.methods()["nf4"]
-    assert planning.packages(method, {"compute": "fused"}) == {"numba": version("numba")}
+    needy = Parameter(str, "dtype", "", ("dtype", "quick"), requires={"quick": "numba"})
+    method = replace(catalog.methods()["nf4"], parameters={"compute": needy})
+    assert planning.packages(method, {"compute": "quick"}) == {"numba": version("numba")}
     monkeypatch.setattr(planning, "version", absent)
-    assert planning.missing_packages(method, {"compute": "fused"}) == ["numba"]
-    assert planning.missing_packages(method, {"compute": "bf16"}) == planning.missing_packages(method) == []
+    assert planning.missing_packages(method, {"compute": "quick"}) == ["numba"]
+    assert planning.missing_packages(method, {"compute": "dtype"}) == planning.missing_packages(method) == []
+
+
+def test_our_methods_name_what_compiles_their_loops() -> None:
+    for name in ("absmax-int8", "nf4", "linear-int4-affine"):
+        assert planning.packages(catalog.methods()[name], {}) == {"numba": version("numba")}
