@@ -48,25 +48,22 @@ SHORT = """\
   a prefill (`mm`): no method that rounds no activation is twice as quick on a processor without products of its own for
   bf16 or int8. `compute=bf16` and w8a8 are quicker where it has such products, and say what they round. Threads that
   sleep between operations weigh more the quicker these are: see how threads wait.
-- *int8 at decode, without `compute=fused`*: `absmax-int8` unpacks a weight at every call, which torch does not
-  vectorize (`copy_`), and keeps the bits of the dequantized product. `compute=fused` rounds nothing either, reads codes
-  as they lie, by loops that Numba compiles, and is what decode wants. At prefill it unpacks in the cache, 4 MiB at a
-  time, and leaves the product to torch. Tried there: slabs of 0.5, 1 and 2 MiB (no quicker: every slab wakes sleeping
-  threads twice), one thread that unpacks (slower), threads that each unpack and multiply a part of their own (quicker
-  on layers alone, no quicker in the model), and blocks of columns (no quicker by two threads).
+- *int8 at decode* of fp32 activations reads codes as they lie, by loops that Numba compiles. `compute=fused` unpacks in
+  the cache at prefill too, 4 MiB at a time, and leaves the product to torch: quicker where weights are large, which
+  the embedded model's are not, and torch may then sum in another order, so that it is not the default. Tried there:
+  slabs of 0.5, 1 and 2 MiB (no quicker: every slab wakes sleeping threads twice), one thread that unpacks (slower),
+  threads that each unpack and multiply a part of their own (quicker on layers alone, no quicker in the model), and
+  blocks of columns (no quicker by two threads).
 - *An fp32 product that oneDNN rounds to bf16* is not used where the table has it quicker either: the setting is the
   process's, and a processor without bf16 products ignores it, so that figures would depend on the processor.
 - *Activations in two or three int8 digits* (16 or 24 bits, sums exact): splitting and joining cost more than the
   products save.
-- *4 bits without `compute=fused`*: unpacking in torch is a look-up an element or a few (`index_select`), and scaling
-  one more pass, each through memory. `compute=fused` looks 32 levels up in registers and scales them there. What is
-  left of a token's time then is the model's own operations between the products, and the head, which no method of the
-  table quantizes. Torch's own product (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout,
-  which differs between processors.
-- *Loading from a quick disk, or from the page cache*: reading is then little more than one copy; quantizing takes some
-  ten operations a weight. Two threads do it hardly sooner than one (the lines below the table): between operations they
-  wait for the interpreter, and new memory's pages come one at a time. Pieces of 2^16 and 2^17 weights were slower than
-  of 2^18, since threads wait more often, and of 2^20 too, since they leave the cache. Not tried: a compiled loop.
+- *4 bits*: loops look 32 levels up in registers and scale them there; in torch that is a look-up an element or a few
+  (`index_select`), and one more pass through memory. What is left of a token's time is the model's own operations
+  between the products, and the head, which no method of the table quantizes. Torch's own product
+  (`_weight_int4pack_mm_for_cpu`) has no table of levels and wants another layout, which differs between processors.
+- *Loading from the page cache*: reading is then little more than one copy, and what takes the time is memory that is
+  new to the process, page by page (below the table), of which reading into one buffer needs none.
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
   server loads torch, transformers and bitsandbytes once, pytest starts, plots are drawn at the end. So it weighs more
   the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import codes, documents, products
+from harness import codes, documents, fused, products
 from harness.report import writing
 
 # of SmolLM2-135M: 30 layers of q, o, k, v, gate, up, down as (out, in); 106M weights, none of them in the cache twice
@@ -39,6 +39,16 @@ class Weights:
         ]
         self.absmax = [torch.rand(weight.numel() // BLOCK, generator=made) for weight in self.int8]
         self.levels = torch.randn(16, generator=made)
+
+        self.loops8 = [
+            fused.int8({"codes": codes, "scale": scale}, shape)
+            for codes, scale, shape in zip(self.int8, self.scale, SHAPES, strict=True)
+        ]
+        four = (
+            fused.int4({"codes": packed, "scale": absmax}, shape, BLOCK, tuple(self.levels.tolist()))
+            for packed, absmax, shape in zip(self.packed, self.absmax, SHAPES, strict=True)
+        )
+        self.loops4 = [loops for loops in four if loops is not None]  # blocks divide every row of these
 
     def four_bit(self, index: int, unpack: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
         """A 4-bit weight by one of two look-ups, its blocks scaled."""
@@ -78,6 +88,12 @@ def by_digits(count: int, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return total.float().mul_(step).mul_(scale.view(-1))
 
 
+def by_loops(x: Tensor, loops: fused.Loops) -> Tensor:
+    """As a layer has it: few rows while codes are read, more with the unpacked weight."""
+    few = products.few(x, loops.shape[1])
+    return fused.multiply(x, loops) if few else F.linear(x, fused.whole(loops))
+
+
 def rounded_inside(x: Tensor, weight: Tensor) -> Tensor:
     """An fp32 product that oneDNN rounds to bf16 by itself."""
     before = torch.backends.mkldnn.matmul.fp32_precision
@@ -94,7 +110,8 @@ def ways(kept: Weights) -> dict[str, Way]:
     return {
         "fp32 weights": lambda i, x: F.linear(x, kept.fp32[i]),
         "bf16 weights and activations": lambda i, x: F.linear(x.bfloat16(), kept.bf16[i]),
-        "int8 dequantized to fp32 (used)": lambda i, x: F.linear(x, eight[i].float().mul_(scale[i])),
+        "int8 by compiled loops (used up to 8 rows)": lambda i, x: by_loops(x, kept.loops8[i]),
+        "int8 dequantized to fp32 (used for more)": lambda i, x: F.linear(x, eight[i].float().mul_(scale[i])),
         "int8 to fp32, scale behind the product": lambda i, x: F.linear(x, eight[i].float()).mul_(scale[i].view(-1)),
         "int8 to bf16, bf16 product, scale behind": lambda i, x: torch.mul(
             F.linear(x.bfloat16(), eight[i].bfloat16()), scale[i].view(-1)
@@ -109,9 +126,10 @@ def ways(kept: Weights) -> dict[str, Way]:
         "activations in two int8 digits": lambda i, x: by_digits(2, x, eight[i], scale[i]),
         "activations in three int8 digits": lambda i, x: by_digits(3, x, eight[i], scale[i]),
         "4 bits, two codes a look-up": lambda i, x: F.linear(x, kept.four_bit(i, pairs_of_levels)),
-        "4 bits, four codes a look-up (used)": lambda i, x: F.linear(x, kept.four_bit(i, codes.unpack)),
-        "the same, bf16 product (`compute=bf16`)": lambda i, x: products.dequantized(
-            x, kept.four_bit(i, codes.unpack), None, "bf16"
+        "4 bits by compiled loops (used)": lambda i, x: by_loops(x, kept.loops4[i]),
+        "4 bits, four codes a look-up": lambda i, x: F.linear(x, kept.four_bit(i, codes.unpack)),
+        "4 bits by loops, bf16 product (`compute=bf16`)": lambda i, x: products.dequantized(
+            x, fused.whole(kept.loops4[i]), None, "bf16"
         ),
     }
 
