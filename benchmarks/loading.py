@@ -208,8 +208,8 @@ def render(results: Mapping[str, Any]) -> str:
         "## Loading\n\nRandom bf16 weights in the models' true shapes, written on the spot and deleted. The file is "
         "read and loaded from the disk, its pages dropped from the cache before, and once more from the cache, where "
         "reading is a copy in memory and nothing that computes can keep up. Each load in a process of its own; ours "
-        "stream, bitsandbytes goes through transformers with a device map. Ours asks the system for the next tensors while it "
-        "quantizes one, so that the disk is busy all the time, which reading into one buffer does not keep it.\n\n"
+        "stream, bitsandbytes goes through transformers with a device map. Ours asks the system for the next tensors "
+        "while it quantizes one, which keeps the disk busier than reading into one buffer does.\n\n"
         f"{writing.table(head, rows)}\n{failed}{where}"
     )
 
