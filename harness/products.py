@@ -53,8 +53,8 @@ def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = A
 
 
 def plain(x: Tensor, compute: str) -> bool:
-    """Whether the product is asked for in fp32, of fp32, where the order of its sums is all that may differ."""
-    return x.dtype == torch.float32 and compute == AS_MODEL
+    """Whether the product is asked for in fp32, of fp32, and without a gradient: only its sums' order may differ."""
+    return x.dtype == torch.float32 and compute == AS_MODEL and not x.requires_grad
 
 
 def few(x: Tensor, inputs: int) -> bool:

@@ -248,6 +248,9 @@ def test_the_default_takes_few_rows_of_fp32_by_loops_and_keeps_the_bits_of_all_o
     asked.load_state_dict(layers.state_dict())
     x = normal(2, 4, 192)
     assert torch.equal(layer(x), asked[0](x))
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad[0, 0], wide.sum(dim=0), rtol=1e-4, atol=1e-4)
 
 
 def unpacked(layer: nn.Module) -> torch.Tensor:
