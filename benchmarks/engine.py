@@ -18,7 +18,7 @@ from harness.report import writing
 CHARACTERS, WINDOW, REPETITIONS = 4_500, 512, 5  # some 1,000 tokens: two windows, and a run of two minutes
 SWEEP = {64: (1, 4, 8, 0), 128: (1, 2, 4, 0), 256: (1, 2, 0), 512: (1, 2, 0)}  # window -> batches; 0: auto
 BESIDE = (512, 128)  # windows that run two at a time
-TIMED_TWICE = 3  # repetitions of a sweep's point
+SWEPT = 7  # repetitions of a sweep's point
 
 
 def text(folder: Path) -> Path:
@@ -67,7 +67,7 @@ def measured(dtype: str, folder: Path, path: Path) -> dict[str, Any]:
     found["sweep"] = []
     for window, batches in SWEEP.items():
         ours.ask("read", text=str(path), protocol=f"chunk:{window}")
-        points = interleaved({str(batch): (ours, {"do": "score", "batch": batch}) for batch in batches}, TIMED_TWICE)
+        points = interleaved({str(batch): (ours, {"do": "score", "batch": batch}) for batch in batches}, SWEPT)
         found["sweep"].append([window, {batch: tokens / middle(values) for batch, values in points.items()}])
         found["peaks"][str(window)] = ours.ask("peak", batch=0)
     ours.close()
@@ -162,10 +162,8 @@ def render(results: Mapping[str, Any]) -> str:
         for window, points in one["sweep"]:
             best = max(points.values())
             cells = ", ".join(f"{batch}: {rate:.0f}" for batch, rate in points.items() if batch != "0")
-            share = points["0"] / best
-            sweep.append(
-                [one["dtype"], str(window), cells, f"{points['0']:.0f}", f"{100 * share:.0f}%: {kept(share >= 0.95)}"]
-            )
+            share, auto = points["0"] / best, f"{points['0']:.0f} (batch {results['pass'] // window})"
+            sweep.append([one["dtype"], str(window), cells, auto, f"{100 * share:.0f}%: {kept(share >= 0.95)}"])
     before = "" if results.get("engine_beside") else "; measured one window at a time, before two ran beside each other"
     head = [
         "dtype", "ours, tokens/s", "lm-eval 0.4.13", "linear layers alone, with attention's products",
@@ -181,7 +179,8 @@ def render(results: Mapping[str, Any]) -> str:
         f"the vocabulary:\n\n{writing.table(['dtype', 'operations'], profiles)}\n\n"
         "Sweep of batch and window (`chunk:W`), tokens/s by batch. `--batch-size auto` runs as many windows together "
         f"as hold {results['pass']} tokens; the default is batch 1, which recorded figures were measured with. Auto "
-        "was timed as a batch of its own, so that it may be the best.\n\n"
+        "was timed as a batch of its own: how far it lies from the same batch beside it is how far two measurements of "
+        "one thing lie apart here.\n\n"
         f"{writing.table(['dtype', 'window', 'batch: tokens/s', 'auto', 'auto / best, at least 95%'], sweep)}"
     )
 
