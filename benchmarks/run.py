@@ -41,13 +41,17 @@ SHORT = """\
   waiting of threads for each other (two windows at a time), and on AMD's processors what MKL wastes on wide results
   (blocks of columns). Its rate lies beside that of the products alone, one at a time, or above: what is left to save is
   another forward. The two parts measured it at different hours of a noisy machine, and say so by their difference.
+- *The automatic batch*: it is one of the batches beside it, timed once more, and the two lie as far apart as the figure
+  asks auto to lie from the best.
 - *The mean NLL against lm-eval*: what is apart is lm-eval's log softmax, whose fp32 sums over the vocabulary lean to
   one side. With the softmax of the very same logits taken in fp64, ours agrees far within the figure and lm-eval's own
   answer is as far off as before: the last column of windows two at a time.
 - *int8 at prefill*: a product in fp32 takes as long with an unpacked weight as with the model's own, and it is most of
   a prefill (`mm`): no method that rounds no activation is twice as quick on a processor without products of its own for
-  bf16 or int8. `compute=bf16` and w8a8 are quicker where it has such products, and say what they round. Threads that
-  sleep between operations weigh more the quicker these are: see how threads wait.
+  bf16 or int8, and none is much quicker than torchao's, which ends in the same product. AVX2's int8 products take three
+  instructions for 32 pairs where fp32 takes four, and saturate. `compute=bf16` and w8a8 are quicker where a processor
+  has products of its own for them, and say what they round. Threads that sleep between operations weigh more the
+  quicker these are: see how threads wait.
 - *int8 at decode* of fp32 activations reads codes as they lie, by loops that Numba compiles. `compute=fused` unpacks in
   the cache at prefill too, 4 MiB at a time, and leaves the product to torch: quicker where weights are large, which
   the embedded model's are not, and torch may then sum in another order, so that it is not the default. Tried there:
