@@ -41,8 +41,6 @@ SHORT = """\
   waiting of threads for each other (two windows at a time), and on AMD's processors what MKL wastes on wide results
   (blocks of columns). Its rate lies beside that of the products alone, one at a time, or above: what is left to save is
   another forward. The two parts measured it at different hours of a noisy machine, and say so by their difference.
-- *The automatic batch*: it is one of the batches beside it, timed once more, and the two lie as far apart as the figure
-  asks auto to lie from the best.
 - *The mean NLL against lm-eval*: what is apart is lm-eval's log softmax, whose fp32 sums over the vocabulary lean to
   one side. With the softmax of the very same logits taken in fp64, ours agrees far within the figure and lm-eval's own
   answer is as far off as before: the last column of windows two at a time.
