@@ -39,8 +39,9 @@ SHORT = """\
 - *The engine against lm-eval*: both run the model's own forward, of which the profile above shows what is no product:
   norms, rotary embedding, activation, residuals. Ours saves what lies behind it (whole logits, their copies), the
   waiting of threads for each other (two windows at a time), and on AMD's processors what MKL wastes on wide results
-  (blocks of columns). Its rate lies beside that of the products alone, one at a time, or above: what is left to save is
-  another forward. The two parts measured it at different hours of a noisy machine, and say so by their difference.
+  (blocks of columns: the table above has runs with and without them, which lie no further apart than runs do). Its rate
+  lies beside that of the products alone, one at a time, or above: what is left to save is another forward. The two
+  parts measured it at different hours of a noisy machine, and say so by their difference.
 - *The mean NLL against lm-eval*: what is apart is lm-eval's log softmax, whose fp32 sums over the vocabulary lean to
   one side. With the softmax of the very same logits taken in fp64, ours agrees far within the figure and lm-eval's own
   answer is as far off as before: the last column of windows two at a time.
@@ -67,8 +68,8 @@ SHORT = """\
 - *Loading from the page cache*: reading is then little more than one copy, and what takes the time is memory that is
   new to the process, page by page (below the table), of which reading into one buffer needs none.
 - *The session and the starts of commands*: what lies beside the work is nearly constant, most of it imports: the fork
-  server loads torch, transformers and bitsandbytes once, pytest starts, plots are drawn at the end. So it weighs more
-  the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.
+  server loads torch, transformers, bitsandbytes and Numba once, pytest starts, plots are drawn at the end. So it weighs
+  more the shorter a session is, and where the work is quick. `report` draws its plots anew, which is most of its time.
   `compare` of figures that moved also imports numpy, for their intervals. A command imports no other's needs.
 - *CUDA*: not run on a card."""
 JOINED = {"loading"}  # what several parts measure, a model each
