@@ -157,21 +157,24 @@ class Cuda:
         self._cuda.synchronize()
 
     def time(self, *works: Work | Callable[[], object]) -> list[float]:
-        """Seconds between two events on the current stream around each work, synchronised once at the end.
+        """Seconds between two events on the current stream around each work, which begins on an idle device.
 
-        Gaps in which the device waits for the host to launch are part of it; see `device_seconds` for the rest.
+        The host waits for the device before and after each work. Without that, kernels queue behind the work before,
+        and a work of many small kernels hides the launches that it waits for by itself. Gaps in which the device waits
+        for the host to launch are part of the time; see `device_seconds` for the rest.
         """
-        events = []
         with _no_collection():
-            for work in map(_as_work, works):
-                work.prepare()
-                start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
-                start.record()
-                work.run()
-                end.record()
-                events.append((start, end))
-            self._cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]  # events count milliseconds
+            return [self._timed(work) for work in map(_as_work, works)]
+
+    def _timed(self, work: Work) -> float:
+        start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
+        work.prepare()
+        self._cuda.synchronize()
+        start.record()
+        work.run()
+        end.record()
+        self._cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3  # events count milliseconds
 
     def device_seconds(self, work: Callable[[], object]) -> float:
         """Seconds of kernels and copies under the profiler, summed over streams; NoDeviceTime without a kernel."""

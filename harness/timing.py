@@ -50,7 +50,7 @@ class Work:
 
 
 class Clock(Protocol):
-    """Runs the works in order and gives the seconds of each, in that order."""
+    """Runs the works in order, each on an idle device, and gives the seconds of each, in that order."""
 
     def __call__(self, *works: Work) -> list[float]:
         """Seconds of each work's `run`."""
@@ -99,7 +99,7 @@ def warm_up(
 
 
 def interleave(candidate: Work, reference: Work, clock: Clock, blocks: int) -> tuple[list[float], list[float]]:
-    """Seconds of both streams over `blocks` blocks, handed to the clock as one sequence (one synchronisation)."""
+    """Seconds of both streams over `blocks` blocks, handed to the clock as one sequence."""
     if blocks < 1:
         raise ValueError(f"{blocks} blocks: at least one is needed")
     order = [(candidate, reference) if block % 2 == 0 else (reference, candidate) for block in range(blocks)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ LAUNCH_MS, BLOCKS = 0.02, 10
 WEIGHTS = {"fp32": 512 * MIB, "nf4": 80 * MIB}
 ACTIVATIONS = 200 * MIB
 KERNEL_MS = {"fp32": 4.0, "nf4": 6.0}
+LAUNCH_BOUND = (LAUNCH_MS / 2,) * 100  # milliseconds of kernels that are quicker than their launches
 
 
 @dataclass
@@ -99,6 +100,23 @@ class HostTimed(Cuda):
         return found
 
 
+class Unwaited(Cuda):
+    """The fault: repetitions queue behind each other, and the device is waited for once, behind the last."""
+
+    def time(self, *works: Any) -> list[float]:
+        """Seconds between events, launches hidden behind the work before."""
+        events = []
+        for work in works:
+            work.prepare()
+            start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
+            start.record()
+            work.run()
+            end.record()
+            events.append((start, end))
+        self._cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
 class Unreset(Cuda):
     """The fault: marks are never reset between phases."""
 
@@ -144,11 +162,14 @@ def run_peak(kind: type[Cuda], method: str = "nf4", reference_kept: bool = False
     return memory.METRIC.measure(subject, member("memory.run_peak")).value
 
 
-def decode(kind: type[Cuda], slower: float = 1.0) -> tuple[float, dict[str, Any]]:
-    """A latency as the metric has it: p50 seconds of the candidate, and its detail."""
+def decode(
+    kind: type[Cuda], slower: float = 1.0, kernels: Sequence[float] = (KERNEL_MS["nf4"],)
+) -> tuple[float, dict[str, Any]]:
+    """A latency as the metric has it: p50 seconds of the candidate with such kernels, and its detail."""
     card = Simulated()
     device = kind(card, types.SimpleNamespace())
-    works = [Work(lambda ms=ms: card.launch(ms)) for ms in (slower * KERNEL_MS["nf4"], KERNEL_MS["fp32"])]  # type: ignore[misc]
+    streams = [slower * ms for ms in kernels], [KERNEL_MS["fp32"]]
+    works = [Work(lambda each=each: [card.launch(ms) for ms in each]) for each in streams]  # type: ignore[misc]
     found = timing.measure(*works, device.time, BLOCKS)
     return sorted(found.candidate)[BLOCKS // 2], latency._against_reference(found)
 
@@ -179,7 +200,7 @@ def peak_fault(kind: type[Cuda], **more: Any) -> Row:
 
 def clock_fault(kind: type[Cuda], **more: Any) -> Row:
     """A wrong time against the right one."""
-    (now, detail), (then, before) = decode(kind, **more), decode(Cuda)
+    (now, detail), (then, before) = decode(kind, **more), decode(Cuda, kernels=more.get("kernels", (KERNEL_MS["nf4"],)))
     return judged("latency.decode", now, then, detail, before)
 
 
@@ -203,6 +224,7 @@ FAULTS: tuple[tuple[str, Callable[[], Row], Verdict], ...] = (
     ("peak not reset after loading", lambda: peak_fault(Unreset), Verdict.WORSE),
     ("reference kept during the run", lambda: peak_fault(Cuda, reference_kept=True), Verdict.WORSE),
     ("timer that does not wait for the device", lambda: clock_fault(HostTimed), Verdict.BETTER),
+    ("repetitions queued behind each other", lambda: clock_fault(Unwaited, kernels=LAUNCH_BOUND), Verdict.BETTER),
     ("kernels slower by a quarter", lambda: clock_fault(Cuda, slower=1.25), Verdict.WORSE),
     ("no kernel ran on the device", no_work, Verdict.MISSING),
 )

@@ -17,7 +17,7 @@ takes one window at a time; the engine may run two beside each other where it is
 seconds. *Protocol*: `harness.timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the
 session's, at most 6 for `generate` and `evaluation`; where a block of candidate and reference takes over half a second,
 so many as take no longer than the session's number would at that pace, and at least 6. *Clock*: `harness.devices`
-(CUDA events around each repetition, synchronised once; `perf_counter_ns` on the CPU).
+(CUDA events around each repetition, the device idle before it begins; `perf_counter_ns` on the CPU).
 
 *What is judged*: `log_ratio` = ln(candidate / reference), the Hodges-Lehmann estimate over blocks with its interval
 (`harness.stats.hodges_lehmann_ratio`). Where the candidate is the reference itself, two streams of the one model are

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness import timing
 from harness.devices import Cpu, Cuda, NoDeviceTime, open_device
 from harness.errors import HarnessError, UnknownName
 from harness.timing import Work
@@ -38,6 +39,9 @@ class FakeCuda:
     def Event(self, *, enable_timing: bool) -> FakeEvent:
         assert enable_timing
         return FakeEvent(self)
+
+    def record(self) -> None:
+        """An event of a card whose host never runs ahead is reached at once."""
 
     def synchronize(self) -> None:
         self.log.append("synchronize")
@@ -73,6 +77,7 @@ class FakeEvent:
 
     def record(self) -> None:
         self.cuda.log.append("event")
+        self.cuda.record()
         self.at_ms = self.cuda.clock_ms
 
     def elapsed_time(self, end: FakeEvent) -> float:
@@ -109,7 +114,7 @@ def event(key: str, microseconds: float, *, on: str = "CUDA", count: int = 1, **
     return SimpleNamespace(key=key, count=count, device_type=device, self_device_time_total=microseconds, **more)
 
 
-def test_cuda_records_events_around_each_work_and_synchronises_once_at_the_end() -> None:
+def test_cuda_records_events_around_each_work_and_waits_on_both_sides() -> None:
     cuda = FakeCuda()
     works = [
         Work(lambda: cuda.launch(3.0, "a"), lambda: cuda.launch(50.0, "prepare")),
@@ -118,11 +123,51 @@ def test_cuda_records_events_around_each_work_and_synchronises_once_at_the_end()
     ]
     assert Cuda(cuda, FakeProfiler()).time(*works) == pytest.approx([0.003, 0.004, 0.005])  # seconds, prepare left out
     assert cuda.log == [
-        *("prepare", "event", "a", "event"),
-        *("event", "b", "event"),
-        *("event", "c", "event"),
-        "synchronize",
+        *("prepare", "synchronize", "event", "a", "event", "synchronize"),
+        *("synchronize", "event", "b", "event", "synchronize"),
+        *("synchronize", "event", "c", "event", "synchronize"),
     ]
+
+
+@dataclass
+class Queued(FakeCuda):
+    """A card whose host runs ahead: a launch takes the host LAUNCH_MS, and kernels run one behind another."""
+
+    LAUNCH_MS = 0.02
+    host_ms: float = 0.0
+
+    def launch(self, milliseconds: float, name: str = "work") -> None:
+        self.host_ms += self.LAUNCH_MS
+        self.record()
+        super().launch(milliseconds, name)
+
+    def record(self) -> None:
+        """An event lies in the stream: it is reached when all before it is done, and not before it was given."""
+        self.clock_ms = max(self.clock_ms, self.host_ms)
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        self.host_ms = max(self.host_ms, self.clock_ms)
+
+
+def test_cuda_times_many_small_kernels_beside_few_long_ones_as_when_alone() -> None:
+    def works(cuda: FakeCuda) -> tuple[Work, Work]:
+        def launches(count: int, milliseconds: float) -> Work:
+            def run() -> None:
+                for _ in range(count):
+                    cuda.launch(milliseconds)
+
+            return Work(run)
+
+        return launches(600, 0.002), launches(150, 0.1)  # as 4-bit products, launch-bound, and as fp32 ones
+
+    cuda = Queued()
+    (alone,) = Cuda(cuda, FakeProfiler()).time(works(cuda)[0])
+    assert alone == pytest.approx(600 * Queued.LAUNCH_MS / 1e3, rel=0.01)  # twelve milliseconds of launching
+    cuda = Queued()
+    timed = timing.measure(*works(cuda), Cuda(cuda, FakeProfiler()).time, blocks=6)
+    assert timed.candidate == pytest.approx([alone] * 6)
+    assert timed.reference == pytest.approx([0.015] * 6, rel=0.01)
 
 
 def test_cuda_times_a_plain_callable() -> None:
@@ -198,7 +243,7 @@ def test_proof_needs_kernels_and_bytes() -> None:
 def test_the_fakes_stand_for_what_torch_has() -> None:
     """Every name used on the fakes exists in the installed torch."""
     for name in vars(FakeCuda):
-        if not name.startswith("_") and name not in {"launch", "allocate", *FakeCuda.__dataclass_fields__}:
+        if not name.startswith("_") and name not in {"launch", "record", "allocate", *FakeCuda.__dataclass_fields__}:
             assert hasattr(torch.cuda, name), name
     assert {"record", "elapsed_time"} <= set(dir(torch.cuda.Event))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
