@@ -174,7 +174,7 @@ class Subject(Protocol):
     checkpoint: Checkpoint
     device: Any  # harness.devices.Device
     predicted: dict[str, int]  # memory.parameters, memory.footprint, memory.storage in bytes
-    before: dict[str, int]  # the same measured before the first forward, and memory.load_peak
+    before: dict[str, int]  # the same measured before the first forward, and the peak of loading by the device's names
     repetitions: int  # timed repetitions of candidate and reference each
 
     @property

@@ -123,8 +123,7 @@ class Group:
             original = checkpoints.modules(self.checkpoint, self.config, self.arguments.dtype)
             self.device.reset_peak()
             model = self.method.load(self.checkpoint, self.arguments, self.job.device)
-            peak = self.device.peak()
-            self.before = {**memory.measure(model), "memory.load_peak": max(peak.values()), **peak}
+            self.before = {**self.device.peak(), **memory.measure(model)}
             self.census = census.census(model, self.method, self.arguments, original)
             self._model = model
             if self.job.device != "cpu":  # evidence that the device did the work, kept with every row

@@ -41,6 +41,7 @@ class Simulated:
     device_ms: float = 0.0
     held: int = 0
     highest: int = 0
+    pool: int = 0
     waited: bool = True
     repetition: int = field(default=0)
 
@@ -67,6 +68,7 @@ class Simulated:
         """Tensors made, or with a negative count given back."""
         self.held += count
         self.highest = max(self.highest, self.held)
+        self.pool = max(self.pool, self.held)
 
     def memory_allocated(self) -> int:
         """Bytes of tensors."""
@@ -76,14 +78,16 @@ class Simulated:
         """The highest mark."""
         return self.highest
 
-    max_memory_reserved = max_memory_allocated
+    def max_memory_reserved(self) -> int:
+        """The pool's size."""
+        return self.pool
 
     def reset_peak_memory_stats(self) -> None:
         """Set the mark to what is held."""
         self.highest = self.held
 
     def empty_cache(self) -> None:
-        """Nothing is pooled."""
+        """Nothing is given back: each segment of the pool holds a tensor that lives."""
 
 
 class HostTimed(Cuda):
@@ -135,6 +139,15 @@ class Early(Cuda):
     def peak(self) -> dict[str, int]:
         """What was read too soon."""
         return self.before
+
+
+class Pooled(Cuda):
+    """The fault: the pool's size is taken for that of the tensors in it."""
+
+    def peak(self) -> dict[str, int]:
+        """The pool, under the other's name."""
+        found = super().peak()
+        return {**found, "allocated": found["reserved"]}
 
 
 def run_peak(kind: type[Cuda], method: str = "nf4", reference_kept: bool = False) -> float:
@@ -222,6 +235,7 @@ def no_work() -> Row:
 FAULTS: tuple[tuple[str, Callable[[], Row], Verdict], ...] = (
     ("peak read before the run", lambda: peak_fault(Early), Verdict.BETTER),
     ("peak not reset after loading", lambda: peak_fault(Unreset), Verdict.WORSE),
+    ("pool reported in place of tensors", lambda: peak_fault(Pooled), Verdict.WORSE),
     ("reference kept during the run", lambda: peak_fault(Cuda, reference_kept=True), Verdict.WORSE),
     ("timer that does not wait for the device", lambda: clock_fault(HostTimed), Verdict.BETTER),
     ("repetitions queued behind each other", lambda: clock_fault(Unwaited, kernels=LAUNCH_BOUND), Verdict.BETTER),

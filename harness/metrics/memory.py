@@ -22,8 +22,9 @@ for byte, and where they are not, the figure is out of bound whatever its value.
 equal instruction set and equal bitsandbytes version. `detail` holds the storage `before`.
 
 *Peaks* count everything that the process holds, the model included. On CUDA they are of torch's allocator, which does
-not see the driver's context and the workspaces of libraries: the value is `reserved`, what the pool took from the
-device, and `detail` has `allocated` beside it, what tensors filled, the more reproducible of the two. On a CPU they are
+not see the driver's context and the workspaces of libraries: the value is `allocated`, what tensors filled, and
+`detail` has `reserved` beside it, what the pool took from the device. The pool follows what was held before: at loading
+transformers allocates the whole model once to warm it up, and a quantized one keeps that room. On a CPU they are
 the peak resident set of the group's own process (so the interpreter and torch's code are in it, some hundred MiB, and
 reading a memory-mapped file counts); `detail["note"]` tells where the mark could not be reset: the peak is then that of
 the process since its start. The reference is dropped before `run_peak`. No key-value cache is kept.
@@ -45,7 +46,7 @@ if TYPE_CHECKING:  # annotations only
 
 PROMPT = 8  # tokens of the forward before storage_after: any forward repacks, a short one is cheap
 WINDOW = 512  # tokens of the forward whose peak is read: the default protocol's window
-PEAKS = ("resident", "allocated", "reserved")  # as devices name them
+PEAKS = ("resident", "allocated", "reserved")  # as devices name them; the first that a device has is the value
 
 
 def measure(subject: Subject, member: Member) -> Figure:
@@ -88,10 +89,10 @@ def _run_peak(subject: Subject, model: nn.Module) -> Figure:
 
 
 def _peak(peak: Mapping[str, int], device: Any) -> Figure:
-    """The largest of a phase's peaks, all of them in the detail."""
+    """A phase's peak: of tensors, never of the pool that they lie in, which stands in the detail."""
     found = {name: peak[name] for name in PEAKS if name in peak}
     note = {"note": device.peak_note} if device.peak_note else {}
-    return Figure(max(found.values()), "B", detail={**found, **note})
+    return Figure(next(iter(found.values())), "B", detail={**found, **note})
 
 
 def _forward(subject: Subject, model: Any, length: int) -> None:

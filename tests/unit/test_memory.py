@@ -146,7 +146,7 @@ def subject(context: int = 2048, note: str = "", **peak: int) -> Any:
     return SimpleNamespace(
         model=Model(context, log),
         device=Device(log, peak, note),
-        before={"memory.parameters": 10, "memory.footprint": 12, "memory.storage": 20, "memory.load_peak": 7, **peak},
+        before={"memory.parameters": 10, "memory.footprint": 12, "memory.storage": 20, **peak},
         predicted={"memory.parameters": 10, "memory.footprint": 12, "memory.storage": 19},
         release_reference=lambda: log.append("release"),
         log=log,
@@ -177,9 +177,11 @@ def test_run_peak_is_of_one_window_without_the_reference(context: int, length: i
     assert figure.detail == {"resident": 1 << 20, "tokens": length}
 
 
-def test_cuda_peaks_are_reserved_with_allocated_beside() -> None:
-    figure = METRIC.measure(subject(allocated=300, reserved=512), MEMBERS["memory.load_peak"])
-    assert (figure.value, figure.detail) == (512, {"allocated": 300, "reserved": 512})
+@pytest.mark.parametrize("member", ["memory.load_peak", "memory.run_peak"])
+def test_cuda_peaks_are_allocated_with_the_pool_beside(member: str) -> None:
+    figure = METRIC.measure(subject(allocated=300, reserved=512), MEMBERS[member])
+    assert figure.value == 300
+    assert {name: figure.detail[name] for name in ("allocated", "reserved")} == {"allocated": 300, "reserved": 512}
 
 
 def test_a_peak_that_could_not_be_reset_says_so() -> None:
