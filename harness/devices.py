@@ -11,7 +11,7 @@ import ctypes
 import gc
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ COPIES = ("Memcpy", "Memset")  # the profiler's names of device events that are 
 
 
 class NoDeviceTime(HarnessError):
-    """The profiler saw no kernel, which it reports as zero seconds and not as an error."""
+    """The profiler cannot look at the device, or saw no kernel, which it reports as zero seconds and no error."""
 
 
 class Device(Protocol):
@@ -55,7 +55,7 @@ class Device(Protocol):
     def release(self) -> None:
         """Give unused memory back, so that the next phase starts from what is really held."""
 
-    def proof(self, work: Callable[[], object]) -> dict[str, float | int]:
+    def proof(self, work: Callable[[], object]) -> Mapping[str, float | int | str]:
         """Evidence that the device did the work; HarnessError where there is none."""
 
 
@@ -204,21 +204,37 @@ class Cuda:
         gc.collect()
         self._cuda.empty_cache()
 
-    def proof(self, work: Callable[[], object]) -> dict[str, float | int]:
+    def proof(self, work: Callable[[], object]) -> dict[str, float | int | str]:
         """{"kernel_seconds", "kernels", "allocated"}: kernels that ran, and bytes of tensors on the device.
 
-        NoDeviceTime where no kernel ran or none took time; HarnessError where no tensor lies on the device.
+        Where the profiler sees no kernel: {"event_seconds", "allocated", "note"}, the time between two events on the
+        device's stream and why there is no more. HarnessError where no tensor lies on the device or no time passed.
         """
-        seconds, kernels = self._profiled(work)
+        found: dict[str, float | int | str]
+        try:
+            seconds, kernels = self._profiled(work)
+            found = {"kernel_seconds": seconds, "kernels": kernels}
+        except NoDeviceTime as error:
+            (seconds,) = self.time(work)
+            found = {"event_seconds": seconds, "note": str(error)}
         allocated = int(self._cuda.memory_allocated())
         if allocated <= 0:
             raise HarnessError("no bytes on the CUDA device: the model was not moved there (use --device cuda)")
-        return {"kernel_seconds": seconds, "kernels": kernels, "allocated": allocated}
+        if seconds <= 0:
+            raise HarnessError("no time passed on the CUDA device: nothing was run there (use --device cuda)")
+        return {**found, "allocated": allocated}
 
     def _profiled(self, work: Callable[[], object]) -> tuple[float, int]:
         """Device seconds and number of kernels of one run. The first profile pays for starting CUPTI: thrown away."""
         for _ in range(2):
-            with self._profiler.profile(activities=[self._profiler.ProfilerActivity.CUDA]) as profile:
+            with contextlib.ExitStack() as stack:
+                try:
+                    activities = [self._profiler.ProfilerActivity.CUDA]
+                    profile = stack.enter_context(self._profiler.profile(activities=activities))
+                except AssertionError as error:  # torch's word where it was built without CUPTI
+                    raise NoDeviceTime(
+                        f"this torch cannot profile a CUDA device ({error}): take its own wheel"
+                    ) from error
                 work()
                 self._cuda.synchronize()
         events = [event for event in profile.key_averages() if _on_device(event)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,7 +74,7 @@ class Group:
         self.predicted: dict[str, int] = {}
         self.before: dict[str, int] = {}
         self.census: dict[str, Any] = {}
-        self.proof: dict[str, Any] = {}
+        self.proof: Mapping[str, Any] = {}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -125,10 +125,10 @@ class Group:
             model = self.method.load(self.checkpoint, self.arguments, self.job.device)
             self.before = {**self.device.peak(), **memory.measure(model)}
             self.census = census.census(model, self.method, self.arguments, original)
-            self._model = model
-            if self.job.device != "cpu":  # evidence that the device did the work, kept with every row
+            if self.job.device != "cpu":  # evidence that the device did the work, kept with every row; else no row
                 ids = torch.ones((1, 8), dtype=torch.long, device=self.job.device)
                 self.proof = self.device.proof(lambda: model(input_ids=ids))
+            self._model = model
         return self._model
 
     @property

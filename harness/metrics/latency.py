@@ -27,7 +27,8 @@ says how far the reference seems to differ from itself.
 `detail`: `p90 p99 reference_p50 reference_iqr reference_samples log_ratio log_ratio_low log_ratio_high
 log_ratio_usable aa_floor blocks warmup prompt_tokens new_tokens threads wait_policy`, seconds where a time; numbers
 that could not be had are null. On CUDA also `device_seconds` and `reference_device_seconds` (profiler; kernels and
-copies of one repetition), or null with `device_seconds_error`.
+copies of one repetition), or null with `device_seconds_error`. Of `evaluation` one window is profiled, not the whole
+text; `device_tokens` says how long it is.
 
 *Left out*: tokenising, loading, sampling, the transfer of results, everything before warm-up. On CUDA the gaps in which
 the device waits for the host are in, so a small model shows its launch cost.
@@ -39,13 +40,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.contracts import Member, Metric, Subject
+from harness.contracts import Member, Metric, Subject, Window
 from harness.records import Figure
 from harness.stats import hodges_lehmann_ratio, summarise
 from harness.timing import WARMUP_LIMIT, Timing, Warmup, Work, aa_floor, measure
@@ -79,7 +80,12 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
         candidate_work, reference_work = build(model), build(reference)
         patience: dict[str, Any] = {"limit": limit, "slow": SLOW_SECONDS, "pace": BLOCK_SECONDS}
         timing = measure(candidate_work, reference_work, subject.device.time, blocks, **patience)
+        window = _longest(subject) if member.name == "latency.evaluation" else ()  # a profile of a text fills memory
+        if window:
+            candidate_work, reference_work = (_evaluation(subject, each, window) for each in (model, reference))
         apart = _device_seconds(subject, candidate_work, reference_work)
+        if apart and window:
+            apart["device_tokens"] = len(window[0].ids) - 1
     summary = summarise(timing.candidate)
     detail = {"p90": summary.p90, "p99": summary.p99, **_against_reference(timing), **lengths, **apart}
     detail |= {"threads": torch.get_num_threads(), "wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
@@ -126,11 +132,17 @@ def _token_ids(subject: Subject, length: int) -> torch.Tensor:
     return torch.from_numpy(ids).to(subject.device.torch_device)  # (1, length) int64
 
 
-def _evaluation(subject: Subject, model: nn.Module) -> Work:
+def _evaluation(subject: Subject, model: nn.Module, windows: Sequence[Window] = ()) -> Work:
+    """The pass over the plan's windows, or over some of them."""
     from harness import engine
 
-    windows, device = subject.plan.windows, subject.device.name
+    windows, device = windows or subject.plan.windows, subject.device.name
     return Work(lambda: engine.score(model, windows, device=device, batch_size=1))
+
+
+def _longest(subject: Subject) -> tuple[Window, ...]:
+    """The longest window that scores anything; () where none does."""
+    return tuple(sorted((one for one in subject.plan.windows if one.scored), key=lambda one: -len(one.ids))[:1])
 
 
 def _prefill(ids: torch.Tensor, model: nn.Module) -> Work:

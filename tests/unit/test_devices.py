@@ -236,8 +236,27 @@ def test_proof_needs_kernels_and_bytes() -> None:
         device.proof(lambda: None)
     cuda.allocate(64)
     assert device.proof(lambda: None) == {"kernel_seconds": 4.0, "kernels": 7, "allocated": 64}
-    with pytest.raises(NoDeviceTime, match="no CUDA kernel"):
-        Cuda(cuda, FakeProfiler([])).proof(lambda: None)
+
+
+class NoProfiler(FakeProfiler):
+    """A torch that was built without CUPTI."""
+
+    def __enter__(self) -> FakeProfiler:
+        raise AssertionError("Legacy CUDA profiling requires use_cpu=True")
+
+
+@pytest.mark.parametrize(
+    ("profiler", "why"), [(FakeProfiler([]), "the profiler saw no CUDA kernel"), (NoProfiler(), "cannot profile")]
+)
+def test_without_a_profiler_bytes_and_the_time_of_events_are_proof_enough(profiler: FakeProfiler, why: str) -> None:
+    cuda = FakeCuda(held=64)
+    proof = Cuda(cuda, profiler).proof(lambda: cuda.launch(250.0))
+    assert why in str(proof.pop("note"))
+    assert proof == {"event_seconds": 0.25, "allocated": 64}
+    with pytest.raises(HarnessError, match="no time passed on the CUDA device"):
+        Cuda(FakeCuda(held=64), profiler).proof(lambda: None)
+    with pytest.raises(HarnessError, match="no bytes on the CUDA device"):
+        Cuda(FakeCuda(), profiler).proof(lambda: cuda.launch(250.0))
 
 
 def test_the_fakes_stand_for_what_torch_has() -> None:

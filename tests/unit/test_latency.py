@@ -57,6 +57,8 @@ class ScriptedCpu(Cpu):
         return found
 
     def device_seconds(self, work: Callable[[], object]) -> Any:
+        if self.apart is not None:
+            work()
         return self.apart
 
 
@@ -358,6 +360,25 @@ def test_evaluation_is_the_whole_pass_of_the_plan() -> None:
     assert (fed.count(19), fed.count(8)) == (14, 7)  # one warm-up pass and six blocks; a last id is never fed
     assert (figure.count, figure.detail["prompt_tokens"], figure.detail["new_tokens"]) == (6, 46, 0)
     assert figure.detail["warmup"]["candidate"] == {"repetitions": 1, "settled": False}
+
+
+def test_one_window_of_an_evaluation_is_profiled() -> None:
+    rng = np.random.default_rng(0)
+    windows = tuple(Window(rng.integers(0, 50, length), scored) for length, scored in ((9, 8), (20, 19), (30, 0)))
+    plan = TokenPlan("chunk:20", "text", "0" * 64, 59, windows, "token")
+    fed: list[int] = []
+    fake = Fake(llama(), llama(), plan=plan, repetitions=6)
+    fake.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    assert "device_tokens" not in measured(fake, "latency.evaluation").detail  # a CPU has no profile
+    fed.clear()  # what the engine asked of the model once is not asked again
+    measured(fake, "latency.evaluation")
+    passes = len(fed)
+    fake.device = ScriptedCpu(apart=0.03)
+    detail = measured(fake, "latency.evaluation").detail
+    assert fed[2 * passes :] == [19]  # the longest that scores anything, once, behind the same passes
+    assert (detail["device_seconds"], detail["device_tokens"]) == (0.03, 19)
 
 
 def test_the_real_clock_sees_a_slower_model() -> None:
