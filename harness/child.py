@@ -17,7 +17,7 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, cachefolders, checkpoints, needs, tiny, turns, weightfiles  # noqa: F401
+from harness import bnb, cachefolders, checkpoints, needs, strangers, tiny, turns, weightfiles  # noqa: F401
 from harness.errors import HarnessError
 from harness.group import CODE, Group
 from harness.inputs import files
@@ -25,7 +25,6 @@ from harness.invariants import LAYER
 from harness.layergroup import LayerGroup
 from harness.messages import Job, Reply
 from harness.records import Case
-from harness.strangers import starved
 
 CONSULTED = ("prepare", "needs", "code")
 
@@ -69,11 +68,16 @@ def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
     if verb == "reference" and isinstance(group, Group):
         group.compute_reference(argument)
         return Reply("done")
-    return Reply("row", row=group.measure(*argument), data=group.environment.to_dict())
+    row = group.measure(*argument)
+    kind, _ = strangers.blamed(RuntimeError(row.detail.get("exception", "")))  # a finding of an invariant's
+    return Reply("row", row=row, data=group.environment.to_dict(), blamed=kind)
 
 
 def serve(job: Job, connection: Connection) -> None:
-    """The process's main loop: (verb, argument) in, `Reply` out, until 'close' or the other end is gone."""
+    """The process's main loop: (verb, argument) in, `Reply` out, until 'close' or the other end is gone.
+
+    Behind a device error it ends: its context is dead, and the controller starts another process for what is left.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the fork server
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
     with job.log.open("a") as log:
@@ -99,6 +103,8 @@ def serve(job: Job, connection: Connection) -> None:
             except Exception as error:
                 reply = told(error)
             connection.send(reply)
+            if reply.blamed == strangers.DEVICE:
+                return
 
 
 def told(error: Exception) -> Reply:
@@ -106,8 +112,9 @@ def told(error: Exception) -> Reply:
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, HarnessError):
         return Reply("error", text=str(error))
-    if starved(error):
-        return Reply("error", text=f"out of memory: {text}")
+    kind, line = strangers.blamed(error)
+    if kind:
+        return Reply("error", text=strangers.told(kind, line), blamed=kind)
     if cachefolders.no_room(error):
         return Reply("error", text=f"a disk is full or cannot be written ({text}): make room, then --resume")
     return Reply("bug", text="".join(traceback.format_exception(error)))

@@ -64,3 +64,4 @@ class Reply:
     row: Row | None = None
     text: str = ""
     data: Mapping[str, Any] | None = None
+    blamed: str = ""  # what of the machine failed (`harness.strangers`): behind a device error the process ends

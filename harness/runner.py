@@ -21,6 +21,7 @@ from harness.files import locked
 from harness.messages import Asked, Job, Reply, Stop
 from harness.planning import member_of
 from harness.records import Case, Row, Verdict
+from harness.strangers import DEVICE
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -46,6 +47,7 @@ class Process:
     connection: Any
     log: Path
     predicted: Mapping[str, int] = field(default_factory=dict)
+    ended: bool = False  # by itself, behind its last answer
 
     def ask(self, verb: str, argument: Any, say: Callable[[str], None] = lambda line: None) -> Reply:
         """Send a request and wait for its answer; `Died` when the process ends instead."""
@@ -58,6 +60,7 @@ class Process:
                 elif reply.kind == "said":
                     say(reply.text)
                 else:
+                    self.ended = reply.blamed == DEVICE
                     return reply
         except (EOFError, OSError) as error:
             raise Died(self.obituary()) from error
@@ -158,6 +161,7 @@ class Runner:
                 key = process.ask("key", (case, stop))
                 if key.kind == "key" and key.text == before.key:
                     return before, ""
+                process = self._process_for(case)  # another where the asked one ended
             reply = process.ask("measure", (case, stop))
         except Died as error:
             needed = process.predicted.get("memory.storage") if process else None
@@ -171,7 +175,7 @@ class Runner:
             return reply.row, ""
         if reply.kind == "error":
             needed = process.predicted.get("memory.storage")
-            more = f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed and "memory" in reply.text else ""
+            more = f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed and reply.blamed else ""
             return missing(case, reply.text + more), ""
         return missing(case, reply.text.strip().splitlines()[-1]), reply.text
 
@@ -184,7 +188,7 @@ class Runner:
             raise
 
     def _process_for(self, case: Case) -> Process:
-        if self._process is None or self._group != case.group:
+        if self._process is None or self._process.ended or self._group != case.group:
             self.close()
             self._process, self._group = self._start(case, inputs.read(self.options.report_dir)), case.group
         return self._process

@@ -1,29 +1,82 @@
-"""Where a stranger's file goes through somebody's library: whatever the library raises becomes one line."""
+"""Where something goes through somebody's library: whatever it raises becomes one line, and says who is to blame."""
 
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
 from harness.errors import BadFile, HarnessError
 
-NO_MEMORY = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "std::bad_alloc",
-    "can't start new thread",
-    "out of memory",
-)
+MEMORY, KERNEL, DEVICE = "memory", "kernel", "device"  # what of the machine can be to blame
+WORDS = {  # of whichever library met it; the first kind that is found holds
+    MEMORY: (
+        "can't allocate memory",
+        "Cannot allocate memory",
+        "std::bad_alloc",
+        "can't start new thread",
+        "out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    ),
+    KERNEL: (
+        "no kernel image is available",
+        "device kernel image is invalid",
+        "unsupported toolchain",
+        "STATUS_ARCH_MISMATCH",
+    ),
+    DEVICE: (
+        "CUDA error",
+        "CUDA driver error",
+        "CUBLAS_STATUS_",
+        "CUDNN_STATUS_",
+        "Triton Error [CUDA]",
+        "device-side assert",
+    ),
+}
+OF_A_CARD = ("CUDA", "CUBLAS", "CUDNN")
+LONGEST = 300  # characters of a library's line
 
 
-def starved(error: BaseException) -> bool:
-    """Whether memory is to blame, in the words of whichever library met it."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+def blamed(error: BaseException) -> tuple[str, str]:
+    """What of the machine is to blame (MEMORY, KERNEL, DEVICE) and the line that says so; ('', '') where nothing is.
+
+    After a device error the process's context is dead: every further call fails, so that the process must end.
+    """
+    for text in _said(error):
+        for kind, words in WORDS.items():
+            lines = [line.strip() for line in text.splitlines() if any(word in line for word in words)]
+            if lines:
+                return kind, lines[-1][:LONGEST]  # a traceback ends with what was raised
+    return (MEMORY, str(error)[:LONGEST]) if isinstance(error, MemoryError) else ("", "")
+
+
+def _said(error: BaseException) -> Iterator[str]:
+    """An error's text, those of its causes, and what transformers kept back while it converted weights.
+
+    It collects whatever a conversion raises in a report, goes on, and raises an error without a cause at the end.
+    """
+    chain: BaseException | None = error
+    while chain is not None:
+        yield str(chain)
+        for frame, _ in traceback.walk_tb(chain.__traceback__):
+            kept = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+            yield from map(str, kept.values() if isinstance(kept, dict) else ())
+        chain = chain.__cause__ or chain.__context__
+
+
+def told(kind: str, line: str) -> str:
+    """One line for the user: what it is, in the library's words, and what to do."""
+    if kind == KERNEL:
+        return f"a kernel is missing for this card ({line}): install builds of torch and of the method's library for it"
+    if kind == DEVICE:
+        return f"a device error ({line}): set CUDA_LAUNCH_BLOCKING=1 to see which call; nvidia-smi tells of a bad card"
+    return f"out of memory{' on the card' if any(word in line for word in OF_A_CARD) else ''}: {line}"
 
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """BadFile, naming `what`, for any error of a library's but those of the machine: memory and disks."""
+    """BadFile, naming `what`, for any error of a library's but those of the machine: memory, devices and disks."""
     try:
         yield
     except HarnessError:
@@ -31,8 +84,8 @@ def reading(what: str) -> Iterator[None]:
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"  # of Rust code: no Exception
         system = isinstance(error, OSError) and error.errno is not None
-        if not (isinstance(error, Exception) or panic) or starved(error) or system or "os error" in str(error):
+        if not (isinstance(error, Exception) or panic) or blamed(error)[0] or system or "os error" in str(error):
             raise
         lines = str(error).strip().splitlines()
-        told = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-        raise BadFile(f"{what} cannot be read ({told}): copy it again, or name another") from error
+        words = f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
+        raise BadFile(f"{what} cannot be read ({words}): copy it again, or name another") from error

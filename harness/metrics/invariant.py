@@ -44,6 +44,7 @@ from harness.contracts import Member, Metric, Subject
 from harness.errors import HarnessError
 from harness.invariants import CHECKS, LAYER, metric
 from harness.records import Figure
+from harness.strangers import KERNEL, MEMORY, blamed
 
 WORDS = 200  # characters of an exception's first line
 TWICE = "run_twice"
@@ -60,7 +61,7 @@ def measure(subject: Subject, member: Member) -> Figure:
 
 
 def once(subject: Subject, name: str) -> Figure:
-    """What a check finds; what the library raises is its finding."""
+    """What a check finds; what the library raises is its finding, but for want of memory or of a kernel."""
     from harness.invariants import layers, models
 
     checks: dict[str, Callable[[Subject], Figure]] = layers.CHECKS if subject.case.model == LAYER else models.CHECKS
@@ -69,6 +70,8 @@ def once(subject: Subject, name: str) -> Figure:
     except HarnessError:
         raise
     except Exception as error:
+        if blamed(error)[0] in (MEMORY, KERNEL):
+            raise
         said = str(error).strip().splitlines()
         exception = f"{type(error).__name__}: {said[0][:WORDS] if said else ''}".rstrip(": ")
         return Figure(math.inf, "", detail={"holds": False, "exception": exception})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OlmoConfig, Phi3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OlmoConfig, Phi3Config, core_model_loading
 from transformers.utils import logging
 
 from harness import cachefolders, checkpoints, gguf_file, gguf_weights, weightfiles
+from harness.child import told
 from harness.contracts import DTYPES, Checkpoint
 from harness.errors import BadFile, HarnessError, MissingAsset
 from harness.files import sha256_file
@@ -451,3 +453,37 @@ def test_a_gguf_of_an_unknown_architecture_is_one_line(tmp_path: Path, cache: Pa
     with pytest.raises(BadFile, match="transformers does not read from GGUF") as caught:
         checkpoints.materialise(parse(f"path:{path}"), Declared(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("collected", [True, False])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "out of memory on the card: CUDA"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "a kernel is missing"),
+        (
+            RuntimeError("CUDA error: an illegal memory access was encountered\nmore"),
+            "a device error (CUDA error: an il",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "out of memory on the card"),
+    ],
+)
+def test_a_card_that_fails_while_weights_are_read_is_no_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str, collected: bool
+) -> None:
+    """Transformers collects what a conversion raises, and raises an error of its own that does not name it."""
+    AutoModelForCausalLM.from_config(CONFIGS["gpt2"]()).save_pretrained(tmp_path)
+    raised: list[Exception] = [error]
+
+    def convert(self: Any, name: str, *, loading_info: Any, **given: Any) -> Any:
+        aside = core_model_loading.log_conversion_errors(name, loading_info, (1, name))
+        with aside if collected else contextlib.nullcontext():
+            raise raised[0]
+
+    monkeypatch.setattr(core_model_loading.WeightRenaming, "convert", convert)
+    with pytest.raises(RuntimeError) as met:
+        checkpoints.open_model(Checkpoint("m", tmp_path, "r"), "fp32", "cpu")
+    assert told(met.value).text.startswith(line)
+    raised[0] = ValueError("no such shape")  # which is the file's, or the library's
+    with pytest.raises(BadFile, match="copy it again"):
+        checkpoints.open_model(Checkpoint("m", tmp_path, "r"), "fp32", "cpu")
