@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from harness import cards
 from harness.errors import HarnessError, UnknownName
 from harness.timing import Work
 
@@ -36,6 +37,7 @@ class Device(Protocol):
     name: str  # 'cpu' or 'cuda'
     torch_device: torch.device
     peak_note: str  # '' or what is wrong with peak() here
+    precision: Mapping[str, Any]  # switches that the harness has set, for the row; {} where there are none
 
     def synchronize(self) -> None:
         """Wait until all work given so far is done."""
@@ -60,14 +62,19 @@ class Device(Protocol):
 
 
 def open_device(name: str) -> Device:
-    """The device of that name; UnknownName, or HarnessError where no CUDA device can be used."""
+    """The device of that name; UnknownName, or HarnessError where no CUDA device can be used.
+
+    A card is opened at full precision (`harness.cards.full_precision`), whatever the environment says.
+    """
     if name == "cpu":
         return Cpu()
     if name != "cuda":
         raise UnknownName("device", name, NAMES)
-    if not torch.cuda.is_available():
-        raise HarnessError("no CUDA device: run with --device cpu, or install a driver and a CUDA build of torch")
-    return Cuda()
+    if why := cards.refusal():
+        raise HarnessError(why)
+    device = Cuda()
+    device.precision = cards.full_precision()
+    return device
 
 
 class Cpu:
@@ -78,6 +85,7 @@ class Cpu:
     def __init__(self, proc: Path = PROC) -> None:
         self.torch_device = torch.device("cpu")
         self.peak_note = ""
+        self.precision: Mapping[str, Any] = {}
         self._proc = proc
 
     def synchronize(self) -> None:
@@ -149,6 +157,7 @@ class Cuda:
 
     def __init__(self, cuda: Any = torch.cuda, profiler: Any = torch.profiler) -> None:
         self.torch_device = torch.device("cuda")
+        self.precision: Mapping[str, Any] = {}
         self._cuda = cuda
         self._profiler = profiler
 

@@ -214,7 +214,7 @@ class Group:
         calibrated = self._calibration(case)
         aligned = bool(self.method.grid) and self.method.grid == self.checkpoint.grid
         told = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": aligned}
-        told |= {"libraries": self.libraries}
+        told |= {"libraries": self.libraries, "precision": self.device.precision}
         notes = {name: value for name, value in told.items() if value}
         detail = {**figure.detail, **calibrated, **notes, **texts.pop("detail", {})}
         self.inputs.untouched(self.checkpoint)

@@ -45,7 +45,7 @@ class LayerGroup:
             value=float(figure.value),
             unit=figure.unit,
             count=figure.count,
-            detail=figure.detail,
+            detail={**figure.detail, **({"precision": self.device.precision} if self.device.precision else {})},
             environment=self.environment.id,
             seconds=round(time.perf_counter() - started, 3),
             key=self.key(case),

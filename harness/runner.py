@@ -241,6 +241,8 @@ def server_environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",  # its thread pool does not survive a fork
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # containers set 1, which makes TF32 of every fp32 product
+        "NVIDIA_TF32_OVERRIDE": "0",
         # glibc keeps freed activations instead of faulting their pages in again at every layer; 32 MiB is its own bound
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),

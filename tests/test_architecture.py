@@ -24,7 +24,7 @@ LEVELS = (
     "plain errors jsonvalues rowlines records specifications contracts options sharding files",
     "catalog methods metrics arguments nllfiles weightmethod codes fused fused_loops rounding rounding_loops quantized "
     "scopes census memory bnb bnb_tensors cpu_products engine products divergence sequential devices timing models "
-    "checkpoints gguf_weights gguf_file gguf_families "
+    "cards checkpoints gguf_weights gguf_file gguf_families "
     "gguf_blocks gguf_tokenizers gguf_write gguf_method admission calibration gptq pieces "
     "libraries torchao_layers quanto_layers prequantized int4_store llmcompressor_layers streaming "
     "hubmodels weightfiles tiny synthetic corpora layouts "

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from harness import timing
+from harness import cards, probe, timing
 from harness.devices import Cpu, Cuda, NoDeviceTime, open_device
 from harness.errors import HarnessError, UnknownName
+from harness.probe import Gpu
+from harness.runner import server_environment
 from harness.timing import Work
 
 MIB = 1 << 20
@@ -353,10 +359,104 @@ def test_open_device() -> None:
         open_device("gpu")
 
 
-def test_open_cuda_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(HarnessError, match="no CUDA device: run with --device cpu"):
+class Torch:
+    """torch.cuda as a build for some cards, under some driver, answers."""
+
+    def __init__(self, available: bool = False, sm: tuple[int, int] = (9, 0), built: str = "", init: str = "") -> None:
+        self.is_available = lambda: available
+        self.get_device_capability = lambda: sm
+        self.get_arch_list = built.split
+        self._init = init
+
+    def init(self) -> None:
+        if self._init:
+            raise RuntimeError(self._init)
+
+
+OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+GPU = Gpu("NVIDIA H100", "sm_90", 0)
+
+
+@pytest.mark.parametrize(
+    ("cards_there", "trouble", "torch_cuda", "built_for", "words"),
+    [
+        ([], "no NVIDIA driver", Torch(), "12.6", r"^no CUDA device: no NVIDIA driver; run with --device cpu"),
+        ([], "", Torch(), None, r"^no CUDA device: the driver shows none, see CUDA_VISIBLE_DEVICES"),
+        ([GPU], "", Torch(), None, r"H100 is there, but this torch \(.*\) is a build for the processor alone: install"),
+        ([GPU], "", Torch(init=OLD), "12.6", r"H100 is there, .* needs a newer driver for CUDA 12.6: update it, or"),
+        (
+            [GPU],
+            "",
+            Torch(init="CUDA unknown error\nmore"),
+            "12.6",
+            r"cannot start CUDA \(CUDA unknown error more\): see",
+        ),
+        ([GPU], "", Torch(), "12.6", "finds no device: see nvidia-smi"),
+    ],
+)
+def test_a_card_that_cannot_be_used_says_why(
+    monkeypatch: pytest.MonkeyPatch, cards_there: list[Gpu], trouble: str, torch_cuda: Any, built_for: str, words: str
+) -> None:
+    monkeypatch.setattr(probe, "cuda_devices", lambda: cards_there)
+    monkeypatch.setattr(probe, "trouble", lambda: trouble)
+    why = cards.refusal(torch_cuda, built_for)
+    assert re.search(words, why)
+    assert "\n" not in why
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "usable"),
+    [
+        ((9, 0), "sm_80 sm_90", True),
+        ((8, 6), "sm_80 sm_90", True),  # code of the same major version
+        ((8, 0), "sm_86 sm_90", False),  # but of no later minor one
+        ((7, 0), "sm_75 sm_80", False),
+        ((12, 0), "sm_80 sm_90", False),
+        ((12, 0), "sm_80 compute_90", True),  # which the driver compiles
+        ((8, 0), "sm_75 compute_90", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 3), "sm_100a", False),  # of that card alone
+        ((12, 1), "sm_120", True),
+        ((9, 0), "", True),  # a build that does not say
+        ((9, 0), "gfx90a", True),
+    ],
+)
+def test_kernels_for_a_card(capability: tuple[int, int], built: str, usable: bool) -> None:
+    why = cards.refusal(Torch(True, capability, built), "12.6")
+    assert (why == "") is usable
+    if why:
+        assert f"has no kernels for the card (sm_{capability[0]}{capability[1]}; it has {built})" in why
+
+
+def test_open_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "refusal", lambda: "no CUDA device: none")
+    with pytest.raises(HarnessError, match="no CUDA device: none"):
         open_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cards, "refusal", lambda: "")
+    monkeypatch.setattr(cards, "full_precision", lambda: {"tf32": False})
     device = open_device("cuda")
     assert (device.name, device.torch_device) == ("cuda", torch.device("cuda"))
+    assert device.precision == {"tf32": False}
+    assert Cpu().precision == {}
+
+
+SWITCHES = """
+import torch
+from harness import cards
+before = torch.backends.cuda.matmul.allow_tf32
+after = cards.full_precision()
+print(before, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, after)
+"""
+
+
+@pytest.mark.parametrize("override", ["0", "1"])
+def test_what_the_harness_sets_wins_over_a_container_that_asks_for_tf32(override: str) -> None:
+    world = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": override}
+    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, env=world, check=True)
+    set_by = "{'fp32_products': 'highest', 'tf32': False, 'half_sums_in_half': False}"
+    assert done.stdout.strip() == f"{override == '1'} False False {set_by}"
+
+
+def test_every_process_of_a_group_starts_without_tf32() -> None:
+    asked = server_environment(1)
+    assert (asked["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"], asked["NVIDIA_TF32_OVERRIDE"]) == ("0", "0")
