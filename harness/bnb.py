@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # annotations only
 DEFAULT_THRESHOLD = 6.0  # activations beyond it are outliers (Dettmers et al. 2022, arXiv:2208.07339, section 3.2)
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
+FP16_PRODUCT = "bitsandbytes writes the product of 8-bit codes in fp16 on a card, whatever the model's dtype"
+
 SPEAKERS = ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules")  # loggers that repeat themselves a forward
 NOISE = re.compile("MatMul8bitLt: inputs will be cast|Input type into Linear4bit is torch.float16")
 
@@ -111,6 +113,7 @@ def method(name: str, summary: str, format: Format) -> Method:
         batch_invariant=not format.int8,
         concurrent=not format.int8,  # 4-bit layers repack at their first forward, the int8 ones keep a state
         reloads=False,  # its quantization states are no buffers
+        notes={"cuda": FP16_PRODUCT} if format.int8 else {},
     )
 
 

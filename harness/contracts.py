@@ -110,6 +110,7 @@ class Method:
     reloads: bool = True  # False: what a state_dict holds of it cannot be loaded by load_state_dict (bitsandbytes)
     concurrent: bool = False  # True: a forward changes nothing of the model, so that two may run beside each other
     file_bytes: Callable[[nn.Module], int] | None = None  # of the file that a loaded model was read from, where one is
+    notes: Mapping[str, str] = field(default_factory=dict)  # by device: what a reader of its rows there must know
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ class Group:
         self.libraries = {name: version for name, version in every.items() if name not in environment.LIBRARIES}
         self.reference_method = method_of(parse(job.reference), catalog.methods())
         self.reference_arguments = arguments.resolve(parse(job.reference), self.reference_method, job.device)
+        self.reference_batch = options.batch_size if self.reference_method.batch_invariant else 1
+        self.reference_id = arguments.method_id(self.reference_method, self.reference_arguments, self.reference_batch)
         self.inputs = Inputs(job.inputs)
         self.checkpoint = self.inputs.checkpoint(lambda: checkpoints.of_session(job.model, options))
         self.repetitions = options.repetitions
@@ -154,23 +156,15 @@ class Group:
 
     def reference_nll(self) -> NDArray[np.float32]:
         """The reference's, once a session: the first process to need it computes it, the others wait and read."""
-        batch = self.job.options.batch_size if self.reference_method.batch_invariant else 1
-        key = digest(
-            [
-                self.checkpoint.revision,
-                arguments.method_id(self.reference_method, self.reference_arguments, batch),
-                self.plan.protocol_id,
-                self.plan.token_hash,
-                *self.world,
-            ]
-        )
+        plan = (self.plan.protocol_id, self.plan.token_hash)
+        key = digest([self.checkpoint.revision, self.reference_id, *plan, *self.world])
         folder = self.job.options.report_dir / "nll"
         index = folder / f"reference-{key[:32]}"
         with locked(folder / f".{key[:32]}.lock"):
             sha = index.read_text(errors="replace") if index.is_file() else ""
             if not nllfiles.holds(folder, sha):  # nobody computed it yet, or what was kept is damaged
                 model = self.model if self.case.method == self.case.reference else self.reference
-                sha = nllfiles.save(folder, self.score(model, self.reference_method, batch))
+                sha = nllfiles.save(folder, self.score(model, self.reference_method, self.reference_batch))
                 self.inputs.untouched(self.checkpoint)
                 replace_text(index, sha)
             nll = nllfiles.load(folder, sha)
@@ -215,6 +209,9 @@ class Group:
         aligned = bool(self.method.grid) and self.method.grid == self.checkpoint.grid
         told = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": aligned}
         told |= {"libraries": self.libraries, "precision": self.device.precision}
+        told |= {"method_note": self.method.notes.get(case.device, "")}
+        if member.timed and case.method != case.reference:
+            told |= {"reference_id": self.reference_id}  # its dtype may be another: a ratio of times holds both
         notes = {name: value for name, value in told.items() if value}
         detail = {**figure.detail, **calibrated, **notes, **texts.pop("detail", {})}
         self.inputs.untouched(self.checkpoint)

@@ -14,6 +14,10 @@ A = sum over columns outside O of |W^|, and B = sum over all columns of |x| |W^|
 
     |y^ - y|  <=  (s / 254 + 2^-25) A  +  (2^-11 + 2e-5 + 4 u) B        for each row and output.
 
+**On a card** the library writes the product of codes in fp16 whatever the model's dtype (and adds an fp16 bias there),
+and casts it afterwards: fp32 and bf16 gain nothing on it. One rounding more, 2^-11 B + 2^-25, adds to the bound, which
+holds while s SCB / 127^2 * (q CB^T) stays below 65,504. The outlier columns are multiplied in the model's dtype.
+
 s and O depend on the other rows, hence on batch size and padding: measured at batch 1. `threshold=0` splits nothing
 off. The bound is worst-case; errors of rounding average out to roughly s / 127 / sqrt(12) * ||W^||_2 instead.
 """

@@ -233,3 +233,9 @@ def test_importing_bitsandbytes_leaves_the_compiler_in_its_place() -> None:
     before = torch.compile
     bnb.preload()
     assert torch.compile is before
+
+
+def test_int8_alone_says_that_a_card_multiplies_in_fp16() -> None:
+    assert {method.name: dict(method.notes) for method in METHODS if method.notes} == {
+        "bnb-int8": {"cuda": bnb.FP16_PRODUCT}
+    }

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
-from harness import census, checkpoints, memory
+from harness import catalog, census, checkpoints, memory
+from harness.environment import Environment
 from harness.errors import HarnessError
 from harness.group import Group
+from harness.records import Case, Figure
+
+METHOD = SimpleNamespace(
+    requires=(), parameters={}, calibrated=False, grid="", notes={"cuda": "in fp16"}, load=lambda *args: nn.Identity()
+)
 
 
 class Device:
     """A card on which nothing can be shown to run."""
+
+    precision = MappingProxyType({"tf32": False})
+    peak_note = ""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -38,9 +48,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Group:
     monkeypatch.setattr(census, "census", lambda *args: {})
     found: Any = Group.__new__(Group)
     found.job = SimpleNamespace(method="nf4", device="meta")
-    found.method = SimpleNamespace(requires=(), parameters={}, load=lambda *args: nn.Identity())
+    found.method = METHOD
     found.arguments = SimpleNamespace(values={}, dtype="fp16")
-    found.checkpoint, found.config, found._model = None, None, None
+    found.checkpoint, found.config, found._model = SimpleNamespace(revision="r", note="", grid=""), None, None
     found.connection, found.device, found.proof = SimpleNamespace(send=lambda reply: None), Device(), {}
     return found  # type: ignore[no-any-return]
 
@@ -59,3 +69,26 @@ def test_evidence_is_taken_once(pretended: Group, monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     assert pretended.model is model
     assert pretended.proof == {"allocated": 64}
+
+
+def test_a_row_says_what_a_reader_must_know(pretended: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretended.device, "proof", lambda work: {"allocated": 64})
+    monkeypatch.setattr(Group, "key", lambda self, case, stop: "k")
+    pretended.inputs = SimpleNamespace(untouched=lambda checkpoint: None)  # type: ignore[assignment]
+    pretended.method_id, pretended.reference_id, pretended.libraries = "nf4:dtype=fp16", "fp32:dtype=fp32", {}
+    pretended.environment = Environment(device="cuda")
+
+    def measured(metric: str, device: str, method: str = "nf4") -> dict[str, Any]:
+        return pretended.measure(Case("m", method, "", "", metric, device)).detail
+
+    told = {"proof": {"allocated": 64}, "precision": {"tf32": False}, "method_note": "in fp16"}
+    assert measured("memory.load_peak", "cuda") == {"allocated": 300, "reserved": 512, **told}
+    assert "method_note" not in measured("memory.load_peak", "cpu")
+    known = catalog.metrics()
+    monkeypatch.setattr(catalog, "metrics", lambda: {**known, "latency": replace(known["latency"], measure=timed)})
+    assert measured("latency.decode", "cuda") == {"log_ratio": 0.7, "reference_id": "fp32:dtype=fp32", **told}
+    assert "reference_id" not in measured("latency.decode", "cuda", "fp32")
+
+
+def timed(subject: Any, member: Any) -> Figure:
+    return Figure(0.2, "s", detail={"log_ratio": 0.7})
