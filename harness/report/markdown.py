@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.records import Case, Row
-from harness.report import account, behaviour, large, tables
+from harness.report import account, behaviour, large, paces, tables
 from harness.report.figures import MOST, Figure, drawn, figures
 from harness.report.matrix import NO_TEXT, Section, complete, sections
 from harness.report.verdicts import verdicts
@@ -126,7 +126,7 @@ def _latency(section: Section, images: Sequence[Figure]) -> list[str]:
     parts += [_image(figure) for figure in images if figure.kind == "latency"]
     for text, name in timed:
         where = f" ({code(text[0])}, {code(text[1])})" if text != NO_TEXT else ""
-        parts += [f"{code(name)}{where}:", tables.latency(section, name, text)]
+        parts += [f"{code(name)}{where}:", tables.latency(section, name, text), paces.note(section, name, text)]
     return parts
 
 

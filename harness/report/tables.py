@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from harness.jsonvalues import decode_number
 from harness.records import Row
-from harness.report import writing
+from harness.report import paces, writing
 from harness.report.matrix import NO_TEXT, Section, Text, severest
 from harness.report.writing import NOTHING, code, escape, table
 
@@ -151,19 +150,24 @@ def _family(section: Section, method: str, family: str) -> list[Row]:
 
 
 def latency(section: Section, metric: str, text: Text) -> str:
-    """One timed measure: p50, p90, p99 and IQR in ms, runs, ratio to the reference with interval, verdict."""
+    """One timed measure: p50, p90, p99 and IQR in ms, runs, ratios with interval (`harness.report.paces`), verdict."""
 
     def seconds(name: str) -> Callable[[str], str]:
-        return lambda method: writing.milliseconds(_detail(section.row(method, metric, text), name))
+        return lambda method: writing.milliseconds(paces.detail(section.row(method, metric, text), name))
 
+    def within(name: str) -> Callable[[str], str]:
+        return lambda method: paces.to_plain(section.row(method, metric, text), section.row(name, metric, text))
+
+    window = any(paces.detail(section.row(method, metric, text), "device_tokens") for method in section.methods)
     columns: list[Column] = [
         ("p50 ms", lambda method: shown(section.row(method, metric, text), writing.milliseconds)),
         ("p90 ms", seconds("p90")),
         ("p99 ms", seconds("p99")),
         ("IQR ms", lambda method: writing.milliseconds(_spread(section.row(method, metric, text)))),
-        ("device ms", seconds("device_seconds")),
+        ("device ms of a window" if window else "device ms", seconds("device_seconds")),
         ("runs", lambda method: _runs(section.row(method, metric, text))),
-        ("ratio to reference [95%]", lambda method: pace(section.row(method, metric, text))),
+        (paces.heading(section, metric, text), lambda method: paces.to_reference(section.row(method, metric, text))),
+        *((f"ratio to {name} [95%]", within(name)) for name in paces.plains(section, metric, text)),
         ("node", lambda method: _node(section.row(method, metric, text))),
         ("verdict", lambda method: verdict([row] if (row := section.row(method, metric, text)) else [])),
     ]
@@ -175,27 +179,12 @@ def _node(row: Row | None) -> str:
     return escape(str(row.detail["node"])) if row is not None and row.detail.get("node") else NOTHING
 
 
-def _detail(row: Row | None, name: str) -> float | None:
-    value = decode_number(row.detail.get(name)) if row is not None else None
-    return float(value) if isinstance(value, (int, float)) else None
-
-
 def _spread(row: Row | None) -> float | None:
     return row.spread if row is not None else None
 
 
 def _runs(row: Row | None) -> str:
     return str(row.count) if row is not None and row.value is not None else NOTHING
-
-
-def pace(row: Row | None) -> str:
-    """Time over the reference's, with its interval; for the reference itself its A/A comparison."""
-    usable = row is None or row.detail.get("log_ratio_usable") is not False
-    ends = ("log_ratio", "log_ratio_low", "log_ratio_high") if usable else ("log_ratio",)
-    found = writing.ratio(*(writing.exp(_detail(row, name)) for name in ends))
-    if row is None or row.method != row.reference or row.value is None:
-        return found
-    return "1" if found == NOTHING else f"A/A {found}"
 
 
 def others(section: Section, text: Text) -> str:
@@ -233,7 +222,7 @@ def _other_cell(section: Section, metric: str, text: Text) -> Callable[[str], st
 
 
 def _kl_cell(section: Section, at: str, text: Text) -> Callable[[str], str]:
-    return lambda method: writing.number(_detail(section.row(method, "divergence.kl", text), at))
+    return lambda method: writing.number(paces.detail(section.row(method, "divergence.kl", text), at))
 
 
 def census(section: Section) -> str:

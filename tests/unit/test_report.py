@@ -83,6 +83,54 @@ def test_ratios_and_units_are_what_hand_computation_gives() -> None:
     assert latency["ratio to reference [95%]"] == "2.0000"
 
 
+def timed(method: str, ran: str, ratio: float, apart: float, **more: Any) -> Row:
+    """A latency of a method in a dtype: `ratio` times the reference's, give or take `apart` of its log."""
+    log = math.log(ratio)
+    detail = {"log_ratio": log, "log_ratio_low": log - apart, "log_ratio_high": log + apart, **more}
+    detail["reference_id"] = "fp32:batch=auto:dtype=fp32"
+    return row(method, "latency.decode", 0.01 * ratio, method_id=f"{method}:batch=1:dtype={ran}", detail=detail)
+
+
+def test_a_ratio_of_times_says_of_which_dtype_its_reference_is() -> None:
+    rows = [timed("fp32", "fp32", 1.0, 0.01), timed("fp16", "fp16", 0.5, 0.03), timed("nf4", "fp16", 0.75, 0.04)]
+    report = render(rows, [item.case for item in rows], {})
+    found = cells(report, "nf4", 1)
+    low, high = (math.exp(math.log(1.5) + sign * 0.05) for sign in (-1, 1))  # 0.03 and 0.04 by squares
+    assert found["ratio to fp32 [95%]"] == "0.7500 [0.7206, 0.7806]"
+    assert found["ratio to fp16 [95%]"] == f"1.5000 [{low:.4f}, {high:.4f}]"
+    assert cells(report, "fp16", 1)["ratio to fp16 [95%]"] == "1"
+    assert cells(report, "fp32", 1)["ratio to fp16 [95%]"] == "–"
+    assert "Methods ran in fp16: the ratio to `fp32` is of dtype and quantization together." in report
+    assert "The ratio to `fp16` is of quantization alone" in report
+
+
+def test_a_ratio_whose_interval_is_not_usable_joins_none() -> None:
+    rows = [timed("fp16", "fp16", 0.5, 0.03), timed("nf4", "fp16", 0.75, 0.04, log_ratio_usable=False)]
+    report = render(rows, [item.case for item in rows], {})  # the reference itself was not timed
+    assert cells(report, "nf4", 1)["ratio to fp16 [95%]"] == "1.5000"
+
+
+def test_without_the_plain_model_in_that_dtype_its_measurement_is_asked_for() -> None:
+    rows = [timed("fp32", "fp32", 1.0, 0.01), timed("nf4", "fp16", 0.75, 0.04)]
+    report = render(rows, [item.case for item in rows], {})
+    assert cells(report, "nf4", 1)["ratio to fp32 [95%]"] == "0.7500 [0.7206, 0.7806]"
+    assert "ratio to fp16 [95%]" not in report
+    assert "Measure `fp16` too for a ratio within one dtype." in report
+
+
+def test_ratios_of_one_dtype_are_told_as_before() -> None:
+    rows = [timed("fp32", "fp32", 1.0, 0.01), timed("bf16", "bf16", 2.0, 0.01), timed("nf4", "fp32", 0.75, 0.04)]
+    report = render(rows, [item.case for item in rows], {})
+    assert cells(report, "nf4", 1)["ratio to reference [95%]"] == "0.7500 [0.7206, 0.7806]"
+    assert "Methods ran in" not in report
+
+
+def test_the_profile_of_one_window_is_headed_so() -> None:
+    rows = [timed("nf4", "fp32", 0.75, 0.04, device_seconds=0.002, device_tokens=511)]
+    report = render(rows, [item.case for item in rows], {})
+    assert cells(report, "nf4", 1)["device ms of a window"] == "2.00"
+
+
 def test_the_reference_stands_first_and_the_others_in_plan_order() -> None:
     planned = [case(method, "perplexity") for method in ("nf4", "absmax-int8", "fp32", "fp4")]
     (section,) = sections(complete([], planned))
