@@ -61,3 +61,25 @@ def test_an_exception_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equal_is_of_bits() -> None:
     torch = pytest.importorskip("torch")
     assert not figures.equal(torch.tensor([1.0]), torch.tensor([1.0 + 2**-23])).detail["holds"]
+
+
+@pytest.mark.parametrize(
+    ("said", "finding"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 MiB.", False),
+        ("CUDA error: no kernel image is available for execution on the device", False),
+        ("CUDA error: invalid configuration argument", True),  # which the library asked for
+    ],
+)
+def test_want_of_memory_or_of_a_kernel_is_no_word_on_the_library(
+    monkeypatch: pytest.MonkeyPatch, said: str, finding: bool
+) -> None:
+    def check(subject: Any) -> Figure:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(models, "CHECKS", {**models.CHECKS, "state_dict": check})
+    if finding:
+        assert invariant.measure(SUBJECT, MEMBERS["state_dict"]).detail["exception"] == f"RuntimeError: {said}"
+        return
+    with pytest.raises(RuntimeError, match=said):
+        invariant.measure(SUBJECT, MEMBERS["state_dict"])
