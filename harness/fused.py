@@ -72,13 +72,13 @@ def int4(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int, level
         levels: 16, in the order of the codes.
 
     Returns:
-        None where blocks do not divide a row.
+        None where blocks do not divide a row, or cut a byte.
     """
     import numpy as np
 
     from harness import fused_loops as loops
 
-    if shape[1] % block:
+    if shape[1] % block or block % 2:
         return None
     scale = stored["scale"].numpy()
     least = stored["minimum"].numpy() if "minimum" in stored else scale[:0]

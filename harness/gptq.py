@@ -79,14 +79,14 @@ def quantize(weight: Tensor, hessian: Tensor, options: Options) -> dict[str, Ten
     order = torch.arange(columns, device=weight.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    moved = weight[:, order]
+    moved, places = weight[:, order], order.tolist()
     factor = inverse_factor(hessian[order][:, order], options.damp)
     found = torch.empty_like(weight)  # codes, in the order of the columns as they lie
     for start in range(0, columns, LAZY):
         stop = min(start + LAZY, columns)
         losses = torch.empty_like(moved[:, start:stop])  # (out, lazy)
         for at in range(start, stop):
-            column = int(order[at])
+            column = places[at]
             if not options.act_order and column % options.block == 0:
                 scale[:, column // options.block] = steps(moved[:, at : at + options.block], options.block)[:, 0]
             step = scale[:, column // options.block]

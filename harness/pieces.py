@@ -44,7 +44,7 @@ def _by_loop(loop: Rounding, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
     as_lies = rows.is_contiguous() and rows.dtype in TAKEN and dtype in (rows.dtype, torch.float32)
     step = max(1, PIECE // inputs)
     if as_lies:
-        step = max(step, math.ceil(outputs / torch.get_num_threads()))
+        step = max(step, -(-outputs // torch.get_num_threads()))
 
     def place(start: int) -> None:
         part = rows[start : start + step]
@@ -55,13 +55,20 @@ def _by_loop(loop: Rounding, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
 
 
 def _in_pieces(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The recipe's own operations on a piece at a time."""
+    """The recipe's own operations on a piece at a time, into room for what they make of the whole weight."""
     step = _piece(recipe, rows)
     first = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
     if step >= rows.shape[0]:
         return first
-    parts = rows.shape[0] / step
-    whole = {name: made.new_empty((math.ceil(len(made) * parts), *made.shape[1:])) for name, made in first.items()}
+    like = torch.empty(rows.shape, dtype=torch.float32, device="meta")
+    sizes = recipe.quantize(like, **recipe.values)  # as bytes are predicted
+    whole = {name: rows.new_empty(sizes[name].shape, dtype=made.dtype) for name, made in first.items()}
+    starts = range(0, rows.shape[0], step)
+    for name, made in first.items():
+        if not made.dim() or -(-len(whole[name]) // len(made)) != len(starts):
+            raise HarnessError(
+                f"{recipe.method} stores no part of its {name} for each piece of a weight: leave out grain"
+            )
 
     def place(start: int) -> None:
         made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
@@ -69,7 +76,7 @@ def _in_pieces(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Te
             at = start // step * len(first[name])
             whole[name][at : at + len(tensor)] = tensor
 
-    _in_threads(place, range(0, rows.shape[0], step))
+    _in_threads(place, starts)
     return whole
 
 
@@ -98,7 +105,7 @@ def _piece(recipe: Recipe, rows: Tensor) -> int:
     """Rows quantized at once: about PIECE weights, no block or byte of two codes cut; all of a meta weight."""
     if not recipe.grain or rows.is_meta:
         return max(1, rows.shape[0])
-    unit = math.lcm(2, int(recipe.values["block"])) if recipe.grain == "block" else 1
+    unit = math.lcm(2, int(recipe.values["block"]) if recipe.grain == "block" else 1)
     apart = unit // math.gcd(unit, rows.shape[1])  # rows between two possible cuts
     return apart * max(1, PIECE // (apart * rows.shape[1]))
 

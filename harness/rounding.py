@@ -53,19 +53,19 @@ def int8(shape: tuple[int, int]) -> Rounding:
 
 
 def int4(shape: tuple[int, int], block: int) -> Rounding | None:
-    """As the method linear-int4; None where blocks do not divide a row."""
+    """As the method linear-int4; None where blocks do not divide a row, or cut a byte."""
     from harness import rounding_loops
 
-    return None if shape[1] % block else Rounding(_room(shape, block), block, rounding_loops.int4)
+    return None if shape[1] % block or block % 2 else Rounding(_room(shape, block), block, rounding_loops.int4)
 
 
 def to_levels(shape: tuple[int, int], block: int, levels: tuple[float, ...]) -> Rounding | None:
-    """As `codes.quantize_to_levels`; None where blocks do not divide a row."""
+    """As `codes.quantize_to_levels`; None where blocks do not divide a row, or cut a byte."""
     import numpy as np
 
     from harness import rounding_loops
 
-    if shape[1] % block:
+    if shape[1] % block or block % 2:
         return None
     order = sorted(range(len(levels)), key=levels.__getitem__)
     ascending = np.array([levels[code] for code in order], dtype=np.float32)
