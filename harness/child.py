@@ -17,7 +17,7 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness import bnb, cachefolders, checkpoints, needs, strangers, tiny, turns, weightfiles  # noqa: F401
+from harness import bnb, cachefolders, checkpoints, needs, probe, strangers, tiny, turns, weightfiles  # noqa: F401
 from harness.errors import HarnessError
 from harness.group import CODE, Group
 from harness.inputs import files
@@ -59,6 +59,16 @@ def consulted(job: Job, verb: str, argument: Any, connection: Connection) -> Rep
     return Reply("done", data=prepare(job, argument, connection))
 
 
+def begun(job: Job, connection: Connection) -> Group | LayerGroup:
+    """The group; HarnessError where this process was forked from one that had started CUDA, which it then cannot."""
+    if job.device == "cuda" and torch.cuda._is_in_bad_fork() and probe.cuda_devices():
+        raise HarnessError(
+            "CUDA was initialised before this process was forked: something that every Python of this environment "
+            "imports at its start (sitecustomize, a .pth file) asks for a card; take it out"
+        )
+    return LayerGroup(job) if job.model == LAYER else Group(job, connection)
+
+
 def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
     """What a living group answers: a key, one turn of a timing, or a row."""
     if verb == "key":
@@ -98,7 +108,7 @@ def serve(job: Job, connection: Connection) -> None:
                 if verb in CONSULTED:
                     reply = consulted(job, verb, argument, connection)
                 else:
-                    group = group or (LayerGroup(job) if job.model == LAYER else Group(job, connection))
+                    group = group or begun(job, connection)
                     reply = answered(group, verb, argument)
             except Exception as error:
                 reply = told(error)

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
-from harness import baselines, family, inputs, judge, merging, planning, report
+from harness import baselines, family, inputs, judge, merging, placing, planning, report
 from harness.errors import HarnessError
 from harness.files import append_line, replace_text
 from harness.plain import visible
@@ -43,6 +43,7 @@ class Collector:
         self.state, self.usage_error = state, usage_error
         self.selected: tuple[Case, ...] = ()
         self.opened = False  # whether this session has a report: it measures something, or is a shard of nothing
+        self.cards: dict[str, int] = {}  # with xdist, the place among the cards that each living worker may take
         self.rows: dict[str, Row] = {}
         self.environments: dict[str, Any] = {}
         self.crashed: dict[str, str] = {}
@@ -61,8 +62,8 @@ class Collector:
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """With xdist: the first worker's node ids are."""
         if not self.selected:
-            plan = {case.id: case for case in (*self.state.plan, *self.state.invariants)}
-            named = (case_id(nodeid) for nodeid in ids)
+            named = [name for name in map(case_id, ids) if name.endswith(("/cpu", "/cuda"))]
+            plan = {case.id: case for case in (*self.state.plan, *self.state.invariants)} if named else {}
             self.select([plan[name] for name in named if name in plan], node.config)
 
     @hookimpl(optionalhook=True)
@@ -81,8 +82,15 @@ class Collector:
         return scheduling
 
     @hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """With xdist: the place among the cards that a worker may take; one that replaces a dead one takes its."""
+        self.cards[node.gateway.id] = place = min(set(range(len(self.cards) + 1)) - set(self.cards.values()))
+        node.workerinput["harness_card"] = place
+
+    @hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """With xdist and --shard: the plan before it was cut, as the first worker tells it at its end."""
+        self.cards.pop(node.gateway.id, None)
         if told := getattr(node, "workeroutput", {}).get("harness_whole"):
             self.state.whole = tuple(Case(**item) for item in told)
 
@@ -96,6 +104,7 @@ class Collector:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         say = reporter.write_line if reporter is not None else print
         try:
+            placing.check_cards(cases, options, self.state.cuda, len(config.getoption("tx", None) or ()))
             self.owner = self.owner or take(options.report_dir)
             runnable = [case for case in cases if not self.state.absent(case)]
             if runnable:

@@ -115,7 +115,7 @@ def capture(device: str, threads: int, loaded: Mapping[str, str] | None = None) 
     facts: dict[str, Any] = {name: installed_version(name) for name in LIBRARIES} | dict(loaded or {})
     if device == "cuda":
         card = first_card()
-        facts |= {"gpu": card.name, "sm": card.sm, "driver": driver_version(), "machine": machine_id(card.uuid)}
+        facts |= {"gpu": card.name, "sm": card.sm, "driver": driver_version(), "machine": machine_id(card.name)}
     else:
         facts["machine"] = machine_id(cpu)
     return Environment(
@@ -134,7 +134,7 @@ def first_card() -> Gpu:
     """The visible card that work goes to."""
     cards = cuda_devices()
     if not cards:
-        raise HarnessError(f"no CUDA device: {trouble() or 'none is visible'}; use --device cpu")
+        raise HarnessError(f"no CUDA device: {trouble()}; use --device cpu")
     return cards[0]
 
 
@@ -158,7 +158,10 @@ def processor(cpuinfo: Path) -> tuple[str, str]:
 
 
 def machine_id(part: str) -> str:
-    """16 hex digits for this host with a processor model or card; cannot be turned back into the host's id."""
+    """16 hex digits for this host with a model of processor or card; cannot be turned back into the host's id.
+
+    Equal cards of one host are one machine, as equal cores are: which of them a case got says nothing of its figure.
+    """
     host = MACHINE_ID.read_text(encoding="utf-8").strip() if MACHINE_ID.is_file() else ""
     return hashlib.sha256("\0".join((SALT, host or socket.gethostname(), part)).encode()).hexdigest()[:16]
 

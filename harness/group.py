@@ -16,6 +16,7 @@ import torch
 
 from harness import (
     arguments,
+    bnb,
     calibration,
     catalog,
     census,
@@ -92,7 +93,8 @@ class Group:
     def world(self) -> tuple[str, ...]:
         """What a number depends on beside weights, method and tokens: a hit under equal worlds is never stale."""
         here, config = self.environment, sha256_file(self.checkpoint.directory / "config.json")
-        return config, here.environment_class, here.machine, str(here.threads), here.wait_policy, CODE
+        chip = here.gpu or here.machine  # losses are shared by equal cards, wherever they are
+        return config, here.environment_class, chip, str(here.threads), here.wait_policy, CODE
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  the group lives as long as its process
     def plan_of(self, dataset: str, protocol: str) -> TokenPlan:
@@ -195,7 +197,8 @@ class Group:
         early = asdict(stop) if stop else {}  # an early-stopped delta is another figure than that of every token
         code = (catalog.outside_code(), self.libraries)
         known = [self.checkpoint.revision, self.method_id, *plan, *self.world, *code, early]
-        return digest([case.id, case.reference, *known, self.repetitions if member_of(case).timed else 0])
+        timed = [self.repetitions, self.environment.machine] if member_of(case).timed else []
+        return digest([case.id, case.reference, *known, *timed])
 
     def measure(self, case: Case, stop: Stop | None = None) -> Row:
         """Measure one case, no further than `stop` asks; no verdict yet."""
@@ -287,10 +290,7 @@ CODE = catalog.code_version()  # of what this process runs: taken at import, in 
 
 def loaded_facts(device: str) -> dict[str, str]:
     """What only the loaded libraries know."""
-    facts = {"cuda": str(torch.version.cuda or "")}
-    module = sys.modules.get("bitsandbytes.cextension")
-    if module is None:
-        import bitsandbytes.cextension as module  # type: ignore[no-redef]
-    library = getattr(getattr(module, "lib", None), "_lib", None)
-    facts["bitsandbytes_library"] = Path(getattr(library, "_name", "") or "").name
-    return facts
+    bnb.preload()  # beside a card the fork server has left it to this process
+    library = getattr(getattr(sys.modules["bitsandbytes.cextension"], "lib", None), "_lib", None)
+    name = Path(getattr(library, "_name", "") or "").name
+    return {"cuda": str(torch.version.cuda or ""), "bitsandbytes_library": name}

@@ -24,6 +24,7 @@ class Job:
     threads: int
     log: Path  # the process's stdout and stderr
     inputs: Mapping[str, str] = field(default_factory=dict)  # what the session's weights and texts were at its start
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES of the process that asks; its fork server's may be older
 
 
 @dataclass(frozen=True)

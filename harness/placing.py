@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
+from harness import probe
 from harness.errors import HarnessError
 from harness.options import Options
+from harness.records import Case
 from harness.runner import Runner
 
 
@@ -34,10 +37,40 @@ def runner_of(options: Options) -> type[Runner]:
     return RayRunner
 
 
-def cuda(options: Options, here: bool) -> bool:
-    """Whether cases can run on a CUDA device: `here`, or on a node of the cluster that the options name."""
+def cuda(options: Options) -> bool:
+    """Whether cases can run on a CUDA device: here, or on a node of the cluster that the options name.
+
+    Nobody is asked where the options want none.
+    """
+    if options.device == "cpu":
+        return False
+    here = bool(probe.cuda_devices())
     if here or options.engine != "ray" or not options.ray_address:
         return here
     from harness.cluster import connection  # local: only where Ray is asked for
 
     return any(node.gpus for node in connection.living(connection.connect(options.ray_address, threads())))
+
+
+def check_cards(cases: Sequence[Case], options: Options, usable: bool, workers: int) -> None:
+    """HarnessError where the selected cases ask for more cards than there are; without a case on one nothing is asked.
+
+    Args:
+        cases: those selected. Where all need a card and none can be had, each of them would only be missing.
+        options: of the session; with `allow_missing` that is wanted.
+        usable: whether a card can be had, as `cuda` says.
+        workers: of pytest-xdist, each of which takes a card; 0 where this process measures.
+    """
+    needy = [case for case in cases if case.device == "cuda"]
+    if needy and len(needy) == len(cases) and not usable and not options.allow_missing:
+        elsewhere = f", and no node of the Ray cluster at {options.ray_address} has one" if options.ray_address else ""
+        fix = f"use --device cpu, or --allow-missing to report the {len(needy)} cases as missing"
+        raise HarnessError(f"no CUDA device: {probe.trouble()}{elsewhere}; {fix}")
+    if needy and workers and (gpus := probe.cuda_devices()):
+        probe.refuse_crowd(workers, gpus)
+
+
+def pin(place: int) -> None:
+    """Leave this process and what it starts one card: that at a place of the caller's CUDA_VISIBLE_DEVICES."""
+    if place < len(probe.cuda_devices()):  # beyond it the controller refuses the session
+        os.environ[probe.VISIBLE] = probe.entry(place, os.environ.get(probe.VISIBLE))

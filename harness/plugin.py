@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from harness import baselines, bounds, door, exact, judge, placing, planning, probe
+from harness import baselines, bounds, door, exact, judge, placing, planning
 from harness.collector import Collector
 from harness.errors import HarnessError
 from harness.files import rewritten
@@ -106,14 +105,9 @@ class State:
         self.whole: tuple[Case, ...] = ()  # with --shard, the selected plan before it was cut
 
     @functools.cached_property
-    def gpus(self) -> list[probe.Gpu]:
-        """The visible CUDA devices."""
-        return probe.cuda_devices()
-
-    @functools.cached_property
     def cuda(self) -> bool:
         """Whether cases can run on a CUDA device."""
-        return placing.cuda(self.options, bool(self.gpus))
+        return placing.cuda(self.options)
 
     @functools.cached_property
     def plan(self) -> tuple[Case, ...]:
@@ -154,26 +148,12 @@ def pytest_configure(config: pytest.Config) -> None:
         if is_active(config) or any("harness.cases" in argument for argument in config.args):
             _ = state.plan  # every option, name and schema error now, in one line
             baselines.validate(state.options.baselines)
-        worker = getattr(config, "workerinput", None)
-        if worker is not None:
-            pin(int(worker["workerid"][2:]), int(worker["workercount"]), state)
-        elif workers and state.gpus and any(case.device == "cuda" for case in state.plan):
-            probe.worker_devices(
-                0, workers, os.environ.get("CUDA_VISIBLE_DEVICES"), len(state.gpus)
-            )  # refuses too many
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[STATE] = state
-    if worker is None:
+    if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Collector(state, pytest.UsageError), "harness-collector")
         config.pluginmanager.register(Publisher(state.options, pytest.UsageError), "harness-publisher")
-
-
-def pin(index: int, count: int, state: State) -> None:
-    """Give an xdist worker its own GPU, indexing into the caller's CUDA_VISIBLE_DEVICES."""
-    if state.gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = probe.worker_devices(index, count, visible, len(state.gpus))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -232,9 +212,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Note which cases were selected, in every process: their number shares out the session's error rate."""
-    state = session.config.stash[STATE]
-    state.selected = state.whole or planning.selected(session.items)
+    """Note which cases were selected, in every process: their number shares out the session's error rate.
+
+    An xdist worker whose cases need a card leaves itself its own, before anything that computes is started.
+    """
+    state, worker = session.config.stash[STATE], getattr(session.config, "workerinput", {})
+    cases = planning.selected(session.items)
+    state.selected = state.whole or cases
+    if "harness_card" in worker and any(case.device == "cuda" for case in cases):
+        placing.pin(worker["harness_card"])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import inputs
+from harness import inputs, probe
 from harness.errors import HarnessError
 from harness.files import locked
 from harness.messages import Asked, Job, Reply, Stop
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from harness.options import Options
 
+BESIDE_CARD = "HARNESS_BESIDE_CARD"  # tells the fork server that this machine has a card, which it must not ask about
 DEATHS = 2  # a group whose process died this often is given up: the machine cannot carry it
 
 
@@ -207,10 +208,12 @@ class Runner:
     def _started(self, case: Case, began: Mapping[str, str]) -> Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["harness.preloaded"])
-        with environment_variables(server_environment(self.threads)):
+        beside = {BESIDE_CARD: "1"} if probe.beside_card() else {}
+        with environment_variables(server_environment(self.threads) | beside):
             forkserver.ensure_running()
-        log = self._logs / "child.log"
-        job = Job(self.options, case.model, case.method, case.device, case.reference, self.threads, log, began)
+        asked = (case.model, case.method, case.device, case.reference)
+        shown = os.environ.get(probe.VISIBLE) if case.device == "cuda" else ""  # a case on the processor sees no card
+        job = Job(self.options, *asked, self.threads, self._logs / "child.log", began, shown)
         here, there = context.Pipe()
         process = context.Process(target=run_group, args=(job, there), daemon=True)
         process.start()
@@ -225,7 +228,12 @@ class Runner:
 
 
 def run_group(job: Job, connection: Connection) -> None:
-    """The child's entry: torch is imported on this side only (the fork server has done it already)."""
+    """The child's entry: torch is imported on this side only (the fork server has done it already).
+
+    It sees the cards that its asker sees now: Ray hands one worker, and with it one fork server, another card a task.
+    """
+    os.environ.pop(probe.VISIBLE, None)
+    os.environ.update({} if job.visible is None else {probe.VISIBLE: job.visible})
     from harness.child import serve
 
     serve(job, connection)

@@ -28,7 +28,7 @@ def add(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was found; with --recorded answer by the exit status alone."""
-    gpus = probe.cuda_devices()
+    gpus, trouble = probe.now().gpus, probe.trouble()
     world = capture("cuda" if gpus else "cpu", len(os.sched_getaffinity(0)))
     if arguments.recorded:
         suffix = "@" + world.device_class.replace(":", "+")
@@ -39,7 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in world.to_dict().items():
         print(f"{name}: {value}")
     print(f"device class: {world.device_class}")
-    print("gpus: " + (", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus) or "none visible"))
+    print(f"gpus: {len(gpus) or trouble}")
+    for gpu in gpus:
+        print(f"  {gpu.index}: {gpu.name} ({gpu.sm}), {gpu.memory / 2**30:.0f} GiB, {gpu.uuid}")
+    if any(gpu.partition for gpu in gpus):
+        print(f"  {probe.ONE_PARTITION}")
     print(f"cache: {cache_dir()}")
     _, declared = read_declared(Path.cwd())
     for kind, names, check in (("model", MODELS, models.check), ("dataset", DATASETS, corpora.check)):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness import planning, probe, report
+from harness import placing, planning, report
+from harness.environment import first_card
 from harness.errors import HarnessError
 from harness.files import append_line, cache_dir, locked, replace_text
 from harness.messages import Turn
@@ -100,7 +101,9 @@ class Live:
 
 def plan(options: Options) -> tuple[Case, ...]:
     """Every case of each side, in the order of measuring: the invariants first, which cost little, where named."""
-    visible = bool(probe.cuda_devices())
+    if options.device == "cuda":
+        first_card()  # or one line, and not a row without a number a case
+    visible = placing.cuda(options)
     rest = tuple(name for name in options.metrics if name != "invariant")
     behaviour = planning.invariant_plan(options, visible) if rest != options.metrics else ()
     return (*behaviour, *(planning.plan(replace(options, metrics=rest), visible) if rest or not behaviour else ()))

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.plugin.test_session import steady
+from tests.rehearsal import cuda_build, driver
 
 if TYPE_CHECKING:
     from tests.plugin.conftest import Project
@@ -167,3 +169,57 @@ def test_cuda_cases_go_where_ray_has_cards(project: Project, with_a_card: str) -
     assert all("install a driver" in row["reason"] for row in rows)  # said by the node, not by the plan
     result.stdout.fnmatch_lines(["Ray: 2 nodes, 3 CPUs"])
     assert "RAY_ADDRESS" not in os.environ
+
+
+# groups on whole cards and on shares of one: Ray keeps a worker, and with it a fork server, from task to task
+SHARES = """
+import json, os, time
+from pathlib import Path
+import ray
+from harness.cluster.connection import VARIABLES
+from harness.invariants import LAYER
+from harness.options import Declared, Options
+from harness.records import Case
+from harness.runner import Runner
+
+
+def group(number):
+    runner = Runner(Options(Declared(Path())), threads=1, lock=Path("lock"))
+    case = Case(LAYER, "nf4", "", "", "invariant.any", "cuda")
+    kind = runner.ask(case, "key", (case, None)).kind
+    pid = runner._process.process.pid
+    runner.close()
+    time.sleep(0.4 + number * 7 % 5 / 4)
+    return pid, os.environ["CUDA_VISIBLE_DEVICES"], os.getpid(), kind
+
+
+if __name__ == "__main__":
+    os.environ.update(VARIABLES)
+    own = {"include_dashboard": False, "object_store_memory": 1 << 27, "log_to_driver": False}
+    ray.init(num_cpus=2, num_gpus=2, logging_level="ERROR", **own)
+    shares = (1.0, 1.0, 0.31, 0.22, 1.0, 0.47, 0.18, 1.0, 0.33, 1.0, 0.25, 1.0)
+    tasks = [
+        ray.remote(group).options(num_cpus=1, memory=(1 << 20) + number, num_gpus=share).remote(number)
+        for number, share in enumerate(shares)
+    ]
+    for task in tasks:
+        print(json.dumps(ray.get(task)), flush=True)
+    ray.shutdown()
+"""
+
+
+def test_a_groups_process_sees_the_card_that_ray_gave_its_task(tmp_path: Path) -> None:
+    (tmp_path / "shares.py").write_text(SHARES)
+    (tmp_path / "sitecustomize.py").write_text(cuda_build.SITE)
+    log = tmp_path / "driver.log"
+    world = driver.world(driver.variables(2, log=log), PYTHONPATH=f"{Path(__file__).parents[2]}:{tmp_path}")
+    command = [sys.executable, "shares.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=world, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tasks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(tasks) == 12
+    assert {kind for _, _, _, kind in tasks} == {"key"}
+    cards = {worker: {given for _, given, mine, _ in tasks if mine == worker} for _, _, worker, _ in tasks}
+    assert any(len(given) > 1 for given in cards.values())  # else no worker went from one card to another
+    started = driver.started(log)
+    assert [started.get(pid) for pid, _, _, _ in tasks] == [{given} for _, given, _, _ in tasks]

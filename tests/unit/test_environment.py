@@ -88,6 +88,8 @@ def test_capture_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "NVIDIA H100", "sm_90", "570.124.06", "cuda:sm_90",
     )  # fmt: skip
     cards[0] = Gpu("NVIDIA H100", "sm_90", 0, "GPU-2")
+    assert capture("cuda", 2) == world  # an equal card of one host: rows of either are resumed, and compared in time
+    cards[0] = Gpu("NVIDIA H200", "sm_90", 0, "GPU-2")
     assert capture("cuda", 2).machine != world.machine
     assert capture("cpu", 2).machine not in {world.machine, capture("cuda", 2).machine}
 

@@ -12,9 +12,11 @@ import pytest
 
 from harness import probe
 from harness.errors import HarnessError
-from harness.probe import Gpu, cuda_devices, worker_devices
+from harness.probe import NO_DEVICE, Answer, Gpu, entry, look, refuse_crowd
 
 CARDS = [("NVIDIA H100 80GB HBM3", 9, 0), ("NVIDIA A10G", 8, 6)]
+FULL = [Gpu("H100", "sm_90", 0, "GPU-1"), Gpu("H100", "sm_90", 1, "GPU-2")]
+PART = [Gpu("H100 MIG 1g.10gb", "sm_90", 0, "MIG-1")]
 
 
 class Driver:
@@ -58,79 +60,86 @@ class NewDriver(Driver):
         return 0
 
 
-def test_the_smallest_card_is_the_one_a_share_must_fit() -> None:
-    assert probe.smallest_card(Driver()) == 24 << 30
-    assert probe.smallest_card(Driver(cards=[])) == 0
-    with pytest.raises(HarnessError, match="cuDeviceTotalMem with error 3"):
-        probe.smallest_card(Driver({"cuDeviceTotalMem": 3}))
-
-
 def test_devices_are_listed_as_torch_counts_them() -> None:
-    assert cuda_devices(Driver()) == [
-        Gpu("NVIDIA H100 80GB HBM3", "sm_90", 0, "GPU-00000000-0000-0000-0000-000000000028"),
-        Gpu("NVIDIA A10G", "sm_86", 1, "GPU-00000000-0000-0000-0000-000000000029"),
-    ]
-
-
-def test_the_newer_uuid_is_taken_where_the_driver_has_it() -> None:
-    assert {gpu.uuid for gpu in cuda_devices(NewDriver())} == {"GPU-00000000-0000-0000-0000-000000000007"}
-
-
-def test_no_driver_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "LIBRARY", "libcuda-that-is-not-there.so.1")
-    assert cuda_devices() == []
-    assert probe.trouble() == "no NVIDIA driver (libcuda-that-is-not-there.so.1 is not there)"
-
-
-@pytest.mark.parametrize("status", [100, 34, 803, 999])
-def test_a_driver_that_does_not_start_is_no_device_and_says_why(status: int) -> None:
-    assert cuda_devices(Driver({"cuInit": status})) == []
-    assert probe.trouble(Driver({"cuInit": status})) == (
-        f"the CUDA driver does not start (cuInit answers {status}): see nvidia-smi"
+    assert look(Driver()).gpus == (
+        Gpu("NVIDIA H100 80GB HBM3", "sm_90", 0, "GPU-00000000-0000-0000-0000-000000000028", 80 << 30),
+        Gpu("NVIDIA A10G", "sm_86", 1, "GPU-00000000-0000-0000-0000-000000000029", 24 << 30),
     )
 
 
-def test_a_driver_that_starts_is_no_trouble() -> None:
-    assert probe.trouble(Driver()) == ""
+def test_the_newer_uuid_is_taken_where_the_driver_has_it() -> None:
+    assert {gpu.uuid for gpu in look(NewDriver()).gpus} == {"GPU-00000000-0000-0000-0000-000000000007"}
 
 
-def test_no_visible_card_is_no_device() -> None:
-    assert cuda_devices(Driver(cards=[])) == []
+def test_an_instance_of_a_partitioned_card_is_told_by_its_name() -> None:
+    (part,) = look(NewDriver(cards=[("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9, 0)])).gpus
+    assert part.partition
+    assert part.uuid == "MIG-00000000-0000-0000-0000-000000000007"
+    assert not look(Driver()).gpus[0].partition
 
 
-@pytest.mark.parametrize("call", ["cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"])
+def test_no_driver_is_no_device_and_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "LIBRARY", "libcuda-that-is-not-there.so.1")
+    monkeypatch.setattr(subprocess, "run", None)
+    assert probe.cuda_devices() == []
+    assert probe.trouble() == "no NVIDIA driver (libcuda-that-is-not-there.so.1 is not there)"
+    assert not probe.beside_card()
+    assert probe.smallest_card() == 0
+
+
+@pytest.mark.parametrize("status", [34, 803, 804, 999])
+def test_a_driver_that_does_not_start_is_no_device_and_says_why(status: int) -> None:
+    trouble = f"the CUDA driver does not start (cuInit answers {status}): see nvidia-smi"
+    assert look(Driver({"cuInit": status})) == Answer(trouble=trouble)
+
+
+def test_no_card_reads_as_that_and_names_what_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = look(Driver({"cuInit": NO_DEVICE}))
+    assert found == Answer(trouble="the CUDA driver finds no card (cuInit answers 100)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert "no card under CUDA_VISIBLE_DEVICES=7 (" in look(Driver({"cuInit": NO_DEVICE})).trouble
+    assert look(Driver(cards=[])) == Answer(trouble="the CUDA driver shows no card")
+
+
+@pytest.mark.parametrize(
+    "call", ["cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute", "cuDeviceTotalMem"]
+)
 def test_a_driver_that_breaks_off_is_not_read_as_no_card(call: str) -> None:
     with pytest.raises(HarnessError, match=rf"the CUDA driver answers {call} with error 46: see nvidia-smi"):
-        cuda_devices(Driver({call: 46}))
+        look(Driver({call: 46}))
 
 
 @pytest.mark.parametrize(
-    ("index", "workers", "visible", "count", "expected"),
+    ("place", "visible", "expected"),
     [
-        (0, 2, None, 2, "0"),
-        (1, 2, None, 2, "1"),
-        (1, 2, "", 4, "1"),
-        (1, 2, "5,3", 2, "3"),
-        (0, 1, "5,3", 2, "5"),
-        (1, 2, "GPU-aa, GPU-bb", 2, "GPU-bb"),
+        (0, None, "0"),
+        (1, None, "1"),
+        (1, "", "1"),
+        (1, "5,3", "3"),
+        (0, "5,3", "5"),
+        (1, "GPU-aa, GPU-bb", "GPU-bb"),
     ],
 )
-def test_each_worker_takes_one_of_the_callers_cards(
-    index: int, workers: int, visible: str | None, count: int, expected: str
-) -> None:
-    assert worker_devices(index, workers, visible, count) == expected
+def test_each_worker_takes_one_of_the_callers_cards(place: int, visible: str | None, expected: str) -> None:
+    assert entry(place, visible) == expected
 
 
 @pytest.mark.parametrize(
-    ("visible", "count", "message"),
+    ("gpus", "message"),
     [
-        ("0,1", 2, r"3 workers but 2 GPUs visible: use -n 2, each worker takes one GPU"),
-        ("0,-1,1", 1, r"3 workers but 1 GPU visible: use -n 1, each worker takes one GPU"),
+        (FULL, r"^3 workers but 2 GPUs visible: use -n 2, each worker takes one GPU$"),
+        (FULL[:1], r"^3 workers but 1 GPU visible: use -n 1, each worker takes one GPU$"),
+        (
+            PART,
+            r"^3 workers but 1 GPU visible: of a partitioned card \(MIG\) CUDA shows a process one .*--shard$",
+        ),
     ],
 )
-def test_more_workers_than_cards_is_refused(visible: str, count: int, message: str) -> None:
+def test_more_workers_than_cards_is_refused(gpus: list[Gpu], message: str) -> None:
     with pytest.raises(HarnessError, match=message):
-        worker_devices(0, 3, visible, count)
+        refuse_crowd(3, gpus)
+    refuse_crowd(len(gpus), gpus)
 
 
 def test_looking_imports_no_torch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_ray_that_is_not_installed_is_one_line_with_the_pip_command(monkeypatch:
     with pytest.raises(HarnessError, match="-n starts workers"):
         placing.check(options, workers=2)
     placing.check(Options(Declared(Path())), workers=2)
+
+
+def test_cards_that_nobody_has_are_one_line_that_names_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.probe.LIBRARY", "libcuda-that-is-not-there.so.1")
+    on_card = [Case("m", "nf4", "", "", "memory.storage", "cuda")]
+    options = Options(Declared(Path()), engine="ray", ray_address="head:6379")
+    line = (
+        r"^no CUDA device: no NVIDIA driver \(.*, and no node of the Ray cluster at head:6379 has one; use --device cpu"
+    )
+    with pytest.raises(HarnessError, match=line):
+        placing.check_cards(on_card, options, usable=False, workers=0)
+    placing.check_cards(on_card, options, usable=True, workers=0)
+    placing.check_cards([*on_card, *CASES], options, usable=False, workers=0)
+    placing.check_cards(on_card, replace(options, allow_missing=True), usable=False, workers=2)
+    placing.check_cards([], options, usable=False, workers=2)
 
 
 def test_an_address_at_which_nothing_listens_is_one_line() -> None:

@@ -1,11 +1,15 @@
 """What --resume compares: every change that could move a number makes another key, so that no stale row is taken."""
 
 import dataclasses
+import functools
 import importlib
 import sys
+import tempfile
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -15,7 +19,18 @@ from harness.messages import Stop
 from harness.records import Case
 
 HERE = Environment(python="3.11", torch="2.13.0", threads=2, machine="m", instructions="avx2 avx512")
+ON_CARD = dataclasses.replace(HERE, device="cuda", gpu="NVIDIA H100", sm="sm_90", machine="m0")
+HOME = tempfile.TemporaryDirectory()
 STOP = Stop(0.01, 0.5, "tokens")
+
+
+@functools.cache
+def folder(config: str) -> Path:
+    """A checkpoint's folder with that configuration."""
+    found = Path(HOME.name) / str(len(list(Path(HOME.name).iterdir())))
+    found.mkdir()
+    (found / "config.json").write_text(config)
+    return found
 
 
 class Pretended:
@@ -34,18 +49,17 @@ class Pretended:
             "libraries": {},
             **changed,
         }
-        here = facts["environment"]
         self.case = case
-        self.checkpoint = dataclasses.make_dataclass("C", [("revision", str)])(facts["revision"])
+        self.checkpoint = SimpleNamespace(revision=facts["revision"], directory=folder(facts["config"]))
         self.plan = dataclasses.make_dataclass("P", [("protocol_id", str), ("token_hash", str)])(
             facts["protocol_id"], facts["token_hash"]
         )
         self.method_id, self.repetitions, self.libraries = (
             facts[name] for name in ("method_id", "repetitions", "libraries")
         )
-        self.world = (
-            facts["config"], here.environment_class, here.machine, str(here.threads), here.wait_policy, facts["code"]
-        )  # fmt: skip
+        self.environment = facts["environment"]
+        with mock.patch.object(group, "CODE", facts["code"]):
+            self.world = group.Group.world.func(self)  # type: ignore[attr-defined]
 
 
 def case(metric: str = "perplexity.delta", **changed: str) -> Case:
@@ -93,6 +107,16 @@ def test_every_change_makes_another_key(changed: dict[str, Any]) -> None:
 @pytest.mark.parametrize("changed", [{"bound": 0.02}, {"variance": None}, {"token_hash": "others"}], ids=str)
 def test_an_early_stop_is_keyed_by_what_stops_it(changed: dict[str, Any]) -> None:
     assert key(stop=dataclasses.replace(STOP, **changed)) != key(stop=STOP)
+
+
+def test_equal_cards_share_what_is_not_timed_wherever_they_are() -> None:
+    elsewhere, other = dataclasses.replace(ON_CARD, machine="m1"), dataclasses.replace(ON_CARD, gpu="NVIDIA H200")
+    timed = case("latency.decode", dataset="", protocol="", device="cuda")
+    for wanted in (case(device="cuda"), case("perplexity", device="cuda")):
+        assert key(wanted, environment=elsewhere) == key(wanted, environment=ON_CARD)
+        assert key(wanted, environment=other) != key(wanted, environment=ON_CARD)
+    assert key(timed, environment=elsewhere) != key(timed, environment=ON_CARD)
+    assert Pretended(timed, environment=elsewhere).world == Pretended(timed, environment=ON_CARD).world  # of losses
 
 
 def test_repetitions_matter_to_timings_alone() -> None:

@@ -83,7 +83,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     monkeypatch.setattr("harness.upgrade.driver.environments.build", build)
     monkeypatch.setattr(driver, "Remote", Remote)
     monkeypatch.setattr("harness.report.publishing.plots", lambda rows, planned: {})  # slow, and tested elsewhere
-    monkeypatch.setattr("harness.upgrade.driver.probe.cuda_devices", lambda: [])
+    monkeypatch.setattr("harness.probe.cuda_devices", lambda: [])
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return told
@@ -161,6 +161,17 @@ def test_no_side_at_all_is_a_users_mistake(world: World, capsys: pytest.CaptureF
     world.unbuilt = {A: "no wheel", C: "no wheel either"}
     assert upgrade(A, C) == 2
     assert "no side can be measured: no wheel; no wheel either" in capsys.readouterr().err
+
+
+def test_no_card_is_one_line_before_any_side_is_built(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.environment.cuda_devices", lambda: [])
+    world.unbuilt = {A: "no wheel", C: "no wheel either"}
+    arguments = ["upgrade", A, C, "--models", "tiny-gpt2", "--metrics", "memory.storage", "--device", "cuda"]
+    assert commands.main([*arguments, "--report-dir", "out"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].partition("no CUDA device: ")[2]
+    assert not Path("out").exists()
 
 
 def test_an_unsupported_method_is_one_line(world: World) -> None:
