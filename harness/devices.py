@@ -197,14 +197,16 @@ class Cuda:
         self._cuda.reset_peak_memory_stats()
 
     def peak(self) -> dict[str, int]:
-        """{"allocated": bytes of tensors, "reserved": bytes of torch's pool}, each its own highest.
+        """{"allocated": bytes of tensors, "requested": the same before the pool rounds, "reserved": the pool's}.
 
+        Each is its own highest.
         What was held at `reset_peak` is not subtracted. Contexts, cuBLAS workspaces and a library's own cudaMalloc
         lie outside torch's allocator and are not seen.
         """
         self._cuda.synchronize()
         return {
             "allocated": int(self._cuda.max_memory_allocated()),
+            "requested": int(self._cuda.memory_stats().get("requested_bytes.all.peak", 0)),
             "reserved": int(self._cuda.max_memory_reserved()),
         }
 

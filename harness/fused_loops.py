@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core.registry import cpu_target
@@ -54,7 +55,9 @@ def threads(wanted: int) -> int:
     """Have as many threads run the loops, of those Numba started with: how many they are."""
     found: int = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
     if getattr(_running, "threads", None) != found:  # a token's 200 products would feel the call
+        before = torch.get_num_threads()
         numba.set_num_threads(found)
+        torch.set_num_threads(before)  # Numba's first launch sets OpenMP's number for torch too, to every core
         _running.threads = found
     return found
 

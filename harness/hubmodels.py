@@ -5,17 +5,18 @@ Grammar: ORG/NAME[@REVISION]. Where the Hub does not answer, a copy in its cache
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import weightfiles
 from harness.errors import BadSpecification, HarnessError, MissingAsset
+from harness.files import replace_text
+from harness.hubanswers import COMMIT, TIMEOUT_SECONDS, refusal, silence, transport
 
 GRAMMAR = re.compile(r"(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^\s@]+))?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-TIMEOUT_SECONDS = 5.0  # to find out whether the Hub answers at all
 KEPT_SUFFIXES = (".json", ".model", ".txt", ".jinja")  # of a repository's files beside the weights: configs, tokenizers
 
 
@@ -27,6 +28,7 @@ class Snapshot:
     commit: str
     directory: Path | None = None
     names: tuple[str, ...] = ()
+    revision: str = ""  # the branch or tag that was asked for and led to the commit
 
 
 def parse(argument: str) -> tuple[str, str]:
@@ -37,47 +39,42 @@ def parse(argument: str) -> tuple[str, str]:
     return match["repository"], match["revision"] or "main"
 
 
-def _cached(repository: str, revision: str) -> Path | None:
+def _cached(repository: str, revision: str, suffixes: tuple[str, ...]) -> Path | None:
+    """The folder of a revision in the cache, unless it lacks files of these suffixes that the Hub has listed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    patterns = [f"*{suffix}" for suffix in suffixes]
+    try:  # folders below hold other formats, and shards of other weights have indices: neither is ever fetched
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "*.index.json"],
+            )
+        )
     except LocalEntryNotFoundError:
         return None
-
-
-def _transport(error: Exception) -> bool:
-    """Whether the network is to blame: the client's errors are no OSError, and its module's name has changed."""
-    return isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore", "requests"))
 
 
 @functools.cache
 def _ask(repository: str, revision: str) -> Snapshot | str:
     """What the Hub says of a revision, or, as text, why it cannot be asked; once a process."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    name = f"'{repository}' at revision '{revision}'"
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS)
-    except GatedRepoError as error:
-        raise MissingAsset(f"the Hub model {name} is gated: accept its terms and run 'hf auth login'") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise MissingAsset(f"the Hub shows no model {name}: check the name, or log in if it is private") from error
-    except OfflineModeIsEnabled:
-        return "HF_HUB_OFFLINE is set"
     except Exception as error:
-        if not _transport(error):
-            raise
-        return f"the Hub does not answer ({type(error).__name__})"
+        if told := refusal(error, f"model '{repository}' at revision '{revision}'"):
+            raise MissingAsset(told) from error
+        if told := silence(error):
+            return told
+        raise
     names = tuple(sibling.rfilename for sibling in info.siblings or () if "/" not in sibling.rfilename)
-    return Snapshot(repository, str(info.sha), names=names)
+    commit = str(info.sha)
+    return Snapshot(repository, commit, names=names, revision="" if revision == commit else revision)
 
 
 def find(argument: str, *, allow_pickle: bool, trust_remote_code: bool) -> Snapshot:
@@ -88,9 +85,11 @@ def find(argument: str, *, allow_pickle: bool, trust_remote_code: bool) -> Snaps
     """
     repository, revision = parse(argument)
     model = f"model 'hub:{argument}'"
-    answer = "" if COMMIT.fullmatch(revision) and _cached(repository, revision) else _ask(repository, revision)
+    suffixes = (*KEPT_SUFFIXES, ".py") if trust_remote_code else KEPT_SUFFIXES
+    known = bool(COMMIT.fullmatch(revision)) and _cached(repository, revision, suffixes) is not None
+    answer = "" if known else _ask(repository, revision)
     if isinstance(answer, str):
-        directory = _cached(repository, revision)
+        directory = _cached(repository, revision, suffixes)
         if directory is None:
             fix = "unset it" if "OFFLINE" in answer else "connect"
             raise MissingAsset(f"{model} is not cached and {answer}: {fix}, or name a local copy as path:DIR")
@@ -106,9 +105,8 @@ def find(argument: str, *, allow_pickle: bool, trust_remote_code: bool) -> Snaps
     weights = weightfiles.check_names(answer.names, model, allow_pickle=allow_pickle)
     config = _fetch_config(answer, model)
     weightfiles.check_config(config, model, trust_remote_code=trust_remote_code)
-    suffixes = (*KEPT_SUFFIXES, ".py") if trust_remote_code else KEPT_SUFFIXES
     kept = {name for name in answer.names if name.endswith(suffixes) and not name.endswith(".index.json")}
-    return Snapshot(repository, answer.commit, names=tuple(sorted(kept.union(weights))))
+    return replace(answer, names=tuple(sorted(kept.union(weights))))
 
 
 def _fetch_config(snapshot: Snapshot, model: str) -> Path:
@@ -117,9 +115,16 @@ def _fetch_config(snapshot: Snapshot, model: str) -> Path:
     try:
         return Path(hf_hub_download(snapshot.repository, "config.json", revision=snapshot.commit))
     except Exception as error:
-        if not _transport(error):
+        if told := refusal(error, model):
+            raise MissingAsset(told) from error
+        if not transport(error):
             raise
-        raise MissingAsset(f"{model}: its config.json cannot be fetched ({type(error).__name__}): try again") from error
+        raise MissingAsset(f"{model}: its config.json cannot be fetched ({_why(error)}): try again") from error
+
+
+def _why(error: Exception) -> str:
+    """What the system says of a disk that is full or not ours, else the error's name."""
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def download(snapshot: Snapshot) -> Path:
@@ -128,13 +133,22 @@ def download(snapshot: Snapshot) -> Path:
 
     if snapshot.directory is not None:
         return snapshot.directory
+    broke = f"the download of '{snapshot.repository}' broke off"
     try:
-        return Path(
+        folder = Path(
             snapshot_download(snapshot.repository, revision=snapshot.commit, allow_patterns=list(snapshot.names))
         )
     except Exception as error:
-        if not _transport(error):
+        if told := refusal(error, f"model '{snapshot.repository}'"):
+            raise MissingAsset(told) from error
+        if not transport(error):
             raise
-        raise MissingAsset(
-            f"the download of '{snapshot.repository}' broke off ({type(error).__name__}): run again, it resumes"
-        ) from error
+        raise MissingAsset(f"{broke} ({_why(error)}): run again, it resumes") from error
+    # the client gives the folder that it has where the Hub goes silent before it has listed the files
+    lost = [name for name in snapshot.names if not (folder / name).is_file()]
+    if lost:
+        raise MissingAsset(f"{broke} ({lost[0]} and perhaps more is not there): run again, it resumes")
+    if snapshot.revision:  # fetched by its commit: the cache must know later, without network, what led to it
+        with contextlib.suppress(OSError):  # a cache that is not ours to write serves all the same
+            replace_text(folder.parent.parent / "refs" / snapshot.revision, snapshot.commit)
+    return folder

@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import BadFile, BadSpecification, MissingAsset, MissingPackage
+from harness.hubanswers import COMMIT, TIMEOUT_SECONDS, refusal, silence, transport
+from harness.strangers import reading
 
 GRAMMAR = re.compile(
     r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+)(?:/(?P<split>[\w.-]+))?)?(?:@(?P<revision>[^\s@]+))?"
 )
-COMMIT = re.compile(r"[0-9a-f]{40}")
-TIMEOUT_SECONDS = 5.0  # to find out whether the Hub answers at all
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,19 @@ def parse(argument: str) -> HubText:
 
 
 def unreachable(text: HubText) -> str:
-    """'' where the Hub answers for this dataset, else why it cannot be asked; MissingAsset where it holds none."""
+    """'' where the Hub gives this dataset, else why it cannot be asked; MissingAsset where it refuses."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        HfApi().dataset_info(text.repository, revision=text.revision, timeout=TIMEOUT_SECONDS)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise MissingAsset(
-            f"the Hub shows no dataset '{text.repository}' at revision '{text.revision or 'main'}': check its name, "
-            "or log in if it is gated"
-        ) from error
-    except OfflineModeIsEnabled:
-        return "HF_HUB_OFFLINE is set"
+        info = HfApi().dataset_info(text.repository, revision=text.revision, timeout=TIMEOUT_SECONDS)
+        if info.gated:
+            HfApi().auth_check(text.repository, repo_type="dataset")
     except Exception as error:
-        # the client library's transport errors are no OSError, and its module changed name between releases
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
-            raise
-        return f"the Hub does not answer ({type(error).__name__})"
+        if told := refusal(error, f"dataset '{text.repository}' at revision '{text.revision or 'main'}'"):
+            raise MissingAsset(told) from error
+        if told := silence(error):
+            return told
+        raise
     return ""
 
 
@@ -87,17 +82,20 @@ def load(text: HubText) -> Any:
         raise MissingPackage("datasets", f"the text 'hub:{text.repository}'") from error
     reason = unreachable(text)
     where = f"{text.repository}{f', {text.config}' if text.config else ''}, {text.split}"
-    try:
-        if not reason:
-            return datasets.load_dataset(text.repository, text.config, split=text.split, revision=text.revision)
-        with offline():
-            found = datasets.load_dataset(text.repository, text.config, split=text.split, revision=text.revision)
-    except (OSError, ValueError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        why = f"{reason} and no copy is cached: connect, or name a local file as text:FILE" if reason else detail
-        raise MissingAsset(f"the text {where} cannot be had: {why}") from error
+    with reading(f"the text {where}"):
+        try:
+            with offline() if reason else nullcontext():
+                found = datasets.load_dataset(text.repository, text.config, split=text.split, revision=text.revision)
+        except Exception as error:
+            if not isinstance(error, ValueError) and not transport(error):
+                raise
+            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+            why = f"{reason} and no copy is cached: connect, or name a local file as text:FILE" if reason else detail
+            raise MissingAsset(f"the text {where} cannot be had: {why}") from error
+    # where the Hub is silent, or goes silent meanwhile, the library takes whatever copy it has
     if text.commit and not any(text.commit in str(item["filename"]) for item in found.cache_files):
-        raise MissingAsset(f"the text {where} is cached at another revision than {text.commit[:12]}, and {reason}")
+        why = reason or "the Hub broke off: run again"
+        raise MissingAsset(f"the text {where} is cached at another revision than {text.commit[:12]}, and {why}")
     return found
 
 

@@ -67,12 +67,17 @@ def bytes_of(found: Iterable[torch.Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def storage_bytes(model: nn.Module) -> int:
-    """Every byte the model needs to run: parameters, buffers and quantization state, each storage once."""
+def held(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor the model needs to run: parameters, buffers and quantization state."""
     holders: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         holders += _children(module)
-    return bytes_of(tensors(*holders))
+    return tensors(*holders)
+
+
+def storage_bytes(model: nn.Module) -> int:
+    """Every byte the model needs to run, each storage once."""
+    return bytes_of(held(model))
 
 
 def _tensor_bytes(found: Iterable[torch.Tensor]) -> int:

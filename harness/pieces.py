@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from harness.rounding import Rounding
 
 PIECE = 2**18  # weights quantized at once: a megabyte in fp32, and few enough operations to be worth a thread
+CARD_PIECE = 2**22  # on a card: as much work as makes a kernel worth its launch, and little beside a model
 TAKEN = frozenset({torch.float32, torch.bfloat16})  # by a compiled loop, as they lie
 
 
@@ -76,7 +77,10 @@ def _in_pieces(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Te
             at = start // step * len(first[name])
             whole[name][at : at + len(tensor)] = tensor
 
-    _in_threads(place, starts)
+    if rows.device.type == "cpu":
+        _in_threads(place, starts)
+    else:  # a stream runs kernels one after another, whoever launches them
+        deque(map(place, starts), maxlen=0)
     return whole
 
 
@@ -103,11 +107,12 @@ def _fp32(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _piece(recipe: Recipe, rows: Tensor) -> int:
     """Rows quantized at once: about PIECE weights, no block or byte of two codes cut; all of a meta weight."""
-    if not recipe.grain or rows.is_meta:
+    kind = rows.device.type
+    if not recipe.grain or kind == "meta":
         return max(1, rows.shape[0])
     unit = math.lcm(2, int(recipe.values["block"]) if recipe.grain == "block" else 1)
     apart = unit // math.gcd(unit, rows.shape[1])  # rows between two possible cuts
-    return apart * max(1, PIECE // (apart * rows.shape[1]))
+    return apart * max(1, (PIECE if kind == "cpu" else CARD_PIECE) // (apart * rows.shape[1]))
 
 
 def _finite(tensor: Tensor) -> bool:

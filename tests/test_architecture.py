@@ -23,17 +23,17 @@ HOME = Path(harness.__file__).parent
 LEVELS = (
     "plain errors jsonvalues rowlines records specifications contracts options sharding files",
     "catalog methods metrics arguments nllfiles weightmethod codes fused fused_loops rounding rounding_loops quantized "
-    "scopes census memory bnb bnb_tensors cpu_products engine products divergence sequential devices timing models "
-    "cards checkpoints gguf_weights gguf_file gguf_families "
+    "scopes census memory card_kernels fake_card bnb bnb_tensors cpu_products engine products divergence sequential "
+    "devices timing models cards checkpoints gguf_weights gguf_file gguf_families "
     "gguf_blocks gguf_tokenizers gguf_write gguf_method admission calibration gptq pieces "
     "libraries torchao_layers quanto_layers prequantized int4_store llmcompressor_layers streaming "
     "hubmodels weightfiles tiny synthetic corpora layouts "
-    "hubtext architectures protocols "
+    "hubtext hubanswers architectures protocols "
     "windows stats environment probe settings messages recorded exact wording invariants inputs strangers "
     "cachefolders",
     "door planning preloaded child group layergroup turns needs faults upgrade runner placing cluster session report "
-    "judge contract family trial drift baselines bounds published fits controls documents rebaselining gathering "
-    "merging",
+    "judge contract family trial drift baselines bounds published fits card_memory controls documents rebaselining "
+    "gathering merging",
     "plugin collector publisher commands",
     "cases __main__",
 )  # a package stands for all of its modules
@@ -43,7 +43,7 @@ TORCH_FREE = frozenset(  # and every package's modules: importing these, and all
     "errors jsonvalues rowlines records specifications contracts options files catalog admission calibration door "
     "methods metrics arguments protocols corpora models stats environment probe architectures planning runner session "
     "report judge baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding "
-    "gathering merging faults upgrade placing cluster inputs plain strangers cachefolders".split()
+    "gathering merging faults upgrade placing cluster inputs plain strangers cachefolders hubanswers".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}

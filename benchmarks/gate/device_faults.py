@@ -78,6 +78,10 @@ class Simulated:
         """The highest mark."""
         return self.highest
 
+    def memory_stats(self) -> dict[str, int]:
+        """Statistics by name, as torch's."""
+        return {"requested_bytes.all.peak": self.max_memory_allocated()}
+
     def max_memory_reserved(self) -> int:
         """The pool's size."""
         return self.pool

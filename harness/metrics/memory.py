@@ -23,7 +23,8 @@ equal instruction set and equal bitsandbytes version. `detail` holds the storage
 
 *Peaks* count everything that the process holds, the model included. On CUDA they are of torch's allocator, which does
 not see the driver's context and the workspaces of libraries: the value is `allocated`, what tensors filled, and
-`detail` has `reserved` beside it, what the pool took from the device. The pool follows what was held before: at loading
+`detail` has `requested` beside it, the same before the pool rounds sizes, which `harness memory --device cuda`
+predicts, and `reserved`, what the pool took from the device. The pool follows what was held before: at loading
 transformers allocates the whole model once to warm it up, and a quantized one keeps that room. On a CPU they are
 the peak resident set of the group's own process (so the interpreter and torch's code are in it, some hundred MiB, and
 reading a memory-mapped file counts); `detail["note"]` tells where the mark could not be reset: the peak is then that of
@@ -46,7 +47,12 @@ if TYPE_CHECKING:  # annotations only
 
 PROMPT = 8  # tokens of the forward before storage_after: any forward repacks, a short one is cheap
 WINDOW = 512  # tokens of the forward whose peak is read: the default protocol's window
-PEAKS = ("resident", "allocated", "reserved")  # as devices name them; the first that a device has is the value
+PEAKS = (
+    "resident",
+    "allocated",
+    "requested",
+    "reserved",
+)  # as devices name them; the first that a device has is the value
 
 
 def measure(subject: Subject, member: Member) -> Figure:

@@ -439,6 +439,20 @@ def test_compiled_loops_quantize_to_the_bits_of_the_definition(
         assert all(found[name].shape == tensor.shape for name, tensor in wanted.items())
 
 
+def test_the_first_loop_leaves_torch_its_number_of_threads() -> None:
+    """Numba's launch, once a process, sets the number that OpenMP gives torch too."""
+    script = """
+import torch
+torch.set_num_threads(1)
+assert torch.get_num_threads() == 1  # asked first: torch sets its own number at the first question of a thread
+from harness import fused_loops
+assert fused_loops.threads(1) == 1
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    world = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], env=world, check=True)
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("module", COMPILED, ids=lambda module: module.METHOD.name)
 def test_compiled_loops_pass_over_nothing_that_is_not_finite(

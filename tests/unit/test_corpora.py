@@ -210,9 +210,9 @@ WIKITEXT_ROWS = [
 
 
 def test_wikitext_joins_rows_and_cuts_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = serve(monkeypatch, Table(text=WIKITEXT_ROWS))
-    wikitext = read("wikitext-2")
     commit = "b08601e04326c79dfdd32d625aee71d232d685c3"
+    asked = serve(monkeypatch, Table(commit, text=WIKITEXT_ROWS))
+    wikitext = read("wikitext-2")
     assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "revision": commit})]
     assert (wikitext.revision, wikitext.split) == (commit, "test")
     for protocol in ("chunk", "stride", "gptq", "half"):
