@@ -11,6 +11,7 @@ from typing import Any
 
 from harness import documents
 from harness.report import writing
+from harness.text import NOTHING
 
 MODELS = {  # text, protocol, tokens
     "smollm2-135m": ("lee", "chunk:512", 4096),
@@ -82,7 +83,7 @@ def verdict(name: str, gain: Sequence[float]) -> str:
 def sample(calibration: Mapping[str, Any]) -> str:
     """What a method looked at."""
     if not calibration:
-        return writing.NOTHING
+        return NOTHING
     size = f"{calibration['windows']} x {calibration['tokens_a_window']} tokens"
     return f"`{calibration['text']}`, {size}, seed {calibration['seed']}, ids {calibration['token_sha256'][:12]}"
 
@@ -106,7 +107,7 @@ default was chosen in view of these tables. All intervals are of 95%, over windo
                 f"{row['bytes']:,}",
                 f"{row['perplexity']:.3f}",
                 span(row["delta"]),
-                writing.NOTHING if method == PLAIN else span(row["gain"]),
+                NOTHING if method == PLAIN else span(row["gain"]),
                 sample(row["calibration"]),
             ]
             for method, row in found["methods"].items()

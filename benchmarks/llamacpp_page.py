@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.report import writing
+from harness.text import NOTHING
 
 TOLERANCE = {"f32": 0.05, "other": 0.5}  # percent of the perplexity
 ALIKE = "ours, inputs rounded"
@@ -118,10 +119,10 @@ def render(results: Mapping[str, Any]) -> str:
                 f"{figures['ours']:.4f}",
                 f"{figures['llama.cpp']:.4f}",
                 f"{off(figures, 'ours'):+.4f}%",
-                f"{figures[ALIKE]:.4f}" if ALIKE in figures else writing.NOTHING,
+                f"{figures[ALIKE]:.4f}" if ALIKE in figures else NOTHING,
                 f"{off(figures):+.4f}%",
                 f"{tolerance(kind)}%",
-                writing.NOTHING if figures.get("noise") is None else f"{figures['noise']:.4f}%",
+                NOTHING if figures.get("noise") is None else f"{figures['noise']:.4f}%",
                 f"{figures['largest']:.4f}",
             ]
             for kind, figures in result["formats"].items()

@@ -14,6 +14,7 @@ from nf4_figures import BITS, BLOCKS, NAMES, measure
 from harness import documents
 from harness.report import writing
 from harness.report.plots import STYLE, WIDTH_INCHES
+from harness.text import NOTHING
 
 PLOT = "nf4.svg"
 FOUR_BITS = ("symmetric", "affine", "nf4", "nf4-dq", "fp4")
@@ -95,7 +96,7 @@ def by_block(results: Mapping[str, Any]) -> list[str]:
         for block in BLOCKS:
             found = [at(rows, kind, block) for kind in FOUR_BITS]
             best = min(row["rms"] for row in found if row)
-            shown = [percent(row["rms"]) if row else writing.NOTHING for row in found]
+            shown = [percent(row["rms"]) if row else NOTHING for row in found]
             marked = [
                 f"**{text}**" if row and row["rms"] == best else text for row, text in zip(found, shown, strict=True)
             ]

@@ -13,6 +13,7 @@ from harness.controls import CONTROLS, Bench, Control
 from harness.options import Declared
 from harness.report import writing
 from harness.specifications import parse
+from harness.text import NOTHING, number, perplexity
 
 MODELS = ("smollm2-135m", "tiny-gpt2")
 TINY_WIDTH, TINY_CHARACTERS = (
@@ -62,7 +63,7 @@ def figure(name: str, value: float) -> str:
     """One figure: counts whole, perplexities to three decimals, the rest to four digits."""
     if isinstance(value, int):
         return f"{value:,}"
-    return writing.perplexity(value) if "perplexity" in name else writing.number(value)
+    return perplexity(value) if "perplexity" in name else number(value)
 
 
 def section(control: Control, results: Mapping[str, Any]) -> str:
@@ -91,7 +92,7 @@ def overview(results: Mapping[str, Any]) -> str:
         name = next(iter(shown["fault"]))
         pair = [figure(name, shown[version][name]) for version in ("fault", "right")]
         where = f" (`{model}`)" * (model != first)
-        rows.append([f"`{control.name}`", name + where, *pair, control.reported or writing.NOTHING])
+        rows.append([f"`{control.name}`", name + where, *pair, control.reported or NOTHING])
     return writing.table(["control", f"figure on `{first}`", "fault", "right", "reported"], rows, words=(0, 1, 4))
 
 

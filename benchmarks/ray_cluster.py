@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 
 from harness import documents, report
+from harness.catalog import member_of
 from harness.files import cache_dir
-from harness.planning import member_of
 from harness.records import Row, Verdict
 from harness.report import writing
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import commands
 from harness.errors import HarnessError
-from harness.settings import read_declared
+from harness.options import read_declared
 
 USAGE = 2
 

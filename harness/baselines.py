@@ -1,6 +1,6 @@
 """Baseline files: exact facts, recorded figures, and the per-token losses behind them. Read, found, written; no torch.
 
-    baselines/<model>/<method>.yaml           exact facts (`harness.exact`): census, predicted bytes, tokens
+    baselines/<model>/<method>.yaml           exact facts (`harness.facts`): census, predicted bytes, tokens
     baselines/<model>/<method>@<class>.yaml   figures of a device class (losses) or of an environment class (the rest)
     baselines/<model>/nll/<sha>.npz           per-token NLL of recorded cases, float32
 
@@ -21,10 +21,9 @@ from urllib.parse import quote
 import yaml
 
 from harness import bounds, catalog, nllfiles
-from harness.contracts import Member
 from harness.environment import Environment, class_difference
 from harness.errors import BadFile
-from harness.exact import (
+from harness.facts import (
     FIX,
     exact_bytes,
     exact_document,
@@ -197,7 +196,7 @@ def to_record(rows: Iterable[Row], regenerate: str) -> list[Row]:
 
 
 def _recordable(row: Row) -> bool:
-    member = _member(row)
+    member = catalog.member(row.metric)
     compared = not (member and member.timed) or row.detail.get("log_ratio_low") is not None
     finite = row.value is not None and math.isfinite(row.value)
     return (
@@ -208,11 +207,6 @@ def _recordable(row: Row) -> bool:
         and row.verdict_reference is not Verdict.OUT_OF_BOUND
         and not (member and member.exact)
     )
-
-
-def _member(row: Row) -> Member | None:
-    metric = catalog.metrics().get(row.case.family)
-    return next((member for member in metric.members if member.name == row.metric), None) if metric else None
 
 
 def record(
@@ -236,7 +230,7 @@ def record(
     when, written = now(), list[Path]()
     groups: dict[tuple[str, str, str], list[Recorded]] = {}
     for row in rows:
-        world, member = Environment.from_dict(environments[row.environment]), _member(row)
+        world, member = Environment.from_dict(environments[row.environment]), catalog.member(row.metric)
         lasting = bool(row.dataset) and not (member and member.timed)
         reach = world.device_class if lasting else world.environment_class
         groups.setdefault((row.model, row.method, reach), []).append(Recorded.of_row(row, world, when))

@@ -133,7 +133,7 @@ def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, m
     import torch
 
     from harness import checkpoints
-    from harness.settings import read_declared
+    from harness.options import read_declared
 
     _, declared = read_declared(Path.cwd())
     corpus = corpora.read(Specification(text), declared)

@@ -1,9 +1,9 @@
 """Lists methods and metrics: of the harness's own folders, of files that a project declares, of installed packages.
 
-In the folders a file's existence is the registration. A project adds files of its own under `[tool.harness]`
-(`methods = ["quant/mine.py"]`, `metrics = [...]`), a package through the entry points `harness.methods` and
-`harness.metrics`. Whatever fails to import, breaks a contract or takes a name that is taken stops the run in one line
-that says where it comes from. Nothing here imports torch.
+In the folders a file's existence is the registration: METHOD is one method, METHODS are a library's. A project adds
+files of its own under `[tool.harness]` (`methods = ["quant/mine.py"]`, `metrics = [...]`), a package through the entry
+points `harness.methods` and `harness.metrics`. Whatever fails to import, breaks a contract or takes a name that is
+taken stops the run in one line that says where it comes from. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Generic, TypeVar
 
 from harness import admission
 from harness.contracts import Member, Method, Metric
-from harness.errors import HarnessError
+from harness.errors import HarnessError, UnknownName
 from harness.files import sha256_file
 from harness.jsonvalues import digest
 from harness.options import Declared
+from harness.records import Case
 
 GROUPS = ("harness.methods", "harness.metrics")
 T = TypeVar("T", Method, Metric)
@@ -58,24 +59,25 @@ def outside_code() -> str:
     return digest(files) if files else ""
 
 
-def _attribute(module: ModuleType, name: str, kind: type[T]) -> T:
-    value = getattr(module, name, None)
-    if not isinstance(value, kind):
+def _held(module: ModuleType, name: str, kind: type[T]) -> tuple[T, ...]:
+    """What a file registers: METHOD, one of the kind, or else METHODS, several; METRIC and METRICS alike."""
+    found = (getattr(module, name),) if hasattr(module, name) else getattr(module, f"{name}S", ())
+    if not isinstance(found, tuple | list) or not found or not all(isinstance(value, kind) for value in found):
         raise HarnessError(f"{module.__file__} holds no {name} of type {kind.__name__}")
-    return value
+    return tuple(found)
 
 
 def _folder(package: str, attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
     home = importlib.import_module(package)
     for info in sorted(pkgutil.iter_modules(home.__path__), key=lambda info: info.name):
-        if info.name.startswith("_"):
-            continue
+        if info.ispkg:
+            continue  # a workshop
         origin = f"{home.__path__[0]}/{info.name}.py"
         try:
             module = importlib.import_module(f"{package}.{info.name}")
         except Exception as error:
             raise HarnessError(f"{origin} fails to import: {error!r}") from error
-        yield Listed(_attribute(module, attribute, kind), origin, own=True)
+        yield from (Listed(value, origin, own=True) for value in _held(module, attribute, kind))
 
 
 def _files(attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
@@ -94,7 +96,7 @@ def _files(attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
         except Exception as error:
             del sys.modules[name]
             raise HarnessError(f"{where} fails to import: {error!r}") from error
-        yield Listed(_attribute(module, attribute, kind), str(path))
+        yield from (Listed(value, str(path)) for value in _held(module, attribute, kind))
 
 
 def _installed(group: str, kind: type[T]) -> Iterator[Listed[T]]:
@@ -180,6 +182,14 @@ def member(name: str) -> Member | None:
     own = {info.name for info in pkgutil.iter_modules([str(Path(__file__).parent / "metrics")])}
     asked = [importlib.import_module(f"harness.metrics.{family}").METRIC] if family in own else metrics().values()
     return {one.name: one for metric in asked for one in metric.members}.get(name)
+
+
+def member_of(case: Case) -> Member:
+    """The member that a case measures; UnknownName where no metric brings it."""
+    found = member(case.metric)
+    if found is None:
+        raise UnknownName("metric", case.metric, metrics())
+    return found
 
 
 def code_version() -> str:

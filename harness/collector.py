@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
-from harness import baselines, family, inputs, judge, merging, placing, planning, report
+from harness import baselines, error_rate, inputs, judge, merging, placing, planning, report
 from harness.errors import HarnessError
 from harness.files import append_line, replace_text
 from harness.plain import visible
@@ -187,8 +187,8 @@ class Collector:
             self.rows = {row.case.id: row for row in self.state.session.ahead()} | self.rows
         rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in self.selected]
         whole = self.state.whole or self.selected  # a shard's error rate is its share of the whole session's
-        tests = family.tests(whole, self.state.bounds, stop_early=options.stop_early)
-        rows = family.settle(rows, tests)
+        tests = error_rate.tests(whole, self.state.bounds, stop_early=options.stop_early)
+        rows = error_rate.settle(rows, tests)
         self.rows = {row.case.id: row for row in rows}
         for step in (self._keep, self._record, self._publish):  # one that fails leaves the others standing
             try:

@@ -22,23 +22,13 @@ def cache_dir() -> Path:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary neighbour, fsync, rename."""
-    with replacement(path) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def replacement(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary neighbour that takes the path's place at the block's end, and is gone where the block fails.
-
-    The block forces it to disk.
-    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb", 2**20) as file:
-            yield file
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:

@@ -37,7 +37,7 @@ from harness.files import locked, replace_text, sha256_file
 from harness.inputs import Inputs
 from harness.jsonvalues import digest
 from harness.messages import Job, Reply, Stop
-from harness.planning import member_of, method_of, missing_packages, packages
+from harness.planning import method_of, missing_packages, packages
 from harness.records import Case, Figure, Row
 from harness.specifications import parse
 
@@ -197,13 +197,13 @@ class Group:
         early = asdict(stop) if stop else {}  # an early-stopped delta is another figure than that of every token
         code = (catalog.outside_code(), self.libraries)
         known = [self.checkpoint.revision, self.method_id, *plan, *self.world, *code, early]
-        timed = [self.repetitions, self.environment.machine] if member_of(case).timed else []
+        timed = [self.repetitions, self.environment.machine] if catalog.member_of(case).timed else []
         return digest([case.id, case.reference, *known, *timed])
 
     def measure(self, case: Case, stop: Stop | None = None) -> Row:
         """Measure one case, no further than `stop` asks; no verdict yet."""
         self.case = case
-        member = member_of(case)
+        member = catalog.member_of(case)
         started = time.perf_counter()
         assert self.model is not None  # load outside the metric, so that a failure to load reads as one
         figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
@@ -268,7 +268,7 @@ class Group:
         if detail["whole"]:  # every token was read: the ordinary figure, with its losses
             key = self.plan.token_hash + self.plan.protocol_id
             self._nll[key] = np.concatenate([losses[index] for index in range(len(windows))])
-            figure = catalog.metrics()[self.case.family].measure(self, member_of(self.case))
+            figure = catalog.metrics()[self.case.family].measure(self, catalog.member_of(self.case))
             return replace(figure, detail=detail | dict(figure.detail))
         return Figure(state.value, "nat", state.windows, interval=(state.low, state.high), detail=detail)
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from harness.bounds import Bounds
 from harness.contracts import Member
-from harness.drift import against_record
 from harness.environment import Environment, difference
+from harness.question import Losses, Outcome, Question
+from harness.record import against_record
 from harness.recorded import Recorded
 from harness.records import Row, Verdict
-from harness.trial import Finding, Losses, Trial, against_reference
+from harness.reference import against_reference
 from harness.wording import message
 
 __all__ = ["fails", "hold", "judge", "message"]
@@ -36,7 +37,6 @@ def judge(
     recorded: Recorded | None,
     environment: Environment,
     nll: Losses,
-    slices: list[slice] | None,
     tests: int = 1,
 ) -> Row:
     """The row with its verdicts, the more severe one's reason first, and the file that served.
@@ -48,8 +48,7 @@ def judge(
         recorded: what `Baselines.find` gave.
         environment: in which the row was measured.
         nll: per-token losses by sha, None where no file holds them.
-        slices: one a window, of the flat array of losses; None for figures of no text.
-        tests: statistical tests of the session (`harness.family`), which share its error rate.
+        tests: statistical tests of the session (`harness.error_rate`), which share its error rate.
 
     Returns:
         The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval and p value),
@@ -58,23 +57,26 @@ def judge(
     """
     if row.value is None:
         return replace(row, verdict=Verdict.MISSING)
-    trial = Trial(row, member, bounds, recorded, environment, nll, slices, tests)
-    reference, record = against_reference(trial), against_record(trial)
-    findings = sorted((found for found in (reference, record) if found.verdict), key=severity)
+    question = Question(row, member, bounds, recorded, nll, environment, tests)
+    reference, record = against_reference(question), against_record(question)
+    outcomes = sorted((outcome for outcome in (reference, record) if outcome.verdict), key=severity)
+    detail = _detail(question, reference, record)
+    if recorded is not None and record.verdict in TOLD:
+        detail["environment_difference"] = difference(recorded.environment, environment)
     return replace(
         row,
-        verdict=findings[0].verdict or Verdict.SAME,
+        verdict=outcomes[0].verdict or Verdict.SAME,
         verdict_reference=reference.verdict,
         verdict_baseline=record.verdict,
-        reason="; ".join(found.reason for found in findings if found.reason),
+        reason="; ".join(outcome.reason for outcome in outcomes if outcome.reason),
         baseline=recorded.file if recorded else "",
-        detail=_detail(trial, reference, record),
+        detail=detail,
     )
 
 
-def severity(finding: Finding) -> int:
+def severity(outcome: Outcome) -> int:
     """0 for the most severe."""
-    return (finding.verdict or Verdict.WITHIN_BOUND).severity
+    return (outcome.verdict or Verdict.WITHIN_BOUND).severity
 
 
 def hold(row: Row, changed: Sequence[str]) -> Row:
@@ -89,11 +91,11 @@ def hold(row: Row, changed: Sequence[str]) -> Row:
     return replace(row, verdict=word, verdict_baseline=word, reason=f"{text}; {row.reason}")
 
 
-def _detail(trial: Trial, reference: Finding, record: Finding) -> dict[str, Any]:
+def _detail(question: Question, reference: Outcome, record: Outcome) -> dict[str, Any]:
     """The row's detail with what was decided by; what an earlier judgement left there is replaced."""
-    row, rule = trial.row, trial.bounds.against_reference(trial.row.case)
+    row, rule = question.row, question.bounds.against_reference(question.row.case)
     detail = {key: value for key, value in row.detail.items() if key not in LEFT}
-    detail["floor"] = row.detail.get("aa_floor") if trial.member.timed else trial.bounds.floor(row.case)
+    detail["floor"] = row.detail.get("aa_floor") if question.member.timed else question.bounds.floor(row.case)
     if record.change is not None:
         change = asdict(record.change)
         detail["change"] = {**{name: change[name] for name in ("value", "low", "high")}, "floor": record.floor}
@@ -102,8 +104,6 @@ def _detail(trial: Trial, reference: Finding, record: Finding) -> dict[str, Any]
         detail["bound"] = f"{rule} ({rule.reason})"
     if smallest := record.smallest or reference.smallest:
         detail["smallest"] = smallest
-    if trial.recorded is not None and record.verdict in TOLD:
-        detail["environment_difference"] = difference(trial.recorded.environment, trial.environment)
     return detail
 
 

@@ -11,7 +11,7 @@ from harness.devices import open_device
 from harness.group import CODE, loaded_facts
 from harness.jsonvalues import digest
 from harness.messages import Job, Stop
-from harness.planning import member_of, method_of
+from harness.planning import method_of
 from harness.records import Case, Row
 from harness.specifications import parse
 
@@ -38,7 +38,7 @@ class LayerGroup:
         self.case = case
         started = time.perf_counter()
         subject: Any = self  # a Subject without model, plan and reference
-        figure = catalog.metrics()[case.family].measure(subject, member_of(case))
+        figure = catalog.metrics()[case.family].measure(subject, catalog.member_of(case))
         return Row.of(
             case,
             method_id=self.method_id,

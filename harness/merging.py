@@ -6,26 +6,24 @@ that never came are shown as missing. Two measurements of one case must agree in
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-from harness import family, gathering, report
+from harness import error_rate, report
 from harness.errors import BadFile
-from harness.files import replace_bytes, replace_text, replacement
+from harness.files import replace_bytes, replace_text
 from harness.jsonvalues import parse_line
+from harness.options import Shard
 from harness.records import Case, Row, Verdict
-from harness.report.reading import SHA, Session, measurements_of, plan_text
-from harness.sharding import Shard, partition, plan_digest
+from harness.report.reading import SHA, Session, latest, plan_text, read_report
+from harness.sharding import partition, plan_digest
 
 SHARD_FILE = "shard.json"
 CASES = '"cases": '  # in shard.json, before the plan
@@ -37,15 +35,14 @@ DROPPED = frozenset({"--shard", "--harness-shard", "--resume"})  # options that 
 
 @dataclass(frozen=True)
 class Part:
-    """One directory: its session, its measurements, and which shard it was (None where it was no shard)."""
+    """One directory: its session, and which shard it was (None where it was no shard)."""
 
     folder: Path
     session: Session
-    file: BinaryIO | None = None  # its measurements, open: what is copied is what was read, whatever takes their place
     shard: Shard | None = None
     digest: str = ""
     whole: tuple[Case, ...] = ()  # the plan before it was cut
-    tests: int = 0  # statistical tests of the whole plan (`harness.family`)
+    tests: int = 0  # statistical tests of the whole plan (`harness.error_rate`)
 
 
 @dataclass(frozen=True)
@@ -57,23 +54,6 @@ class Merged:
     absent: tuple[int, ...]  # shards that never came, counted from 1
 
 
-class Found(NamedTuple):
-    """The row that stands for a case, and where it came from: of a row that stays as it was the line is copied."""
-
-    row: Row
-    folder: Path | None = None
-    file: BinaryIO | None = None
-    span: tuple[int, int] = (0, 0)
-
-    def written(self, row: Row) -> bytes:
-        """What stands in the merged measurements.jsonl for `row`, which is this one or what was made of it."""
-        if self.file is None or row is not self.row:
-            return row.to_json().encode() + b"\n"
-        start, end = self.span
-        self.file.seek(start)  # lines are not kept: they are half of what a large merge would hold
-        return self.file.read(end - start) + b"\n"
-
-
 def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -> None:
     """Say beside a report which part of which plan it is, and how many statistical tests the whole plan makes."""
     cases = [case.told() for case in whole]
@@ -81,24 +61,15 @@ def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -
     replace_text(folder / SHARD_FILE, json.dumps(told) + "\n")
 
 
-def opened(folder: Path, files: contextlib.ExitStack) -> BinaryIO | None:
-    """A directory's measurements, which `files` closes."""
-    with contextlib.suppress(OSError):  # `read_report` says what is wrong
-        return files.enter_context(measurements_of(folder).open("rb", 2**16))
-    return None
-
-
-def read_part(
-    folder: Path, read: Callable[[], Session], file: BinaryIO | None, plans: dict[str, tuple[Case, ...] | None]
-) -> Part:
+def read_part(folder: Path, plans: dict[str, tuple[Case, ...] | None]) -> Part:
     """A directory with its shard.json, where it has one; BadFile names what is wrong with it.
 
     `plans` keeps what was read: every shard holds the whole plan, and it is read and checked once.
     """
-    session = read()
+    session = read_report(folder)
     path = folder / SHARD_FILE
     if not path.is_file():
-        return Part(folder, session, file)
+        return Part(folder, session)
     try:
         head, mark, written = path.read_text(encoding="utf-8").partition(CASES)  # they are last: `write_shard`
         told = parse_line(f"{head}{mark}null}}".encode() if mark else head.encode())
@@ -110,7 +81,7 @@ def read_part(
         raise BadFile(f"{path} cannot be read ({error}): measure that shard again") from error
     if (planned := plans[known]) is None or not 1 <= shard.index <= shard.count:
         raise BadFile(f"{path} does not hold the plan that it names: measure that shard again")
-    return Part(folder, session, file, shard, digest, planned, tests)
+    return Part(folder, session, shard, digest, planned, tests)
 
 
 def merge(folders: Sequence[Path], out: Path) -> Merged:
@@ -121,36 +92,15 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     """
     if (out / "measurements.jsonl").exists():
         raise BadFile(f"{out} holds measurements already: name a new directory with -o")
-    with uncollected(), contextlib.ExitStack() as files:
-        plans: dict[str, tuple[Case, ...] | None] = {}
-        lines = {folder: opened(folder, files) for folder in folders}
-        with gathering.readers(list(lines)) as readers:
-            read = readers.sessions.items()
-            parts = {folder: read_part(folder, session, lines[folder], plans) for folder, session in read}
-            return _merge([parts[folder] for folder in folders], out, readers)
+    plans: dict[str, tuple[Case, ...] | None] = {}
+    return _merge([read_part(folder, plans) for folder in folders], out)
 
 
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: rows hold no cycle, and walking a million of their objects takes time."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            if not gc.get_freeze_count():
-                gc.freeze()  # as old as they get, else the first collection walks all of them after all
-                gc.unfreeze()
-            gc.enable()
-
-
-def _merge(parts: Sequence[Part], out: Path, readers: gathering.Readers) -> Merged:
+def _merge(parts: Sequence[Part], out: Path) -> Merged:
     whole, absent = plan_of(parts)
-    found = joined(parts, whole)
-    rows = [one.row for one in found]
+    rows = joined(parts, whole)
     if parts[0].tests:
-        rows = family.settle(rows, parts[0].tests)
+        rows = error_rate.settle(rows, parts[0].tests)
     if absent:
         reasons = missing_reasons(whole, parts[0].shard, absent)
         rows = [row if row.value is not None else _told(row, reasons) for row in rows]
@@ -159,19 +109,14 @@ def _merge(parts: Sequence[Part], out: Path, readers: gathering.Readers) -> Merg
         environments = {name: world for part in parts for name, world in part.session.environments.items()}
         used = {row.environment for row in rows}
         environments = {name: world for name, world in sorted(environments.items()) if name in used}
-        linked = readers.beside(link, losses(parts, rows, out / "nll"), out / "nll")
+        link(losses(parts, rows, out / "nll"), out / "nll")
         replace_text(out / "plan.json", plan_text(whole))
         replace_text(out / "environments.json", json.dumps(environments, indent=1, sort_keys=True) + "\n")
-        with replacement(out / "measurements.jsonl") as file, ThreadPoolExecutor(1) as pool:
-            file.writelines(one.written(row) for one, row in zip(found, rows, strict=True))
-            file.flush()
-            synced = pool.submit(os.fsync, file.fileno())  # meanwhile the report is made
-            command = merged_command([part.session.command for part in parts], out)
-            notes = tuple(dict.fromkeys(note for part in parts for note in part.session.notes))
-            report.remember(out, notes, command)
-            files = report.files(out, rows, whole, environments, notes, command)
-            synced.result()
-            linked()
+        replace_text(out / "measurements.jsonl", "".join(row.to_json() + "\n" for row in rows))
+        command = merged_command([part.session.command for part in parts], out)
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.session.notes))
+        report.remember(out, notes, command)
+        files = report.files(out, rows, whole, environments, notes, command)
     except OSError as error:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
     return Merged(report.put(out, files), tuple(rows), absent)
@@ -196,37 +141,35 @@ def plan_of(parts: Sequence[Part]) -> tuple[tuple[Case, ...], tuple[int, ...]]:
     return first.whole, tuple(index for index in range(1, first.shard.count + 1) if index not in came)
 
 
-def joined(parts: Sequence[Part], whole: Sequence[Case]) -> list[Found]:
+def joined(parts: Sequence[Part], whole: Sequence[Case]) -> list[Row]:
     """One row a case of the whole plan, a measurement before a reason why there is none."""
-    found: dict[Case, Found] = {}
+    found: dict[Case, tuple[Row, Path]] = {}
     for part in parts:
-        read = zip(part.session.rows, part.session.spans, strict=True)
-        last = {row.case: Found(row, part.folder, part.file, span) for row, span in read}
-        for case, one in last.items():
-            known = found.get(case)
-            if known and known.row.value is not None and one.row.value is not None:
-                agree(known, one)
-            elif known is None or known.row.value is None:
-                found[case] = one
+        for row in latest(part.session.rows):
+            known = found.get(row.case)
+            if known and known[0].value is not None and row.value is not None:
+                agree(known, (row, part.folder))
+            elif known is None or known[0].value is None:
+                found[row.case] = row, part.folder
     planned = dict.fromkeys(whole)
     if extra := next((case for case in found if case not in planned), None):
-        raise BadFile(
-            f"{found[extra].folder} holds {extra.id}, which is not in the plan: measure into a fresh directory"
-        )
+        raise BadFile(f"{found[extra][1]} holds {extra.id}, which is not in the plan: measure into a fresh directory")
     never = "not reached: its session stopped before it"
-    return [found.get(case) or Found(Row.of(case, verdict=Verdict.MISSING, reason=never)) for case in planned]
+    return [
+        found[case][0] if case in found else Row.of(case, verdict=Verdict.MISSING, reason=never) for case in planned
+    ]
 
 
-def agree(first: Found, second: Found) -> None:
-    """BadFile with the field where two measurements of one case differ in more than time."""
-    one, two = first.row, second.row
+def agree(first: tuple[Row, Path], second: tuple[Row, Path]) -> None:
+    """BadFile with the field where two measurements of one case, each with its directory, differ in more than time."""
+    one, two = first[0], second[0]
     if one.case.family == "latency" or one.metric in UNSTEADY:
         return
     ours, theirs = one.told(), two.told()
     for name in ours:
         if name not in FREE and name != "detail" and not same(ours[name], theirs[name]):
             raise BadFile(
-                f"{first.folder} and {second.folder} disagree on {one.case.id}, {name}: {_short(ours[name])} and "
+                f"{first[1]} and {second[1]} disagree on {one.case.id}, {name}: {_short(ours[name])} and "
                 f"{_short(theirs[name])}; leave one of the directories out or measure that case again"
             )
 

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from harness import arguments, calibration, catalog, corpora, invariants, models, protocols
 from harness.contracts import Member, Method
 from harness.errors import BadSpecification, UnknownName
-from harness.options import DEVICES, Options
+from harness.options import DEVICES, Options, Shard
 from harness.records import Case
-from harness.sharding import Shard, partition
+from harness.sharding import partition
 from harness.specifications import Specification
 
 CORE = (
@@ -187,11 +187,3 @@ def cut(items: Iterable[T], whole: Sequence[Case], shard: Shard) -> tuple[list[T
         here = case[0] in mine if case else shard.index == 1
         (kept if here else left).append(item)
     return kept, left
-
-
-def member_of(case: Case) -> Member:
-    """The member a case measures."""
-    for member in catalog.metrics()[case.family].members:
-        if member.name == case.metric:
-            return member
-    raise UnknownName("metric", case.metric, catalog.metrics())

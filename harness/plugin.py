@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from harness import baselines, bounds, door, exact, judge, placing, planning
+from harness import baselines, bounds, door, judge, placing, planning
 from harness.collector import Collector
 from harness.errors import HarnessError
+from harness.facts import exact_document, exact_path, holds, provenance, read_exact
 from harness.files import rewritten
-from harness.options import Options
+from harness.options import SETTINGS, Options, Setting, build, read_declared
 from harness.publisher import Publisher
 from harness.records import Case, Row, Verdict
 from harness.session import Session
-from harness.settings import SETTINGS, Setting, build, read_declared
 
 MARKS = {
     "gpu": "cases on a CUDA device",
@@ -251,14 +251,12 @@ def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
     facts = {} if row.value is None else state.session.facts(row)
     if not facts:
         return
-    path = exact.exact_path(state.options.baselines, row.case)
-    recorded = exact.read_exact(path)
-    if not state.options.regenerate and (
-        not exact.holds(recorded, facts) or row.verdict_baseline is Verdict.NOT_COMPARABLE
-    ):
+    path = exact_path(state.options.baselines, row.case)
+    recorded = read_exact(path)
+    if not state.options.regenerate and (not holds(recorded, facts) or row.verdict_baseline is Verdict.NOT_COMPARABLE):
         return  # the judge says so, with the command that records it
     world = state.session.world(row)
-    document = exact.exact_document(recorded, facts, exact.provenance(world))
+    document = exact_document(recorded, facts, provenance(world))
     try:  # the fixture writes in place: a kill or a full disk would leave half a file
         with rewritten(path) if state.options.regenerate else contextlib.nullcontext(path) as draft:
             request.getfixturevalue("data_regression").check(document, fullpath=draft)

@@ -11,6 +11,7 @@ from pluggy import HookimplMarker
 from harness import published, report
 from harness.errors import HarnessError
 from harness.published.ratios import beside, of_baselines, of_rows
+from harness.report.reading import keep_published
 
 if TYPE_CHECKING:
     import pytest
@@ -44,7 +45,7 @@ class Publisher:
         try:
             measured = (folder / "measurements.jsonl").is_file()
             ratios = of_rows(report.read_report(folder).rows) if measured else {}
-            published.keep(folder, beside(self.in_order(), ratios or of_baselines(self.options.baselines)))
+            keep_published(folder, beside(self.in_order(), ratios or of_baselines(self.options.baselines)))
             if measured:
                 report.rewrite(folder)
             else:

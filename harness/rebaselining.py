@@ -5,7 +5,6 @@ Figures are looked up and judged as a session does it; exact facts are compared 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from harness import baselines, bounds, exact, judge, nllfiles
+from harness import baselines, bounds, judge, nllfiles
+from harness.catalog import member_of
 from harness.environment import Environment, difference
 from harness.errors import HarnessError
+from harness.facts import changes, exact_document, exact_facts, exact_path, holds, provenance, read_exact
 from harness.files import replace_text
-from harness.planning import member_of
 from harness.recorded import Recorded
 from harness.records import Case, Row, Verdict
 from harness.report.reading import read_report
-from harness.report.writing import NOTHING, code, escape, plural, table
-from harness.wording import percent, shown
+from harness.report.writing import code, escape, table
+from harness.text import NOTHING, percent, plural
+from harness.wording import shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +72,7 @@ def propose(report: Path, folder: Path) -> Proposal:
         found = known.find(row.case, world)
         judged = judge.judge(
             row, member_of(row.case), bounds=rules, recorded=found, environment=world,
-            nll=losses(report, folder), slices=slices(row),
+            nll=losses(report, folder),
         )  # fmt: skip
         if member_of(row.case).exact:
             continue  # its file is compared below
@@ -95,30 +96,21 @@ def losses(report: Path, folder: Path) -> Callable[[str], NDArray[np.float32] | 
     return read
 
 
-def slices(row: Row) -> list[slice] | None:
-    """A row's windows in its flat losses; None for figures of no text."""
-    counts = row.detail.get("window_counts")
-    if not counts:
-        return None
-    ends = list(itertools.accumulate(counts))
-    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
-
-
 def facts(
     rows: Sequence[Row], environments: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> dict[Path, tuple[dict[str, Any], tuple[str, ...]]]:
     """The files of exact facts that would change: the document, and the facts that are new or other."""
     found: dict[Path, tuple[dict[str, Any], tuple[str, ...]]] = {}
     for row in rows:
-        brought = exact.exact_facts(row, member_of(row.case))
+        brought = exact_facts(row, member_of(row.case))
         if not brought or row.environment not in environments:
             continue
-        path = exact.exact_path(folder, row.case)
-        before = found[path][0] if path in found else exact.read_exact(path)
-        lines = exact.changes(before, brought) + ([] if exact.holds(before, brought) else [added(row.case)])
+        path = exact_path(folder, row.case)
+        before = found[path][0] if path in found else read_exact(path)
+        lines = changes(before, brought) + ([] if holds(before, brought) else [added(row.case)])
         if lines:
             kept = found[path][1] if path in found else ()
-            document = exact.exact_document(before, brought, exact.provenance(environments[row.environment]))
+            document = exact_document(before, brought, provenance(environments[row.environment]))
             found[path] = document, tuple(dict.fromkeys((*kept, *lines)))
     return found
 

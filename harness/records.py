@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from dataclasses import MISSING, dataclass, field, fields
@@ -155,6 +156,12 @@ class Row:
         """Whether the case was decided before its text ended (`--stop-early`): no whole-text figure."""
         return "tokens_used" in self.detail and not self.detail.get("whole")
 
+    @property
+    def windows(self) -> list[slice]:
+        """Each window's place in the flat per-token losses; empty for figures of no text."""
+        counts = self.detail.get("window_counts") or ()
+        return [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
+
     @classmethod
     def of(cls, case: Case, **measured: Any) -> Row:
         """A row for a case."""
@@ -176,7 +183,7 @@ class Row:
         `censuses` holds what rows before it had: a row with an equal census shares it, most of its bytes.
         """
         line = (text if isinstance(text, bytes) else text.encode()).strip()
-        data = parse_line(line) if censuses is None else censuses.parse(line)
+        data = parse_line(line)
         if not isinstance(data, dict) or type(data.get("schema")) is not int:
             raise ValueError("not a measurement: no schema number")
         if data["schema"] > SCHEMA:

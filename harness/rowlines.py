@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
-from harness.jsonvalues import decode_number, parse_line
+from harness.jsonvalues import decode_number
 
 # fields whose few values stand in many rows
 REPEATED = tuple(
     "model method metric device reference dataset protocol revision method_id protocol_id token_hash unit baseline "
     "environment reason".split()
 )
-CENSUS = b'"census": '  # in a line, before the census
-DECODER = json.JSONDecoder()
 TEXT, NONE = frozenset({str}), type(None)
 KINDS: dict[str, frozenset[type]] = {  # of a row's fields in JSON; every other is text
     **dict.fromkeys(("value", "spread", "bits_per_weight"), frozenset({float, int, NONE})),
@@ -61,29 +58,10 @@ def _is_number(value: Any) -> bool:
 
 
 class Censuses:
-    """The censuses of lines read so far: a group's rows hold one each, word for word, and it is most of their bytes."""
+    """The censuses of lines read so far: a group's rows hold one each, and it is most of their bytes."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[Any, Any], Any] = {}  # the last one of each model under a method
-        self.text, self.value = b"", None  # the last one read, as it stands in its line, and parsed
-
-    def parse(self, line: bytes) -> Any:
-        """`parse_line`; a census that equals the line's before it letter by letter is not parsed again."""
-        start = line.find(CENSUS) + len(CENSUS)
-        if start < len(CENSUS):
-            return parse_line(line)
-        if self.text and line.startswith(self.text, start):
-            data = parse_line(b"%bnull%b" % (line[:start], line[start + len(self.text) :]))
-            if isinstance(data, dict) and data.get("census", "") is None:  # else it stood deeper, or twice
-                data["census"] = self.value
-                return data
-        data = parse_line(line)
-        if isinstance(data, dict) and isinstance(data.get("census"), dict):
-            text = line[start:].decode()
-            value, end = DECODER.raw_decode(text)
-            if value == data["census"]:
-                self.text, self.value = text[:end].encode(), data["census"]
-        return data
 
     def share(self, data: dict[str, Any]) -> None:
         """Let a row's fields be the very objects of rows before it where they are equal."""

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import inputs, probe
+from harness.catalog import member_of
 from harness.errors import HarnessError
 from harness.files import locked
 from harness.messages import Asked, Job, Reply, Stop
-from harness.planning import member_of
 from harness.records import Case, Row, Verdict
 from harness.strangers import DEVICE
 

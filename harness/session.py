@@ -16,24 +16,24 @@ from harness import (
     baselines,
     bounds,
     corpora,
-    exact,
-    family,
-    faults,
+    error_rate,
     judge,
+    known_faults,
     models,
     nllfiles,
     placing,
-    report,
     sequential,
 )
+from harness.catalog import member_of
 from harness.environment import Environment, capture
 from harness.errors import BadFile, HarnessError
+from harness.facts import changes, exact_facts
 from harness.files import cache_dir, owned
 from harness.invariants import LAYER
 from harness.jsonvalues import parse_json
 from harness.messages import Asked, Stop
-from harness.planning import member_of
 from harness.records import Case, Row, Verdict
+from harness.report.reading import sound_rows
 from harness.specifications import parse
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class Session:
     def __init__(self, options: Options, threads: int, cases: Sequence[Case] = ()) -> None:
         self.options = options
         self.bounds = bounds.load(options.baselines)
-        self.faults = faults.load(options.baselines)
+        self.faults = known_faults.load(options.baselines)
         self.baselines = baselines.Baselines(options.baselines)
-        self.tests = family.tests(cases, self.bounds, stop_early=options.stop_early)
+        self.tests = error_rate.tests(cases, self.bounds, stop_early=options.stop_early)
         # machine-wide: a latency measured in one session must not run beside another session's cases
         self.runner = placing.runner_of(options)(options, threads=threads, lock=cache_dir() / "timing.lock")
 
@@ -115,19 +115,15 @@ class Session:
         recorded = self.baselines.find(case, capture(case.device, self.runner.threads))
         known = recorded if recorded and recorded.carries else None
         variance = sequential.variance_bound(known.interval, known.count) if known else None
-        alpha = family.level(self.tests) if rule else family.ALPHA  # without a bound nothing is tested
+        alpha = error_rate.level(self.tests) if rule else error_rate.ALPHA  # without a bound nothing is tested
         return Stop(rule.limit if rule else None, variance, known.token_hash if known else "", alpha)
 
     def judged(self, row: Row) -> Row:
         """The row with its verdicts, against the reference and against the record."""
         world = self.environment(row)
         if row.case.family == "invariant":
-            return faults.judge(row, self.faults, world)
+            return known_faults.judge(row, self.faults, world)
         recorded = self.baselines.find(row.case, world)
-        slices = None
-        if counts := row.detail.get("window_counts"):
-            ends = np.cumsum(counts).tolist()
-            slices = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         judged = judge.judge(
             row,
             member_of(row.case),
@@ -135,14 +131,13 @@ class Session:
             recorded=recorded,
             environment=world,
             nll=self.nll,
-            slices=slices,
             tests=self.tests,
         )
         return judge.hold(judged, () if self.options.regenerate else self.changed_facts(judged))
 
     def changed_facts(self, row: Row) -> list[str]:
         """The exact facts of a row that are recorded otherwise, each with both values."""
-        return exact.changes(self.baselines.facts(row.case), self.facts(row))
+        return changes(self.baselines.facts(row.case), self.facts(row))
 
     def environment(self, row: Row) -> Environment:
         """The environment a row was measured in."""
@@ -163,7 +158,7 @@ class Session:
 
     def facts(self, row: Row) -> dict[str, Any]:
         """The exact facts a row brings, to be held with pytest-regressions."""
-        return {} if row.case.family == "invariant" else exact.exact_facts(row, member_of(row.case))
+        return {} if row.case.family == "invariant" else exact_facts(row, member_of(row.case))
 
     def close(self) -> None:
         """End the group's process."""
@@ -176,7 +171,7 @@ def read_rows(path: Path, note: Callable[[str], None] = lambda line: None) -> di
     A damaged line, and a row whose losses or environment are gone or damaged, are left out: their cases are measured
     again. `note` gets a line on them.
     """
-    rows, damaged = report.reading.sound_rows(path) if path.is_file() else ((), 0)
+    rows, damaged = sound_rows(path) if path.is_file() else ((), 0)
     measured = {row.case.id: row for row in rows if row.value is not None}
     worlds = known_environments(path.parent)
     whole = functools.cache(functools.partial(nllfiles.holds, path.parent / "nll"))  # many rows share a loss

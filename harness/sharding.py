@@ -12,9 +12,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from harness.errors import BadSpecification
 from harness.jsonvalues import digest
 from harness.records import Case
 
@@ -53,25 +51,6 @@ OTHER_METHOD = 1.35
 BILLIONS = {"gpt2": 0.124, "phi-3-mini": 3.82, "smollm2-135m": 0.135, "tiny-gpt2": 0.001, "tiny-olmo": 0.001}
 UNKNOWN_BILLIONS = 1.0
 SIZE = re.compile(r"(?<![a-z0-9])(\d+(?:\.\d+)?)\s?([bm])(?![a-z])", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The index-th of count parts, counted from 1."""
-
-    index: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-
-def parse_shard(text: str) -> Shard:
-    """'3/16' -> Shard(3, 16); BadSpecification where it is no part of a whole."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise BadSpecification(f"'{text}' is no shard: write I/N with 1 <= I <= N, such as 3/16")
-    return Shard(int(found[1]), int(found[2]))
 
 
 def billions(model: str) -> float:

@@ -35,7 +35,7 @@ WORDS = {  # of whichever library met it; the first kind that is found holds
     ),
 }
 OF_A_CARD = ("CUDA", "CUBLAS", "CUDNN")
-LONGEST = 300  # characters of a library's line
+LONGEST_LINE = 300  # characters of a library's line
 
 
 def blamed(error: BaseException) -> tuple[str, str]:
@@ -47,8 +47,8 @@ def blamed(error: BaseException) -> tuple[str, str]:
         for kind, words in WORDS.items():
             lines = [line.strip() for line in text.splitlines() if any(word in line for word in words)]
             if lines:
-                return kind, lines[-1][:LONGEST]  # a traceback ends with what was raised
-    return (MEMORY, str(error)[:LONGEST]) if isinstance(error, MemoryError) else ("", "")
+                return kind, lines[-1][:LONGEST_LINE]  # a traceback ends with what was raised
+    return (MEMORY, str(error)[:LONGEST_LINE]) if isinstance(error, MemoryError) else ("", "")
 
 
 def _said(error: BaseException) -> Iterator[str]:
@@ -87,5 +87,5 @@ def reading(what: str) -> Iterator[None]:
         if not (isinstance(error, Exception) or panic) or blamed(error)[0] or system or "os error" in str(error):
             raise
         lines = str(error).strip().splitlines()
-        words = f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
+        words = f"{type(error).__name__}: {lines[0][:LONGEST_LINE]}" if lines else type(error).__name__
         raise BadFile(f"{what} cannot be read ({words}): copy it again, or name another") from error

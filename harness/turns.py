@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from harness import catalog
+from harness.catalog import member_of
 from harness.errors import HarnessError
 from harness.group import Group
 from harness.messages import Reply, Turn
-from harness.planning import member_of
 from harness.records import Figure, Row, Verdict
 from harness.timing import Work
 

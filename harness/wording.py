@@ -11,9 +11,8 @@ from harness.environment import Environment, difference
 from harness.jsonvalues import decode_number
 from harness.recorded import Recorded
 from harness.records import Row, Verdict
+from harness.text import MIB, percent
 
-MIB = 2**20  # bytes; tables are in MiB and say so
-LARGEST = 700.0  # nats; exp of 710 is beyond a double
 LABEL_WIDTH = 12  # of a failure's report
 SELECTABLE = re.compile(r"[\w:+./-]+")  # what pytest's -k reads as one word
 
@@ -38,11 +37,6 @@ def shown(value: float, unit: str) -> str:
 def signed(nats: float) -> str:
     """A change of a logarithm: '+0.00123 nat (+0.123%)'."""
     return f"{nats:+.3g} nat ({percent(nats)})"
-
-
-def percent(nats: float) -> str:
-    """The same as a change in percent alone, '+0.123%'."""
-    return f"{100 * math.expm1(min(nats, LARGEST)):+.3g}%"
 
 
 def command(row: Row, *flags: str) -> str:

@@ -21,19 +21,22 @@ import harness
 
 HOME = Path(harness.__file__).parent
 LEVELS = (
-    "plain errors jsonvalues rowlines records specifications contracts options sharding files",
+    "plain text errors jsonvalues rowlines records specifications contracts options sharding files",
     "catalog methods metrics arguments nllfiles weightmethod codes fused fused_loops rounding rounding_loops quantized "
     "scopes census memory card_kernels fake_card bnb bnb_tensors cpu_products engine products divergence sequential "
-    "devices timing models cards checkpoints gguf_weights gguf_file gguf_families "
-    "gguf_blocks gguf_tokenizers gguf_write gguf_method admission calibration gptq pieces "
-    "libraries torchao_layers quanto_layers prequantized int4_store llmcompressor_layers streaming "
+    "devices timing models "
+    "cards checkpoints gguf_weights gguf_file gguf_families "
+    "gguf_blocks gguf_tokenizers gguf_write admission calibration gptq pieces "
+    "libraries prequantized int4_store streaming "
     "hubmodels weightfiles tiny synthetic corpora layouts "
     "hubtext hubanswers architectures protocols "
-    "windows stats environment probe settings messages recorded exact wording invariants inputs strangers "
+    "windows stats environment probe messages recorded facts wording invariants inputs strangers "
     "cachefolders",
-    "door planning preloaded child group layergroup turns needs faults upgrade runner placing cluster session report "
-    "judge contract family trial drift baselines bounds published fits card_memory controls documents rebaselining "
-    "gathering merging",
+    "door planning preloaded child group layergroup turns needs known_faults upgrade runner placing cluster session "
+    "report judge question reference record compare two_reports error_rate contract baselines bounds published fits "
+    "card_memory "
+    "controls documents rebaselining "
+    "merging",
     "plugin collector publisher commands",
     "cases __main__",
 )  # a package stands for all of its modules
@@ -42,8 +45,9 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "mat
 TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
     "errors jsonvalues rowlines records specifications contracts options files catalog admission calibration door "
     "methods metrics arguments protocols corpora models stats environment probe architectures planning runner session "
-    "report judge baselines bounds published plugin recorded exact wording trial drift family rebaselining sharding "
-    "gathering merging faults upgrade placing cluster inputs plain strangers cachefolders hubanswers".split()
+    "report judge question reference record compare two_reports baselines bounds published plugin recorded facts "
+    "wording error_rate rebaselining sharding merging known_faults upgrade placing cluster inputs plain text "
+    "strangers cachefolders hubanswers".split()
 )
 APART = {"judge", "baselines", "report"}  # none imports another
 PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}

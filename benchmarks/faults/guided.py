@@ -27,7 +27,7 @@ EXECUTED = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
 def readers(folder: Path) -> dict[str, tuple[Callable[[bytes], object], bytes]]:
     """By name: what reads bytes, and sound ones to start from."""
-    from harness import exact, gguf_file, nllfiles, settings, weightfiles
+    from harness import facts, gguf_file, nllfiles, options, weightfiles
     from harness.records import Row
 
     baselines, made = ROOT / "baselines" / "tiny-gpt2", ROOT / "tests" / "unit" / "data" / "made-session"
@@ -52,7 +52,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[bytes], object], bytes]]:
 
     return {
         "a measurements line": (line, (made / "measurements.jsonl").read_bytes().splitlines()[1]),
-        "facts of a baseline": whole("nf4.yaml", exact.read_exact, baselines / "nf4.yaml"),
+        "facts of a baseline": whole("nf4.yaml", facts.read_exact, baselines / "nf4.yaml"),
         "a GGUF file": (through("x.gguf", gguf_file.GgufFile), gguf_seed(folder / "seed.gguf")),
         "losses": whole(f"{LOSSES}.npz", lambda path: nllfiles.load(folder, LOSSES), next(baselines.glob("nll/*.npz"))),
         "a safetensors header": (
@@ -61,7 +61,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[bytes], object], bytes]]:
         ),
         "[tool.harness]": whole(
             "pyproject.toml",
-            lambda path: settings.read_declared(folder),
+            lambda path: options.read_declared(folder),
             ROOT / "docs" / "example-plugin" / "pyproject.toml",
         ),
     }

@@ -8,7 +8,8 @@ from typing import Any
 import fuzz
 
 from harness import documents
-from harness.report.writing import escape, plural, table
+from harness.report.writing import escape, table
+from harness.text import plural
 
 CAMPAIGN = """\
 A session of the tiny model (reference and `absmax-int8`, perplexity and memory) is disturbed at a drawn moment, left to

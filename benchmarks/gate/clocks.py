@@ -12,6 +12,7 @@ from device_faults import judged
 from harness import stats, timing
 from harness.records import Verdict
 from harness.report import writing
+from harness.text import NOTHING
 
 SEED = 20_251_122  # any number would do
 BLOCKS = 10  # of the main job
@@ -64,7 +65,7 @@ def render(found: Mapping[str, Any]) -> str:
                 f"{100 * row['noise']:.0f}%",
                 f"{100 * (row['slower'] - 1):+.0f}%",
                 *(f"{100 * row[word] / runs:.1f}%" for word in ("worse", "better", "unusable")),
-                writing.NOTHING if alarm is None else f"{100 * alarm:.1f}%",
+                NOTHING if alarm is None else f"{100 * alarm:.1f}%",
             ]
         )
     headers = ["noise of a repetition", "true change of the ratio", "worse", "better", "unusable"]

@@ -205,9 +205,7 @@ def judged(
     row = Row.of(case, value=now, unit=what.unit, count=BLOCKS, detail=dict(detail))
     record = Recorded(name, "cuda", then, what.unit, detail=dict(before), environment=WORLD, file="m/nf4@cuda.yaml")
     rules = bounds.Bounds(bounds.read(bounds.DEFAULTS))
-    return judge.judge(
-        row, what, bounds=rules, recorded=record, environment=WORLD, nll=lambda sha: None, slices=None, tests=tests
-    )
+    return judge.judge(row, what, bounds=rules, recorded=record, environment=WORLD, nll=lambda sha: None, tests=tests)
 
 
 def peak_fault(kind: type[Cuda], **more: Any) -> Row:

@@ -13,13 +13,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harness import arguments, bounds, catalog, checkpoints, divergence, family, protocols, sequential, stats, synthetic
-from harness.drift import decide
+from harness import (
+    arguments,
+    bounds,
+    catalog,
+    checkpoints,
+    divergence,
+    error_rate,
+    protocols,
+    sequential,
+    stats,
+    synthetic,
+)
+from harness.compare import decide
 from harness.options import Declared
 from harness.quantized import StoredWeight
 from harness.records import Case, Verdict
 from harness.report import writing
 from harness.specifications import parse
+from harness.text import NOTHING
 
 SIZES = (0.0, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)  # of every scale; 0 is how often nothing is called
 TEXTS = 30  # of the same language, each with a seed of its own
@@ -133,7 +145,7 @@ def summary(found: Mapping[str, Any], texts: int) -> dict[str, Any]:
 
 def reliable(detected: Sequence[float], sizes: Sequence[float]) -> float | None:
     """The smallest size that nine of ten texts see, and every larger one too."""
-    seen = [size for at, size in enumerate(sizes) if size and min(detected[at:]) >= family.RELIABLY]
+    seen = [size for at, size in enumerate(sizes) if size and min(detected[at:]) >= error_rate.RELIABLY]
     return min(seen, default=None)
 
 
@@ -156,7 +168,7 @@ def plots(found: Mapping[str, Any]) -> dict[str, str]:
                 style = {"marker": MARKERS[name], "color": COLOURS[name], "markersize": 5 + 1.5 * (shift == 3)}
                 style["linewidth"] = 4.0 if name == "bound" else 1.5  # the early rule often lies on it
                 panel.plot(sizes, [100 * part for part in told[name][1:]], label=label, fillstyle="none", **style)
-            panel.axhline(100 * family.RELIABLY, color="#8A8A8A", linewidth=0.8, linestyle="--")
+            panel.axhline(100 * error_rate.RELIABLY, color="#8A8A8A", linewidth=0.8, linestyle="--")
             panel.set_xscale("log")
             panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
             panel.minorticks_off()
@@ -176,7 +188,7 @@ def render(found: Mapping[str, Any]) -> str:
         f"{found['tokens']:,} tokens in {found['windows']} windows, each held against its own record. Two rules ask "
         "whether a figure is still what was recorded; two whether the loss stays under a bound, here "
         f"{100 * math.expm1(found['room']):.2g}% above the recorded delta, with the whole text or with `--stop-early`. "
-        f"*Seen reliably*: in {100 * family.RELIABLY:.0f}% of texts, at that size and every larger one.",
+        f"*Seen reliably*: in {100 * error_rate.RELIABLY:.0f}% of texts, at that size and every larger one.",
         f"![Detection against the size of a scale error]({PLOT})",
     ]
     for model, told in found["models"].items():
@@ -186,8 +198,8 @@ def render(found: Mapping[str, Any]) -> str:
             seen = f"{100 * least:g}%" if least else f"none up to {100 * found['sizes'][-1]:g}%"
             lines.append([words, *(f"{100 * part:.0f}" for part in told[name]), seen])
         read = [f"{value:.1f}" for value in told["read"]]
-        lines.append([f"windows read early, of {found['windows']} (mean)", *read, writing.NOTHING])
-        lines.append(["change of NLL, nat (mean)", *(f"{value:+.1e}" for value in told["change"]), writing.NOTHING])
+        lines.append([f"windows read early, of {found['windows']} (mean)", *read, NOTHING])
+        lines.append(["change of NLL, nat (mean)", *(f"{value:+.1e}" for value in told["change"]), NOTHING])
         headers = [f"`{model}`: percent of texts, error of", *(f"{100 * size:g}%" for size in found["sizes"])]
         parts.append(writing.table([*headers, "seen reliably from"], lines, words=(0,)))
     return "\n\n".join(parts)

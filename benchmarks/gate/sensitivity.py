@@ -11,6 +11,7 @@ import device_faults
 import faults
 
 from harness.report import writing
+from harness.text import NOTHING
 
 
 def measure(names: Sequence[str] = ()) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def lines(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             writing.code(entry["case"]) + (f" ({writing.code(entry['model'])})" if "model" in entry else ""),
             entry["verdict"] + ("" if entry["right"] else f" (**wrong**, wanted {entry['wanted']})"),
             writing.escape(short(entry["reason"])),
-            f"{entry['others']}" if "others" in entry else writing.NOTHING,
+            f"{entry['others']}" if "others" in entry else NOTHING,
         ]
         for entry in entries
     ]

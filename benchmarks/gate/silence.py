@@ -28,13 +28,13 @@ import torch
 import yaml
 from small import Bench, Outcome
 
-from harness import checkpoints, corpora, documents, engine, family, nllfiles
+from harness import checkpoints, corpora, documents, engine, error_rate, nllfiles
 from harness.files import append_line
 from harness.options import Declared
 from harness.records import Case, Verdict
 from harness.report import writing
-from harness.report.writing import plural
 from harness.specifications import parse
+from harness.text import plural
 
 REPEATS, MINUTES = 10, 240.0
 PARTIAL = Path(__file__).parents[2] / "docs" / "data" / "gate.partial.jsonl"
@@ -406,7 +406,7 @@ def worlds(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def render(found: Mapping[str, Any]) -> str:
     """The section."""
     share, spread = small.share_of(found["alarmed"], found["sessions"])
-    rate = family.ALPHA
+    rate = error_rate.ALPHA
     quiet = {str(Verdict.SAME), str(Verdict.WITHIN_BOUND), str(Verdict.WITHIN_NOISE)}
     rows = [
         [

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import family, sequential, stats
-from harness.drift import decide
+from harness import error_rate, sequential, stats
+from harness.compare import decide
 from harness.records import Row, Verdict
 from harness.report import writing
 
@@ -164,12 +164,12 @@ def alarm(changes: Array, tests: int) -> bool:
     for place, values in enumerate(changes):
         change = stats.weighted_mean(values, np.ones(len(values)))
         word = decide(change, 0.0, tests)
-        told = {"value": change.value, "p": family.p_loss(change, 0.0)}
+        told = {"value": change.value, "p": error_rate.p_loss(change, 0.0)}
         rows.append(
             Row("m", f"m{place}", "perplexity", "cpu", "fp32", value=1.0, verdict=word, verdict_baseline=word,
                 detail={"change": told})
         )  # fmt: skip
-    return any(row.verdict is not Verdict.WITHIN_NOISE for row in family.settle(rows, tests))
+    return any(row.verdict is not Verdict.WITHIN_NOISE for row in error_rate.settle(rows, tests))
 
 
 def measure(runs: int = 2000) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from harness import arguments, bnb, family, judge, planning, rebaselining
+from harness import arguments, bnb, error_rate, judge, planning, rebaselining
 from harness.errors import HarnessError
 from harness.files import replace_text
 from harness.group import Group
@@ -113,7 +113,7 @@ class Bench:
         live.runner = Inline(options, kept)  # type: ignore[assignment]
         with bnb.quiet():
             found = {case: live.check(case)[0] for case in order(cases)}
-        rows = family.settle([found[case] for case in cases], live.tests)
+        rows = error_rate.settle([found[case] for case in cases], live.tests)
         texts = {"measurements.jsonl": "".join(row.to_json() + "\n" for row in rows)}
         texts["environments.json"] = json.dumps(live.runner.environments)
         texts["plan.json"] = json.dumps([case.told() for case in cases])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import probe
+from harness.catalog import member_of
 from harness.cluster import connection
 from harness.cluster.depot import Depot
 from harness.cluster.errand import Came, Errand, Losses, card_bytes, measure_group, reference_losses
@@ -23,7 +24,6 @@ from harness.environment import checkout
 from harness.errors import HarnessError
 from harness.files import cache_dir, replace_bytes
 from harness.messages import Asked, Stop
-from harness.planning import member_of
 from harness.records import Case, Row
 from harness.runner import Runner, missing
 from harness.sharding import longest_first

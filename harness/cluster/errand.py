@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import door, probe
+from harness.catalog import member_of
 from harness.cluster.depot import bring
 from harness.errors import HarnessError
 from harness.files import cache_dir, locked
 from harness.messages import Asked
 from harness.options import Options
-from harness.planning import member_of
 from harness.records import Row
 from harness.runner import Died, Runner
 

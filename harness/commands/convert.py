@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import catalog, models, specifications
 from harness.errors import HarnessError, UnknownName
-from harness.settings import read_declared
+from harness.options import read_declared
 
 PREFIX = "gguf-"
 

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from harness import corpora, faults, models, probe
+from harness import corpora, known_faults, models, probe
 from harness.environment import capture
 from harness.errors import HarnessError
 from harness.files import cache_dir
-from harness.settings import read_declared
+from harness.options import read_declared
 from harness.specifications import parse
 
 MODELS = ("smollm2-135m", "tiny-gpt2", "tiny-olmo")
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"{kind} {name}: at hand")
             except HarnessError as error:
                 print(f"{kind} {name}: {error}")
-    found = faults.applying(arguments.baselines, world)
+    found = known_faults.applying(arguments.baselines, world)
     print(f"known faults that apply here: {len(found)}")
     for fault in found:
         print(f"  {fault.id}: {fault.summary} ({fault.package} {getattr(world, fault.package)}; {fault.reference})")

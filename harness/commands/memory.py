@@ -18,8 +18,8 @@ from harness import architectures, catalog, specifications
 from harness.arguments import resolve
 from harness.contracts import DTYPES, Arguments, Method
 from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, MissingPackage, UnknownName
+from harness.options import read_declared
 from harness.planning import missing_packages
-from harness.settings import read_declared
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,6 +10,7 @@ from typing import Any
 from harness import published, report
 from harness.published.ratios import beside, of_baselines, of_rows
 from harness.published.writing import Entry
+from harness.report.reading import keep_published, published_json
 
 HEADING = """\
 # Published figures, computed again
@@ -50,10 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     entries = beside([published.entry(judgement) for judgement in published.judge(published.read(folder))], measured)
     path = ""
     if directory:
-        published.keep(directory, entries)
+        keep_published(directory, entries)
         path = str(report.rewrite(directory))
     if arguments.json:
-        print(published.as_json(entries))
+        print(published_json(entries))
     elif arguments.markdown:
         print(page(entries), end="")
     elif path:

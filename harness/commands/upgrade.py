@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.settings import SETTINGS, build, read_declared
+from harness.options import SETTINGS, build, read_declared
 
 TAKEN = "models methods metrics datasets protocols reference device max_tokens repetitions report_dir baselines".split()
 DEFAULTS = {  # where they are not a session's

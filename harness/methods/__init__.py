@@ -1,6 +1,6 @@
-"""One file a method; the file's existence is the registration. Listing them imports no torch.
+"""One file a method, or a library's methods; the file's existence is the registration. Listing them imports no torch.
 
-To add a weight-only method, add one file with two functions and METHOD:
+To add a weight-only method, add one file with two functions and METHOD (METHODS where a file has several):
 
     def quantize(weight, **values): ...           (out, in) fp32 -> {"codes": ..., "scale": ...}
     def dequantize(stored, shape, **values): ...  -> (out, in) fp32

@@ -1,24 +1,21 @@
 """Published figures of other people's reports, and what became of them when computed again.
 
-`read(folder)` gives the claims, `judge(claims)` a verdict on each, `entry` a verdict as plain data, and `table`,
-`as_json` and `section` write entries. Nothing here imports torch before a claim is judged.
+`read(folder)` gives the claims, `judge(claims)` a verdict on each, `entry` a verdict as plain data, and `table` and
+`section` write entries. Nothing here imports torch before a claim is judged.
 """
 
 from harness.published.claims import Claim, Report, default_folder, read
 from harness.published.judging import Finding, Judgement, judge
-from harness.published.writing import as_json, entry, keep, kept, section, summary, table
+from harness.published.writing import entry, section, summary, table
 
 __all__ = [
     "Claim",
     "Finding",
     "Judgement",
     "Report",
-    "as_json",
     "default_folder",
     "entry",
     "judge",
-    "keep",
-    "kept",
     "read",
     "section",
     "summary",

@@ -9,8 +9,7 @@ from harness.published.claims import ROTARY, UNITS, Claim, Convention
 from harness.published.conventions import Count, count
 from harness.published.conventions import read_by_a_pass as _read
 from harness.published.search import explain, search
-
-MIB = 2**20
+from harness.text import mib
 
 
 def counted(claim: Claim) -> tuple[int, str]:
@@ -77,7 +76,7 @@ def _difference(claim: Claim, about: Anatomy, found: Count) -> str:
     terms.append((rest, "other tensors at a smaller width than ours", "other tensors at a larger width than ours"))
     said = [f"{abs(term):,} bytes {more if term > 0 else less}" for term, more, less in terms if term]
     gap = held.storage - found.total
-    where = f"true storage {held.storage / MIB:,.2f} MiB under {claim.specification}"
+    where = f"true storage {mib(held.storage)} MiB under {claim.specification}"
     if not gap:
         return f"{where}, the same to the byte"
     return f"{where}, {abs(gap):,} bytes {'more' if gap > 0 else 'less'}: {', '.join(said)}"

@@ -5,26 +5,21 @@ An entry holds all that a reader is shown, so that a report can be made anew fro
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from harness.errors import BadFile
-from harness.files import replace_text
-from harness.jsonvalues import decode_number, encode, parse_json
+from harness.jsonvalues import decode_number, encode
 from harness.published.conventions import describe
 from harness.published.judging import Finding, Judgement
+from harness.text import mib
 
-MIB = 2**20
-FILE = "published.json"  # in a report directory
 LINE_WIDTH = 160  # of a sentence in the terminal
 NOTE_WIDTH = 72  # of the terminal's last column: the whole line stays under 200 characters
 FIGURES = 6  # significant digits of our number where the claim prints none
@@ -65,49 +60,6 @@ def entry(judgement: Judgement) -> dict[str, Any]:
     }
     encoded: dict[str, Any] = encode(given)
     return encoded
-
-
-def as_json(entries: Sequence[Entry]) -> str:
-    """`{"claims": [...]}`, strict JSON."""
-    return json.dumps({"claims": encode(list(entries))}, indent=1, allow_nan=False)
-
-
-def keep(folder: Path, entries: Sequence[Entry]) -> None:
-    """Put entries into a report directory."""
-    try:
-        replace_text(folder / FILE, as_json(entries) + "\n")
-    except OSError as error:
-        raise BadFile(f"{folder / FILE} cannot be written: {error.strerror or error}") from error
-
-
-def kept(folder: Path) -> tuple[Entry, ...]:
-    """The entries of a report directory, none where it has no such file; BadFile where it is no such file."""
-    path = folder / FILE
-    if not path.is_file():
-        return ()
-    try:
-        found = parse_json(path.read_bytes())["claims"]
-        needed = (
-            "report",
-            "model",
-            "text",
-            "protocol",
-            "part",
-            "method",
-            "metric",
-            "printed",
-            "unit",
-            "verdict",
-            "note",
-        )
-        for one in found:
-            for name in needed:
-                if not isinstance(one[name], str):
-                    raise TypeError(f"{name} is no text")
-        return tuple(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise BadFile(f"{path} holds no published figures ({told}): run `pytest -m published` again") from error
 
 
 def summary(entries: Sequence[Entry]) -> str:
@@ -195,7 +147,7 @@ def _cells(entry: Entry) -> list[str]:
         entry["metric"],
         f"{entry['printed']} {entry['unit']}",
         entry.get("ours_printed", ""),
-        f"{storage / MIB:,.2f}" if storage is not None else "",
+        mib(storage) if storage is not None else "",
         entry["verdict"],
     ]
 

@@ -1,16 +1,14 @@
 """The report of a session, its plots, and the comparison of two sessions. Pure functions of rows; no torch.
 
-`render` and `plots` make text from rows; `read_report` and `write` are the only ones here that touch files.
+`render` makes text from rows; `read_report` and `write` are the only ones here that touch files.
 """
 
-from harness.report.comparing import Comparison, compare
 from harness.report.comparison import render_comparison
-from harness.report.decisions import Entry
 from harness.report.markdown import render
-from harness.report.plots import plots
 from harness.report.publishing import compare_paths, excerpt, files, put, remember, rewrite, write
 from harness.report.reading import Session, nll_reader, read_report
 from harness.report.upgrading import SideFacts, Step, render_upgrade, worst
+from harness.two_reports import Comparison, Entry, compare
 
 __all__ = [
     "Comparison",
@@ -23,7 +21,6 @@ __all__ = [
     "excerpt",
     "files",
     "nll_reader",
-    "plots",
     "put",
     "read_report",
     "remember",

@@ -10,9 +10,11 @@ from dataclasses import fields
 from typing import Any
 
 from harness.environment import Environment
+from harness.jsonvalues import flatten
 from harness.records import Case, Row, Verdict
 from harness.report.matrix import of_plan
-from harness.report.writing import code, escape, plural, table
+from harness.report.writing import code, escape, table
+from harness.text import plural
 
 FAILING = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)  # what a session fails on, whatever its options
 OPEN = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED)  # nothing could be decided
@@ -197,17 +199,6 @@ def revisions(rows: Sequence[Row]) -> str:
     """The resolved revision or content hash of every model measured."""
     found = dict.fromkeys((row.model, row.revision) for row in rows if row.revision)
     return "\n".join(f"- {code(model)}: {code(revision)}" for model, revision in found)
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested mapping as dotted names and text, for a table or a difference."""
-    flat: dict[str, str] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= flatten(item, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = ", ".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
-    return flat
 
 
 def environments(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> str:

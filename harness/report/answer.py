@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 from harness.records import Verdict
-from harness.report.behaviour import FAMILY
-from harness.report.comparing import Comparison
-from harness.report.decisions import Entry
-from harness.report.writing import code, escape, plural
+from harness.report.writing import code, escape
+from harness.text import percent, plural
+from harness.two_reports import INVARIANT, Comparison, Entry
 
 CERTAIN = (Verdict.WORSE, Verdict.BETTER)
 WORDS = {0: "does no harm that was measured", 1: "does harm", 3: "cannot be decided"}
@@ -29,7 +28,7 @@ def answer(comparison: Comparison, before: str, after: str, where: str) -> str:
         _quality([entry for entry in entries if entry.case.metric == "perplexity"]),
         _memory([entry for entry in entries if entry.case.family == "memory"]),
         *_speed(entries),
-        _behaviour([entry for entry in entries if entry.case.family == FAMILY]),
+        _invariants([entry for entry in entries if entry.case.family == INVARIANT]),
         _missing(entries),
         _advice(comparison),
     ]
@@ -38,11 +37,6 @@ def answer(comparison: Comparison, before: str, after: str, where: str) -> str:
 
 def _names(entries: Iterable[Entry]) -> str:
     return ", ".join(code(name) for name in dict.fromkeys(entry.case.method for entry in entries))
-
-
-def percent(value: float) -> str:
-    """A log ratio as a signed percentage."""
-    return f"{100 * math.expm1(value):+.3g}%"
 
 
 def _interval(entry: Entry) -> str:
@@ -106,7 +100,7 @@ def _speed(entries: Sequence[Entry]) -> list[str]:
     return found
 
 
-def _behaviour(entries: Sequence[Entry]) -> str:
+def _invariants(entries: Sequence[Entry]) -> str:
     if not entries:
         return ""
     parts = []
@@ -141,7 +135,7 @@ def _advice(comparison: Comparison) -> str:
     if comparison.status == 3:
         return "Before moving, decide what is open: raise `--repetitions` or `--max-tokens`, or mend what did not run."
     known = [entry for entry in worse if entry.b.detail.get("fault")]
-    new = [entry for entry in worse if entry.case.family == FAMILY and not entry.b.detail.get("fault")]
+    new = [entry for entry in worse if entry.case.family == INVARIANT and not entry.b.detail.get("fault")]
     told = (
         f" {len(known):,} of the {len(worse):,} harms are known faults, each with its reference below." if known else ""
     )

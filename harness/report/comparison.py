@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from harness.records import Case, Verdict
-from harness.report import writing
 from harness.report.account import SHOWN, words
-from harness.report.comparing import HARM, UNDECIDED, Comparison
-from harness.report.decisions import Entry
-from harness.report.writing import NOTHING, code, escape, plural, table
+from harness.report.writing import code, escape, table
+from harness.text import NOTHING, exp, mib, milliseconds, number, perplexity, plural, ratio
+from harness.two_reports import HARM, UNDECIDED, Comparison, Entry
 
 OUTCOME = {0: "No harm", 1: "Harm", 3: "Undecided"}
 
@@ -106,10 +105,10 @@ def _value(entry: Entry, value: float | None) -> str:
         return str(Verdict.MISSING)
     family, unit = entry.case.family, entry.b.unit or entry.a.unit
     if family == "memory":
-        return f"{writing.mib(value)} MiB"
+        return f"{mib(value)} MiB"
     if family == "latency":
-        return f"{writing.milliseconds(value)} ms"
-    shown = writing.perplexity(value) if entry.case.metric == "perplexity" else writing.number(value)
+        return f"{milliseconds(value)} ms"
+    shown = perplexity(value) if entry.case.metric == "perplexity" else number(value)
     return f"{shown} {escape(unit)}" if unit and entry.case.metric != "perplexity" else shown
 
 
@@ -118,5 +117,5 @@ def change(entry: Entry) -> str:
     if entry.change is None:
         return NOTHING
     if entry.is_ratio:
-        return writing.ratio(*(writing.exp(value) for value in (entry.change, entry.low, entry.high)))
-    return writing.number(entry.change)
+        return ratio(*(exp(value) for value in (entry.change, entry.low, entry.high)))
+    return number(entry.change)

@@ -15,14 +15,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import pairwise
 
 from harness.jsonvalues import decode_number
 from harness.records import Row
-from harness.report import writing
 from harness.report.matrix import Section, Text
 from harness.report.reading import Nll
 from harness.report.writing import code, table
+from harness.text import NOTHING, mib, milliseconds
 
 SPEED = "latency.decode"
 KINDS = ("front", "undecided", "dominated")
@@ -164,12 +163,9 @@ def quality(ours: Point, theirs: Point, nll: Nll) -> Relation:
         if a.nll == b.nll:
             return Relation.EQUAL
         left, right = nll(a.nll), nll(b.nll)
-        counts = a.detail.get("window_counts") or b.detail.get("window_counts")
-        if left is not None and right is not None and counts and len(left) == len(right):
-            ends = [0]
-            for count in counts:
-                ends.append(ends[-1] + count)
-            found = paired_delta(left, right, [slice(start, end) for start, end in pairwise(ends)])
+        windows = a.windows or b.windows
+        if left is not None and right is not None and windows and len(left) == len(right):
+            found = paired_delta(left, right, windows)
             return apart((found.low, found.high) if found.usable else None, CENTRE)
     return apart(ours.interval, theirs.interval)
 
@@ -218,15 +214,15 @@ def render(head: Heading, places: Sequence[Standing]) -> str:
     for place in places:
         point, (best, worst) = place.point, place.ranks
         low, high = point.interval or (None, None)
-        delta = f"{point.delta:+.4f}" if point.delta is not None else writing.NOTHING
+        delta = f"{point.delta:+.4f}" if point.delta is not None else NOTHING
         span = "" if low is None or high is None or point.interval == CENTRE else f" [{low:+.4f}, {high:+.4f}]"
         rows.append(
             [
                 code(point.method) + head.marks(point.method),
                 f"{best}" if best == worst else f"{best}–{worst}",
                 delta + span,
-                writing.mib(point.bytes),
-                writing.milliseconds(point.seconds),
+                mib(point.bytes),
+                milliseconds(point.seconds),
                 place.words,
             ]
         )

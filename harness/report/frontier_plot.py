@@ -6,9 +6,9 @@ import io
 from collections.abc import Sequence
 
 from harness.plain import visible
-from harness.report import writing
 from harness.report.frontier import CENTRE, Standing
 from harness.report.plots import BLUE, GREY, VERMILION, canvas_of, label, plain, style
+from harness.text import MIB
 
 COLOURS = {"front": BLUE, "undecided": VERMILION, "dominated": GREY}
 MEANINGS = {
@@ -28,7 +28,7 @@ def svg(title: str, places: Sequence[Standing]) -> str:
         spots, names, lines = [], [], []
         for place in shown:
             point = place.point
-            x, y = (point.bytes or 0) / writing.MIB, point.delta or 0.0
+            x, y = (point.bytes or 0) / MIB, point.delta or 0.0
             low, high = point.interval or CENTRE
             colour = COLOURS[place.kind]
             errors = [[max(0.0, y - low)], [max(0.0, high - y)]] if point.interval else None

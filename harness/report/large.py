@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Sequence
 
 from harness.records import Row, Verdict
-from harness.report import tables, writing
+from harness.report import tables
 from harness.report.account import FAILING
 from harness.report.matrix import NO_TEXT, Section, finite
 from harness.report.verdicts import MOVED, verdicts
-from harness.report.writing import NOTHING, code, escape, plural
+from harness.report.writing import code, escape
+from harness.text import NOTHING, mib, number, plural, ratio
 
 MOST_CASES = 5_000  # of one report with every table: some 2 MB of markdown, more than code hosts render
 
@@ -35,8 +36,8 @@ def overview(section: Section) -> str:
     columns: list[tables.Column] = [
         ("texts", lambda method: str(len(ratios(section, method)) or NOTHING)),
         ("ratio to reference, median [least, most]", lambda method: spread(ratios(section, method))),
-        ("bits/weight", lambda method: writing.number(tables.bits(section, method))),
-        ("storage MiB", lambda method: tables.shown(section.row(method, "memory.storage"), writing.mib)),
+        ("bits/weight", lambda method: number(tables.bits(section, method))),
+        ("storage MiB", lambda method: tables.shown(section.row(method, "memory.storage"), mib)),
         ("cases", lambda method: f"{len(rows[method]):,}"),
         ("missing", lambda method: f"{sum(row.value is None for row in rows[method]):,}"),
         ("verdict", lambda method: tables.verdict(rows[method])),
@@ -56,7 +57,7 @@ def ratios(section: Section, method: str) -> list[float]:
 
 def spread(values: Sequence[float]) -> str:
     """'1.0012 [0.9990, 1.0100]': median, least and most."""
-    return writing.ratio(statistics.median(values), min(values), max(values)) if values else NOTHING
+    return ratio(statistics.median(values), min(values), max(values)) if values else NOTHING
 
 
 def matters(row: Row) -> bool:

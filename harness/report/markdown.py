@@ -12,6 +12,7 @@ from harness.report.figures import MOST, Figure, drawn, figures
 from harness.report.matrix import NO_TEXT, Section, complete, sections
 from harness.report.verdicts import verdicts
 from harness.report.writing import code, code_block, escape
+from harness.two_reports import INVARIANT
 
 READING = """\
 - Perplexity and every ratio: lower is better. Memory and time: lower is better. MiB is 2^20 bytes.
@@ -55,7 +56,7 @@ def render(
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
     if found:
         parts += ["## How to read it", READING]
-    parts += _measured(sections([row for row in found if row.case.family != behaviour.FAMILY]), len(found), with_plots)
+    parts += _measured(sections([row for row in found if row.case.family != INVARIANT]), len(found), with_plots)
     if behaved := behaviour.section(found):
         parts += ["## Invariants", behaved]
     if not alone:

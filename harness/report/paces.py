@@ -13,9 +13,9 @@ import re
 
 from harness.jsonvalues import decode_number
 from harness.records import Row
-from harness.report import writing
 from harness.report.matrix import Section, Text
-from harness.report.writing import NOTHING, code, escape
+from harness.report.writing import code, escape
+from harness.text import NOTHING, exp, ratio
 
 DTYPE = re.compile(r":dtype=(\w+)")  # as a method id writes it
 
@@ -102,4 +102,4 @@ def _logs(row: Row | None) -> tuple[float, float, float] | None:
 
 
 def _shown(found: tuple[float, float, float] | None) -> str:
-    return writing.ratio(*map(writing.exp, found or (None, None, None)))
+    return ratio(*map(exp, found or (None, None, None)))

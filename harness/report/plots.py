@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from harness.plain import visible
 from harness.records import Case, Row
-from harness.report import labels, writing
+from harness.report import labels
 from harness.report.figures import Figure, drawable, drawn, sized, timed
 from harness.report.large import is_large
 from harness.report.matrix import NO_TEXT, Section, Text, complete, finite, sections
 from harness.report.tables import interval, quality_ratio
+from harness.text import MIB, NOTHING, exp, mib, milliseconds, perplexity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ STYLE |= {"figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # under figures, so that no line strikes them out
 
 
-def plots(rows: Sequence[Row], planned: Sequence[Case] = ()) -> dict[str, str]:
+def svgs(rows: Sequence[Row], planned: Sequence[Case] = ()) -> dict[str, str]:
     """SVG by file name, for every figure that `render` links; the same rows give the same bytes."""
     if is_large(len(planned)) or is_large(len(answered := complete(rows, planned))):
         return {}
@@ -114,7 +115,7 @@ def _quality(figure: Figure) -> Canvas:
     section, text = figure.section, figure.text or NO_TEXT
     names = [method for method in section.methods if drawable(section, method, text)]
     ratios = [1.0 if name == section.reference else quality_ratio(section, name, text) or 1.0 for name in names]
-    storage = [(section.value(name, "memory.storage") or 0) / writing.MIB for name in names]
+    storage = [(section.value(name, "memory.storage") or 0) / MIB for name in names]
     loss = [100 * (ratio - 1) for ratio in ratios]  # percent
     canvas, (axes,) = canvas_of(5.2, figure.caption)
     front = pareto(storage, loss)
@@ -123,7 +124,7 @@ def _quality(figure: Figure) -> Canvas:
     steps += [((storage[j], loss[i]), (storage[j], loss[j])) for i, j in itertools.pairwise(front)]
     for index, (name, x, y) in enumerate(zip(names, storage, loss, strict=True)):
         ends = interval(section.row(name, "perplexity.delta", text))
-        low, high = (100 * ((writing.exp(end) or 1) - 1) if end is not None else y for end in ends)
+        low, high = (100 * ((exp(end) or 1) - 1) if end is not None else y for end in ends)
         axes.errorbar(x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], fmt="none", ecolor=GREY, lw=1, capsize=2)
         steps.append(((x, low), (x, high)))
         is_reference = name == section.reference
@@ -200,7 +201,7 @@ def _memory(figure: Figure) -> Canvas:
     canvas, panels = canvas_of(1.3 + BAR_INCHES * len(section.methods), figure.caption, len(metrics), sharey=True)
     for axes, metric in zip(panels, metrics, strict=True):
         name = metric.partition(".")[2].replace("_", " ")
-        _bars(axes, section, metric, NO_TEXT, 1 / writing.MIB, writing.mib, f"{name}, MiB (2^20 bytes)")
+        _bars(axes, section, metric, NO_TEXT, 1 / MIB, mib, f"{name}, MiB (2^20 bytes)")
     return canvas
 
 
@@ -209,20 +210,20 @@ def _latency(figure: Figure) -> Canvas:
     metrics = timed(section)
     canvas, panels = canvas_of(1.3 + BAR_INCHES * len(section.methods), figure.caption, len(metrics), sharey=True)
     for axes, metric in zip(panels, metrics, strict=True):
-        _bars(axes, section, metric, NO_TEXT, 1000, writing.milliseconds, f"{metric.partition('.')[2]}, ms")
+        _bars(axes, section, metric, NO_TEXT, 1000, milliseconds, f"{metric.partition('.')[2]}, ms")
     return canvas
 
 
 def _combined(figure: Figure) -> Canvas:
     section, text = figure.section, figure.text or NO_TEXT
     panels: list[tuple[str, Text, float, Callable[[float | None], str], str]] = [
-        ("perplexity", text, 1, writing.perplexity, "perplexity")
+        ("perplexity", text, 1, perplexity, "perplexity")
     ]
     if any(finite(section.value(method, "memory.storage")) for method in section.methods):
-        panels.append(("memory.storage", NO_TEXT, 1 / writing.MIB, writing.mib, "storage, MiB"))
+        panels.append(("memory.storage", NO_TEXT, 1 / MIB, mib, "storage, MiB"))
     if metrics := timed(section):
         name = metrics[-1]  # decode where it is: what a reader of generated text waits for
-        panels.append((name, NO_TEXT, 1000, writing.milliseconds, f"{name.partition('.')[2]} latency, ms"))
+        panels.append((name, NO_TEXT, 1000, milliseconds, f"{name.partition('.')[2]} latency, ms"))
     height = 1.3 + BAR_INCHES * len(section.methods)
     canvas, drawn = canvas_of(height, figure.caption, len(panels), sharey=True)
     for axes, (metric, where, scale, write, title) in zip(drawn, panels, strict=True):
@@ -256,7 +257,7 @@ def _bars(
             if high > low:
                 ends = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 axes.errorbar(value, index, xerr=ends, fmt="none", ecolor=VERMILION, lw=1.4, capsize=3)
-        word = writing.NOTHING if row is None else "missing" if row.value is None else write(row.value)
+        word = NOTHING if row is None else "missing" if row.value is None else write(row.value)
         axes.annotate(
             word, (end, index), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, bbox=PAPER
         )

@@ -11,10 +11,10 @@ from harness import bounds
 from harness.errors import BadFile
 from harness.files import replace_text
 from harness.records import Case, Row
-from harness.report.comparing import Comparison, compare
 from harness.report.markdown import render
-from harness.report.plots import plots
-from harness.report.reading import nll_reader, read_report
+from harness.report.plots import svgs
+from harness.report.reading import nll_reader, published_of, read_report
+from harness.two_reports import Comparison, compare
 
 REPORT = "report.md"
 
@@ -52,11 +52,9 @@ def files(
     command: str,
 ) -> dict[str, str]:
     """The plots' and the report's text by name; its published figures are those that `directory` keeps."""
-    from harness import published  # not for `compare`
-
-    figures = published.kept(directory)
+    figures = published_of(directory)
     text = render(rows, planned, environments, notes=notes, command=command, published_figures=figures)
-    return {**plots(rows, planned), REPORT: text}
+    return {**svgs(rows, planned), REPORT: text}
 
 
 def put(directory: Path, texts: Mapping[str, str]) -> Path:

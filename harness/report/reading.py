@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import BadFile, MissingAsset
-from harness.jsonvalues import parse_json
+from harness.files import replace_text
+from harness.jsonvalues import encode, parse_json
 from harness.records import Case, Row
 from harness.rowlines import Censuses
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+PUBLISHED = "published.json"  # the published figures that a session computed again, in a report directory
 SHA = re.compile(r"[0-9a-f]{64}")  # a row is a file's word: no other path than this may come of it
 Nll = Callable[[str], "NDArray[np.float32] | None"]  # per-token NLL in nats by its sha; None where nobody has it
 
@@ -33,7 +35,6 @@ class Session:
     notes: tuple[str, ...] = ()  # what a reader must know of the files themselves
     command: str = ""  # that made it, from session.json where there is one
     folder: Path | None = None  # None for a bare measurements.jsonl: no per-token NLL at hand
-    spans: tuple[tuple[int, int], ...] = ()  # of each row's line in measurements.jsonl, bytes, without its newline
 
 
 def read_report(path: Path) -> Session:
@@ -45,17 +46,13 @@ def read_report(path: Path) -> Session:
     """
     lines = measurements_of(path)
     if not lines.is_file():
-        from harness import published  # a package of its own weight, which few sessions need
-
-        if published.kept(path):  # a session of published figures alone
+        if published_of(path):  # a session of published figures alone
             told = _json(path / "session.json", dict) or {}
             return Session((), (), command=str(told.get("command", "")), folder=path)
         raise MissingAsset(f"{path} holds no measurements: name a report directory or a measurements.jsonl file")
-    read, notes = read_lines(lines)
-    rows = tuple(row for row, _ in read)
-    spans = tuple(span for _, span in read)
+    rows, notes = read_rows(lines)
     if not path.is_dir():
-        return Session(rows, tuple(row.case for row in latest(rows)), notes=notes, spans=spans)
+        return Session(rows, tuple(row.case for row in latest(rows)), notes=notes)
     planned = read_plan(path / "plan.json")
     if planned is None:
         planned = tuple(row.case for row in latest(rows))
@@ -66,7 +63,7 @@ def read_report(path: Path) -> Session:
     told = _json(path / "session.json", dict) or {}
     kept = told.get("notes", ())
     notes += tuple(map(str, kept if isinstance(kept, list) else ()))
-    return Session(rows, planned, environments, notes, str(told.get("command", "")), path, spans)
+    return Session(rows, planned, environments, notes, str(told.get("command", "")), path)
 
 
 def measurements_of(path: Path) -> Path:
@@ -76,31 +73,24 @@ def measurements_of(path: Path) -> Path:
 
 def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     """Every row of a measurements.jsonl, and notes on what was wrong with its end."""
-    read, notes = read_lines(path)
-    return tuple(row for row, _ in read), notes
-
-
-def read_lines(path: Path) -> tuple[list[tuple[Row, tuple[int, int]]], tuple[str, ...]]:
-    """The same with the bytes from and to which each row's line stands."""
-    read: list[tuple[Row, tuple[int, int]]] = []
-    censuses, end = Censuses(), 0
+    rows: list[Row] = []
+    censuses = Censuses()
     try:
         with path.open("rb") as file:
             for place, line in enumerate(file, 1):
-                start, end = end, end + len(line)
                 if line.isspace():
                     continue
                 try:
-                    read.append((Row.from_json(line, censuses), (start, end - line.endswith(b"\n"))))
+                    rows.append(Row.from_json(line, censuses))
                 except (ValueError, KeyError, TypeError) as error:
                     torn = not line.endswith(b"\n") and isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
                     if not torn:  # a line that ends in a newline was written whole
                         told = f"{path}:{place} is no measurement ({error}): repair or remove that line"
                         raise BadFile(told) from error
-                    return read, (f"the last line of {path.name} is torn (a crash while writing): not counted",)
+                    return tuple(rows), (f"the last line of {path.name} is torn (a crash while writing): not counted",)
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror or error}") from error
-    return read, ()
+    return tuple(rows), ()
 
 
 def plan_text(cases: Iterable[Case]) -> str:
@@ -164,3 +154,46 @@ def nll_reader(folder: Path | None) -> Nll:
         return nllfiles.load(folder / "nll", sha) if folder and SHA.fullmatch(sha) else None
 
     return read
+
+
+def published_json(entries: Sequence[Mapping[str, Any]]) -> str:
+    """`{"claims": [...]}`, strict JSON."""
+    return json.dumps({"claims": encode(list(entries))}, indent=1, allow_nan=False)
+
+
+def keep_published(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Put entries into a report directory."""
+    try:
+        replace_text(folder / PUBLISHED, published_json(entries) + "\n")
+    except OSError as error:
+        raise BadFile(f"{folder / PUBLISHED} cannot be written: {error.strerror or error}") from error
+
+
+def published_of(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The entries of a report directory, none where it has no such file; BadFile where it is no such file."""
+    path = folder / PUBLISHED
+    if not path.is_file():
+        return ()
+    try:
+        found = parse_json(path.read_bytes())["claims"]
+        needed = (
+            "report",
+            "model",
+            "text",
+            "protocol",
+            "part",
+            "method",
+            "metric",
+            "printed",
+            "unit",
+            "verdict",
+            "note",
+        )
+        for one in found:
+            for name in needed:
+                if not isinstance(one[name], str):
+                    raise TypeError(f"{name} is no text")
+        return tuple(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise BadFile(f"{path} holds no published figures ({told}): run `pytest -m published` again") from error

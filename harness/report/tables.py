@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from harness.records import Row
-from harness.report import paces, writing
+from harness.report import paces
 from harness.report.matrix import NO_TEXT, Section, Text, severest
-from harness.report.writing import NOTHING, code, escape, table
+from harness.report.writing import code, escape, table
+from harness.text import NOTHING, exp, mib, milliseconds, number, perplexity, ratio
 
 MISSING = "missing"
 ALIGNED, NO_INTERVAL = "†", "‡"  # footnote marks
@@ -25,13 +26,13 @@ def main(section: Section, text: Text) -> str:
         return lambda method: shown(section.row(method, metric, where), write)
 
     columns: list[Column] = [
-        ("perplexity", figure("perplexity", writing.perplexity, text)),
+        ("perplexity", figure("perplexity", perplexity, text)),
         ("ratio to reference [95%]", lambda method: quality(section, method, text)),
-        ("bits/weight", lambda method: writing.number(bits(section, method))),
-        ("footprint MiB", figure("memory.footprint", writing.mib)),
-        ("storage MiB", figure("memory.storage", writing.mib)),
-        ("prefill ms", figure("latency.prefill", writing.milliseconds)),
-        ("decode ms", figure("latency.decode", writing.milliseconds)),
+        ("bits/weight", lambda method: number(bits(section, method))),
+        ("footprint MiB", figure("memory.footprint", mib)),
+        ("storage MiB", figure("memory.storage", mib)),
+        ("prefill ms", figure("latency.prefill", milliseconds)),
+        ("decode ms", figure("latency.decode", milliseconds)),
         ("verdict", lambda method: verdict(section.rows(method, (text, NO_TEXT)))),
     ]
     return by_method(section, columns)
@@ -70,7 +71,7 @@ def quality(section: Section, method: str, text: Text) -> str:
     if row is not None and row.value is None:
         return MISSING
     low, high = interval(row)
-    shown_ratio = writing.ratio(quality_ratio(section, method, text), writing.exp(low), writing.exp(high))
+    shown_ratio = ratio(quality_ratio(section, method, text), exp(low), exp(high))
     return shown_ratio + (f" {NO_INTERVAL}" if shown_ratio != NOTHING and "[" not in shown_ratio else "")
 
 
@@ -78,7 +79,7 @@ def quality_ratio(section: Section, method: str, text: Text) -> float | None:
     """Exp of the paired difference; without one, the quotient of the two perplexities."""
     delta = section.value(method, "perplexity.delta", text)
     if delta is not None:
-        return writing.exp(delta)
+        return exp(delta)
     own, reference = (section.value(name, "perplexity", text) for name in (method, section.reference))
     return own / reference if own is not None and reference else None
 
@@ -131,13 +132,13 @@ def memory(section: Section) -> str:
     columns: list[Column] = [
         (name.partition(".")[2].replace("_", " ") + " MiB", _memory_cell(section, name)) for name in names
     ]
-    columns.append(("storage / reference", lambda method: writing.number(_share(section, method), 3)))
+    columns.append(("storage / reference", lambda method: number(_share(section, method), 3)))
     columns.append(("verdict", lambda method: verdict(_family(section, method, "memory"), by_metric=True)))
     return by_method(section, columns)
 
 
 def _memory_cell(section: Section, metric: str) -> Callable[[str], str]:
-    return lambda method: shown(section.row(method, metric), writing.mib)
+    return lambda method: shown(section.row(method, metric), mib)
 
 
 def _share(section: Section, method: str) -> float | None:
@@ -153,17 +154,17 @@ def latency(section: Section, metric: str, text: Text) -> str:
     """One timed measure: p50, p90, p99 and IQR in ms, runs, ratios with interval (`harness.report.paces`), verdict."""
 
     def seconds(name: str) -> Callable[[str], str]:
-        return lambda method: writing.milliseconds(paces.detail(section.row(method, metric, text), name))
+        return lambda method: milliseconds(paces.detail(section.row(method, metric, text), name))
 
     def within(name: str) -> Callable[[str], str]:
         return lambda method: paces.to_plain(section.row(method, metric, text), section.row(name, metric, text))
 
     window = any(paces.detail(section.row(method, metric, text), "device_tokens") for method in section.methods)
     columns: list[Column] = [
-        ("p50 ms", lambda method: shown(section.row(method, metric, text), writing.milliseconds)),
+        ("p50 ms", lambda method: shown(section.row(method, metric, text), milliseconds)),
         ("p90 ms", seconds("p90")),
         ("p99 ms", seconds("p99")),
-        ("IQR ms", lambda method: writing.milliseconds(_spread(section.row(method, metric, text)))),
+        ("IQR ms", lambda method: milliseconds(_spread(section.row(method, metric, text)))),
         ("device ms of a window" if window else "device ms", seconds("device_seconds")),
         ("runs", lambda method: _runs(section.row(method, metric, text))),
         (paces.heading(section, metric, text), lambda method: paces.to_reference(section.row(method, metric, text))),
@@ -215,14 +216,14 @@ def _other_cell(section: Section, metric: str, text: Text) -> Callable[[str], st
     def cell(method: str) -> str:
         row = section.row(method, metric, text)
         low, high = interval(row)
-        bounds = "" if low is None else f" [{writing.number(low)}, {writing.number(high)}]"
-        return shown(row, writing.number) + bounds
+        bounds = "" if low is None else f" [{number(low)}, {number(high)}]"
+        return shown(row, number) + bounds
 
     return cell
 
 
 def _kl_cell(section: Section, at: str, text: Text) -> Callable[[str], str]:
-    return lambda method: writing.number(paces.detail(section.row(method, "divergence.kl", text), at))
+    return lambda method: number(paces.detail(section.row(method, "divergence.kl", text), at))
 
 
 def census(section: Section) -> str:
@@ -241,7 +242,7 @@ def census(section: Section) -> str:
         ("modules quantized", count("quantized_modules")),
         ("weights quantized", count("quantized_elements")),
         ("parameters left", count("left_elements")),
-        ("bits/weight", lambda method: writing.number(bits(section, method) if method in found else None)),
+        ("bits/weight", lambda method: number(bits(section, method) if method in found else None)),
         ("MiB by dtype", lambda method: _by_dtype(found.get(method, {}).get("bytes_by_dtype"))),
     ]
     return by_method(section, columns)
@@ -254,4 +255,4 @@ def _count(value: object) -> str:
 def _by_dtype(value: object) -> str:
     if not isinstance(value, dict):
         return NOTHING
-    return ", ".join(f"{escape(str(name))} {writing.mib(size)}" for name, size in value.items())
+    return ", ".join(f"{escape(str(name))} {mib(size)}" for name, size in value.items())

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.records import Case, Row, Verdict
-from harness.report import behaviour, writing
+from harness.report import writing
 from harness.report.answer import answer
-from harness.report.comparing import Comparison
 from harness.report.comparison import OUTCOME, change
-from harness.report.decisions import Entry
-from harness.report.writing import NOTHING, code, escape, plural, table
+from harness.report.writing import code, escape, table
+from harness.text import NOTHING, milliseconds, plural
+from harness.two_reports import INVARIANT, Comparison, Entry, holds, seen
 
 HOW = """\
 Every side was measured on this machine in one run, with everything but the named package equal, the sides alternating.
@@ -68,8 +68,8 @@ def render_upgrade(sides: Sequence[SideFacts], steps: Sequence[Step], *, where: 
     for metric in dict.fromkeys(case.metric for case in every if case.family == "latency"):
         cases = [case for case in every if case.metric == metric]
         heading = f"## Speed: {metric.partition('.')[2]}, milliseconds"
-        parts += [heading, _table(sides, steps, cases, lambda value: writing.milliseconds(value))]
-    behaved = [case for case in every if case.family == behaviour.FAMILY]
+        parts += [heading, _table(sides, steps, cases, lambda value: milliseconds(value))]
+    behaved = [case for case in every if case.family == INVARIANT]
     if behaved:
         parts += ["## Behaviour", _behaviour(sides, steps, behaved)]
     parts += ["## How it was measured", HOW, writing.code_block(command)]
@@ -155,9 +155,9 @@ def _behaviour(sides: Sequence[SideFacts], steps: Sequence[Step], cases: Sequenc
     faults: dict[str, str] = {}
     for case in cases:
         rows = [side.rows.get(case) for side in sides]
-        if all(row is not None and row.value is not None and behaviour.holds(row) for row in rows):
+        if all(row is not None and row.value is not None and holds(row) for row in rows):
             continue
-        looks = [behaviour.seen(row) if row is not None else str(Verdict.MISSING) for row in rows]
+        looks = [seen(row) if row is not None else str(Verdict.MISSING) for row in rows]
         words = [str(entry.verdict) if (entry := found.get(case)) and entry.verdict else NOTHING for found in entries]
         names = {
             str(row.detail["fault"]): str(row.detail["reference"]) for row in rows if row and "fault" in row.detail

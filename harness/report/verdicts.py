@@ -7,8 +7,8 @@ from typing import Any
 
 from harness.jsonvalues import decode_number
 from harness.records import Row, Verdict
-from harness.report.writing import NOTHING, code, escape, plural, table
-from harness.wording import percent
+from harness.report.writing import code, escape, table
+from harness.text import NOTHING, percent, plural
 
 LIMITS = """\
 *Against the record*: a change of the recorded figure, for losses and times in percent with its 95% interval, paired

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import placing, planning, report
+from harness.catalog import member_of
 from harness.environment import first_card
 from harness.errors import HarnessError
 from harness.files import append_line, cache_dir, locked, replace_text
 from harness.messages import Turn
 from harness.options import Options
-from harness.planning import member_of
 from harness.records import Case, Figure, Row
 from harness.report.reading import plan_text
 from harness.runner import missing

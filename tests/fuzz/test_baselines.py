@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import baselines, bounds, exact, faults, rebaselining
+from harness import baselines, bounds, facts, known_faults, rebaselining
 from harness.environment import Environment
 from harness.records import Case
 from tests.fuzz.bounds import quick, slow, survives
@@ -38,7 +38,7 @@ def used(folder: Path) -> None:
     recorded = baselines.Baselines(folder)
     for case in CASES:
         recorded.find(case, Environment())
-        exact.changes(recorded.facts(case), {"weights": {"cpu": {"bytes": {"memory.storage": 1}}}})
+        facts.changes(recorded.facts(case), {"weights": {"cpu": {"bytes": {"memory.storage": 1}}}})
 
 
 @pytest.mark.parametrize("source", [FACTS, FIGURES], ids=lambda path: path.name)
@@ -83,7 +83,7 @@ def test_traps(folder: Path, monkeypatch: pytest.MonkeyPatch, trap: str, name: s
     assert not (folder / "pwned").exists()
 
 
-@pytest.mark.parametrize(("name", "load"), [("bounds.toml", bounds.load), ("known_faults.toml", faults.load)])
+@pytest.mark.parametrize(("name", "load"), [("bounds.toml", bounds.load), ("known_faults.toml", known_faults.load)])
 @quick
 @given(data=st.data())
 def test_damaged_rules(folder: Path, name: str, load: object, data: st.DataObject) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import arguments, baselines, catalog, corpora, models, planning, protocols, settings
+from harness import arguments, baselines, catalog, corpora, models, options, planning, protocols
 from harness.errors import HarnessError
-from harness.exact import exact_path
+from harness.facts import exact_path
 from harness.options import Declared
 from harness.records import Case
 from harness.specifications import parse, parse_list
@@ -48,7 +48,7 @@ def resolved(text: str) -> None:
 @quick
 @given(text=specifications)
 def test_specifications(text: str) -> None:
-    for read in (parse, parse_list, settings.names, settings.positive, resolved):
+    for read in (parse, parse_list, options.names, options.positive, resolved):
         survives(read, text)
     survives(lambda: protocols.parse(parse(text)))
     survives(lambda: corpora.check_name(parse(text), Declared(Path("/nowhere"))))
@@ -80,12 +80,12 @@ def test_damaged_tables(tmp_path: Path, data: st.DataObject) -> None:
 @quick
 @given(
     kind=st.sampled_from(("models", "datasets", "options", "methods", "metrics", "other")),
-    key=st.one_of(texts, st.sampled_from([setting.flag for setting in settings.SETTINGS])),
+    key=st.one_of(texts, st.sampled_from([setting.flag for setting in options.SETTINGS])),
     value=json_values,
 )
 def test_tables_of_any_shape(kind: str, key: str, value: Any) -> None:
     for table in ({kind: value}, {kind: {key: value}}):
-        survives(settings.read_table, Path("pyproject.toml"), table)
+        survives(options.read_table, Path("pyproject.toml"), table)
 
 
 @pytest.mark.parametrize("text", ["tool = 3", "[tool]\nharness = []", "[tool]\nharness = 1", "x = " + "[" * 5000])
@@ -96,7 +96,7 @@ def test_known_bad_tables(tmp_path: Path, text: str) -> None:
 
 def built(folder: Path) -> None:
     """Options from the folder's table."""
-    survives(lambda: settings.build({}, settings.read_declared(folder)[1], folder))
+    survives(lambda: options.build({}, options.read_declared(folder)[1], folder))
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from harness import merging, report
 from harness.records import Row
-from harness.report.plots import plots
+from harness.report.plots import svgs
 from harness.report.reading import read_report
 from harness.session import known_environments, open_report, read_rows
 from tests.fuzz.bounds import SCALE, harmless_line, quick, slow, slowest, survives
@@ -114,7 +114,7 @@ def test_known_tricks_come_out_harmless_in_markdown(text: str) -> None:
 @pytest.mark.parametrize("text", ["".join(HOSTILE[2:5]), *HOSTILE[6:10:3]] if SCALE == 1 else HOSTILE)
 def test_names_come_out_harmless_in_plots(text: str) -> None:
     rows = drawn_rows(text)
-    for name, svg in plots(rows, [row.case for row in rows]).items():
+    for name, svg in svgs(rows, [row.case for row in rows]).items():
         assert Path(name).name == name
         assert not name.startswith(".")
         root = ElementTree.fromstring(svg)

@@ -133,7 +133,7 @@ def test_4bit_products_equal_those_of_the_dequantized_weight(
 
 
 def int8_bound(x: torch.Tensor, weight: torch.Tensor, bias: Any, threshold: float) -> torch.Tensor:
-    """The bound of harness/methods/bnb_int8.py, in double precision. x: (rows, in), weight: (out, in)."""
+    """The bound of harness/methods/bitsandbytes.py, in double precision. x: (rows, in), weight: (out, in)."""
     unit = ROUNDOFF[x.dtype]
     a = x.half().double()  # (rows, in)
     beyond = a.abs() >= threshold if threshold else torch.zeros_like(a, dtype=torch.bool)

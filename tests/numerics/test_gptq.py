@@ -14,9 +14,8 @@ from harness import arguments, calibration, catalog, checkpoints, corpora, engin
 from harness.contracts import Checkpoint, Method
 from harness.errors import BadSpecification, HarnessError
 from harness.methods import linear_int4
-from harness.options import Declared
+from harness.options import Declared, build
 from harness.planning import plan
-from harness.settings import build
 from harness.specifications import parse, parse_list
 from harness.stats import paired_delta
 

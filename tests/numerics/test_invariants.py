@@ -13,15 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from harness import arguments, bnb, catalog, environment, faults, judge
+from harness import arguments, bnb, catalog, environment, judge, known_faults
+from harness.catalog import member_of
 from harness.devices import open_device
 from harness.group import Group, loaded_facts
 from harness.invariants import CHECKS, LAYER, Check, layers, metric
 from harness.messages import Job
-from harness.options import Options
-from harness.planning import member_of
+from harness.options import Options, read_declared
 from harness.records import Case, Figure, Row
-from harness.settings import read_declared
 from harness.specifications import parse
 
 METHODS = ("bnb-int8", "bnb-fp4", "bnb-nf4", "bnb-nf4-dq")
@@ -57,7 +56,7 @@ def test_a_layer_holds_or_shows_a_known_fault(method: str, check: str) -> None:
     figure = measured(method, check)
     row = Row.of(subject(method, check).case, value=figure.value, detail=figure.detail)
     world = environment.capture("cpu", torch.get_num_threads(), loaded_facts("cpu"))
-    found = faults.judge(row, faults.load(ROOT / "baselines"), world)
+    found = known_faults.judge(row, known_faults.load(ROOT / "baselines"), world)
     assert not judge.fails(found, require_baselines=False, allow_missing=False), found.reason
 
 

@@ -18,15 +18,13 @@ from harness.contracts import Method
 from harness.methods import (
     absmax_int8,
     absmax_int8_tensor,
-    bf16,
     fp4,
-    fp16,
-    fp32,
     linear_int4,
     linear_int4_affine,
     nf4,
     zeropoint_int8,
 )
+from harness.methods.references import METHODS as REFERENCES
 
 MODULES: dict[str, Any] = {
     module.METHOD.name: module
@@ -293,8 +291,7 @@ def test_declarations() -> None:
     every: list[Method] = [module.METHOD for module in MODULES.values()]
     assert all(method.scoped and method.core and not method.dtype and method.batch_invariant for method in every)
     assert {method.name for method in every if "block" in method.parameters} == set(BLOCKED)
-    references = [module.METHOD for module in (fp32, bf16, fp16)]
-    assert [(method.name, method.dtype, method.bits, method.scoped) for method in references] == [
+    assert [(method.name, method.dtype, method.bits, method.scoped) for method in REFERENCES] == [
         ("fp32", "fp32", 32, False),
         ("bf16", "bf16", 16, False),
         ("fp16", "fp16", 16, False),

@@ -19,7 +19,9 @@ CACHE = cache_dir()  # of the real home: pytester moves HOME
 FAULTS = '''
 """Methods that go wrong, each in its own way."""
 import dataclasses, os, signal
-from harness.methods.fp32 import METHOD as FP32
+from harness.methods.references import METHODS
+
+FP32 = METHODS[0]
 
 
 def faulty(name, act):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.settings import SETTINGS
+from harness.options import SETTINGS
 
 if TYPE_CHECKING:
     import pytest

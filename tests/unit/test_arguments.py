@@ -8,8 +8,11 @@ import pytest
 from harness.arguments import method_id, resolve
 from harness.contracts import Arguments, Method, Parameter, Scope
 from harness.errors import BadSpecification, UnknownName
-from harness.methods import absmax_int8, bf16, nf4
+from harness.methods import absmax_int8, nf4
+from harness.methods.references import METHODS as REFERENCES
 from harness.specifications import parse
+
+BF16 = REFERENCES[1]
 
 
 def nothing(*_: Any) -> Any:
@@ -34,8 +37,8 @@ def test_everything_given() -> None:
 
 
 def test_a_reference_keeps_its_dtype_and_has_no_scope() -> None:
-    assert resolve(parse("bf16"), bf16.METHOD, "cuda") == Arguments("bf16", None, {})
-    assert resolve(parse("bf16:dtype=bf16"), bf16.METHOD, "cuda").dtype == "bf16"
+    assert resolve(parse("bf16"), BF16, "cuda") == Arguments("bf16", None, {})
+    assert resolve(parse("bf16:dtype=bf16"), BF16, "cuda").dtype == "bf16"
 
 
 def test_types_of_values() -> None:
@@ -54,9 +57,9 @@ def test_types_of_values() -> None:
         ("nf4:block=64.0", nf4.METHOD, BadSpecification, "block is a whole number"),
         ("nf4:dtype=int8", nf4.METHOD, BadSpecification, "dtype is one of fp32, bf16, fp16, not 'int8'"),
         ("absmax-int8:block=64", absmax_int8.METHOD, UnknownName, r"'block' \(known: compute, dtype, layers, names\)"),
-        ("bf16:dtype=fp32", bf16.METHOD, BadSpecification, "bf16 is a reference in bf16, drop dtype="),
-        ("bf16:all", bf16.METHOD, BadSpecification, "bf16 takes no scope"),
-        ("bf16:layers=1", bf16.METHOD, UnknownName, r"'layers' \(known: dtype\)"),
+        ("bf16:dtype=fp32", BF16, BadSpecification, "bf16 is a reference in bf16, drop dtype="),
+        ("bf16:all", BF16, BadSpecification, "bf16 takes no scope"),
+        ("bf16:layers=1", BF16, UnknownName, r"'layers' \(known: dtype\)"),
         ("lib:threshold=nan", library(threshold=Parameter(float, 6.0, "outliers")), BadSpecification, "not 'nan'"),
     ],
 )
@@ -71,8 +74,8 @@ def test_the_id_writes_every_default_out() -> None:
     long = resolve(parse("nf4:linear:block=64:dtype=fp32"), nf4.METHOD, "cpu")
     text = "nf4:linear:batch=1:block=64:compute=dtype:dtype=fp32:layers=all:names=*"
     assert method_id(nf4.METHOD, short, 1) == method_id(nf4.METHOD, long, 1) == text
-    assert method_id(bf16.METHOD, resolve(parse("bf16"), bf16.METHOD, "cpu"), 4) == "bf16:batch=4:dtype=bf16"
-    assert method_id(bf16.METHOD, resolve(parse("bf16"), bf16.METHOD, "cpu"), 0) == "bf16:batch=auto:dtype=bf16"
+    assert method_id(BF16, resolve(parse("bf16"), BF16, "cpu"), 4) == "bf16:batch=4:dtype=bf16"
+    assert method_id(BF16, resolve(parse("bf16"), BF16, "cpu"), 0) == "bf16:batch=auto:dtype=bf16"
 
 
 def test_the_id_tells_arguments_apart() -> None:

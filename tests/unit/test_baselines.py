@@ -14,12 +14,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import baselines, exact, nllfiles
+from harness import baselines, facts, nllfiles
 from harness.baselines import Baselines, overlay_path, read_overlay, record, to_record, validate
 from harness.contracts import Member
 from harness.environment import Environment
 from harness.errors import BadFile
-from harness.exact import exact_document, exact_facts, exact_path, holds, provenance, read_exact, stem
+from harness.facts import exact_document, exact_facts, exact_path, holds, provenance, read_exact, stem
 from harness.recorded import Recorded, from_entry, reviewable, rounded, world_key
 from harness.records import Case, Row, Verdict
 from harness.wording import token_limit
@@ -478,12 +478,12 @@ def test_changed_facts_are_named_with_both_values() -> None:
     census = {"quantized_modules": 8, "names": "a" * 64, "left_elements": 5}
     texts = {"lee": {"chunk:512": {"first 4096": {"token_hash": "f" * 64, "tokens": 4096}}}}
     before = {**head, "weights": {"cpu": {"bytes": {"memory.storage": 1000}, "census": census}}, "texts": texts}
-    assert exact.changes(before, before) == []
-    assert exact.changes(None, before) == []  # nothing recorded, nothing changed
+    assert facts.changes(before, before) == []
+    assert facts.changes(None, before) == []  # nothing recorded, nothing changed
     fewer = {**census, "quantized_modules": 7, "names": "b" * 64}
     other = {"lee": {"chunk:512": {"first 4096": {"token_hash": "e" * 64, "tokens": 4096}}}}
     now = {**head, "weights": {"cpu": {"bytes": {"memory.storage": 1048}, "census": fewer}}, "texts": other}
-    assert exact.changes(before, now) == [
+    assert facts.changes(before, now) == [
         "memory.storage on cpu: 1000 -> 1048",
         "census on cpu, quantized_modules: 8 -> 7",
         "census on cpu, names: aaaaaaaaaaaa... -> bbbbbbbbbbbb...",

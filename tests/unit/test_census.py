@@ -12,7 +12,8 @@ from harness.census import bits_per_weight, census
 from harness.contracts import Arguments, Method, QuantizedWeight, Scope
 from harness.errors import IncompleteQuantization
 from harness.jsonvalues import digest
-from harness.methods import absmax_int8, bf16, fp32, nf4
+from harness.methods import absmax_int8, nf4
+from harness.methods.references import METHODS as REFERENCES
 from harness.quantized import Recipe, apply
 
 BLOCK = {"block": 64}
@@ -78,7 +79,7 @@ def test_sketch_and_load_have_one_census() -> None:
     assert found["elements"] == sum(parameter.numel() for parameter in original[""].parameters())
 
 
-@pytest.mark.parametrize(("method", "dtype", "bits"), [(fp32.METHOD, "fp32", 32.0), (bf16.METHOD, "bf16", 16.0)])
+@pytest.mark.parametrize(("method", "dtype", "bits"), [(REFERENCES[0], "fp32", 32.0), (REFERENCES[1], "bf16", 16.0)])
 def test_a_reference(method: Method, dtype: str, bits: float) -> None:
     model = gpt2()
     found = census(model, method, Arguments(dtype), dict(model.named_modules()))

@@ -15,13 +15,12 @@ import pytest
 from harness import admission, catalog, corpora, door, models
 from harness.contracts import Member, Method, Metric, Parameter
 from harness.errors import BadFile, HarnessError
-from harness.options import Declared
-from harness.settings import read_declared
+from harness.options import Declared, read_declared
 
 METHOD = """
 import dataclasses
-from harness.methods.fp32 import METHOD as FP32
-METHOD = dataclasses.replace(FP32, name="{name}", core=False)
+from harness.methods.references import METHODS
+METHOD = dataclasses.replace(METHODS[0], name="{name}", core=False)
 """
 ROOT = Path(__file__).parents[2]
 

@@ -19,9 +19,8 @@ from harness import memory as bytes_of
 from harness.__main__ import main
 from harness.contracts import Arguments
 from harness.errors import HarnessError
-from harness.options import Declared
+from harness.options import Declared, build
 from harness.planning import plan
-from harness.settings import build
 from harness.specifications import parse, parse_list
 from tests.gguf_models import FAMILIES, TEXT, byte_level, save, sentencepiece, word_level
 

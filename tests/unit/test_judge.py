@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from harness import judge
 from harness.bounds import Bounds, load
 from harness.contracts import Member
-from harness.drift import MOVERS
 from harness.environment import Environment
+from harness.record import MOVERS
 from harness.recorded import Recorded
 from harness.records import Row, Verdict
 
@@ -29,7 +29,7 @@ PEAK = Member("memory.run_peak", "B", "lower", textual=False)
 DECODE = Member("latency.decode", "s", "lower", timed=True, textual=False)
 SAME_TOP = Member("divergence.same_top", "share", "higher", paired=True)
 WORLD = Environment(torch="2.13.0", bitsandbytes="0.50.2", instructions="avx2 avx512", threads=2, machine="a" * 16)
-SLICES = [slice(4 * window, 4 * window + 4) for window in range(10)]  # ten windows of four tokens
+COUNTS = [4] * 10  # ten windows of four tokens
 NOISE = np.tile([0.01, -0.01], 20)  # by windows: mean 0 each, so a constant shift has no spread
 BASE = np.linspace(2, 4, 40)
 PROTOCOL = "text: lee, revision abc; tokens: the first 4096, tokenizer x, bos=0; windows: 512"
@@ -44,6 +44,7 @@ def row(member: Member, value: float | None, method: str = "nf4", **more: Any) -
     text: dict[str, Any] = {"dataset": "lee", "protocol": "chunk:512"} if member.textual else {}
     if member.textual:
         text |= {"protocol_id": PROTOCOL, "token_hash": "f" * 64, "nll": "now", "revision": "r" * 40}
+        more["detail"] = {"window_counts": COUNTS, **more.get("detail", {})}
     facts: dict[str, Any] = {"model": "gpt2", "method": method, "metric": member.name, "device": "cpu"}
     return Row(**{**facts, "reference": "fp32", "value": value, "unit": member.unit, **text, **more})
 
@@ -62,13 +63,9 @@ def judged(
     recorded: Recorded | None = None,
     losses: Mapping[str, NDArray[Any]] | None = None,
     environment: Environment = WORLD,
-    slices: list[slice] | None = SLICES,
 ) -> Row:
     held = {name: np.asarray(values, dtype=np.float32) for name, values in (losses or {}).items()}
-    return judge.judge(
-        measured, member, bounds=bounds, recorded=recorded, environment=environment, nll=held.get,
-        slices=slices if member.textual else None,
-    )  # fmt: skip
+    return judge.judge(measured, member, bounds=bounds, recorded=recorded, environment=environment, nll=held.get)
 
 
 def strict(found: Row) -> bool:
@@ -148,8 +145,8 @@ def test_a_non_finite_candidate_is_out_of_bound(bounds: Bounds) -> None:
     measured = row(PERPLEXITY, math.inf, detail={"non_finite": 3, "scored": 40})
     found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0))
     assert found.verdict is Verdict.OUT_OF_BOUND
-    assert found.verdict_baseline is Verdict.UNUSABLE
-    assert found.reason.startswith("non-finite loss in 3 of 40 tokens; ")
+    assert found.verdict_baseline is Verdict.WORSE
+    assert found.reason == "non-finite loss in 3 of 40 tokens; inf ppl, recorded 30 ppl"
     assert plain(found)
 
 
@@ -160,6 +157,9 @@ def test_a_non_finite_reference_fails_itself_and_leaves_others_undecided(bounds:
     dependent = judged(row(DELTA, math.nan, detail={"non_finite": 0, "reference_non_finite": 3}), DELTA, bounds)
     assert dependent.verdict is Verdict.UNUSABLE
     assert "the reference's own loss is non-finite in 3 tokens: nothing to compare with" in dependent.reason
+    measured = row(DELTA, math.nan, detail={"reference_non_finite": 3})
+    recorded = judged(measured, DELTA, bounds, record(measured, 0.3))
+    assert (recorded.verdict, recorded.verdict_baseline) == (Verdict.UNUSABLE, Verdict.UNUSABLE)
     assert plain(own)
     assert plain(dependent)
 
@@ -264,15 +264,14 @@ def test_the_recorded_floor_holds_where_it_is_wider(bounds: Bounds) -> None:
 
 
 def test_fewer_than_eight_windows_decide_only_what_is_beneath_the_floor(bounds: Bounds) -> None:
-    measured = row(PERPLEXITY, 30.0)
-    few = [slice(0, 20), slice(20, 40)]
+    measured = row(PERPLEXITY, 30.0, detail={"window_counts": [20, 20]})
     for shift, verdict in ((0.004, Verdict.UNUSABLE), (5e-5, Verdict.WITHIN_NOISE)):
         losses = {"now": BASE + shift, "then": BASE}
-        found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses, slices=few)
+        found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses)
         assert found.verdict is verdict
         assert not strict(found)
     losses = {"now": BASE + 0.004, "then": BASE}
-    found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses, slices=few)
+    found = judged(measured, PERPLEXITY, bounds, record(measured, 30.0), losses)
     assert "2 windows, fewer than 8, cannot tell it from noise" in found.reason
 
 
@@ -612,7 +611,7 @@ def test_the_more_tests_a_session_makes_the_more_a_change_must_show(bounds: Boun
     found = [
         judge.judge(
             measured, PERPLEXITY, bounds=bounds, recorded=record(measured, 30.0), environment=WORLD, nll=held.get,
-            slices=SLICES, tests=tests,
+            tests=tests,
         )
         for tests in (1, 20)
     ]  # fmt: skip

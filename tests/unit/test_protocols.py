@@ -342,6 +342,7 @@ def test_half_leaves_the_plan_of_others_alone() -> None:
 def test_without_torch() -> None:
     import subprocess
 
-    code = "import sys, harness.protocols, harness.corpora, harness.metrics.perplexity; print('torch' in sys.modules)"
+    names = "sys, harness.protocols, harness.corpora, harness.metrics.perplexity"
+    code = f"import {names}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

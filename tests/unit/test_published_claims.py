@@ -22,6 +22,7 @@ from harness.published.conventions import count, describe, layer_of, read_by_a_p
 from harness.published.ratios import beside, of_baselines, of_rows
 from harness.published.settling import as_port, led_by, within
 from harness.records import Row
+from harness.report.reading import keep_published, published_json, published_of
 
 FOLDER = Path(__file__).parents[2] / "baselines" / "published"
 REPORT = Report("r", "gpt2", "some text", "some protocol", {"latency": "the card", "perplexity": "the text"})
@@ -176,7 +177,7 @@ def entries() -> list[dict[str, Any]]:
 
 
 def test_json_is_strict_and_complete() -> None:
-    first, second = json.loads(published.as_json(entries()))["claims"]
+    first, second = json.loads(published_json(entries()))["claims"]
     assert set(first) >= {
         "report", "part", "method", "metric", "published", "unit", "convention", "ours", "verdict", "note", "command",
     }  # fmt: skip
@@ -195,16 +196,16 @@ def test_table_and_section_count_and_escape() -> None:
 
 
 def test_entries_survive_a_report_directory(tmp_path: Path) -> None:
-    assert published.kept(tmp_path) == ()
-    published.keep(tmp_path, entries())
-    assert published.section(published.kept(tmp_path)) == published.section(entries())
+    assert published_of(tmp_path) == ()
+    keep_published(tmp_path, entries())
+    assert published.section(published_of(tmp_path)) == published.section(entries())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"claims": [{}]}', '{"claims": [{"report": 1}]}'])
 def test_a_bad_file_of_entries_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "published.json").write_text(text)
     with pytest.raises(BadFile, match="run `pytest -m published` again") as caught:
-        published.kept(tmp_path)
+        published_of(tmp_path)
     assert "\n" not in str(caught.value)
 
 

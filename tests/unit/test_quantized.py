@@ -18,7 +18,8 @@ import harness
 from harness import cpu_products, memory, quantized
 from harness.contracts import Arguments, Checkpoint, Method, Scope
 from harness.errors import HarnessError
-from harness.methods import absmax_int8, fp32, linear_int4_affine, nf4, zeropoint_int8
+from harness.methods import absmax_int8, linear_int4_affine, nf4, zeropoint_int8
+from harness.methods.references import METHODS as REFERENCES
 from harness.quantized import KeepsDtype, QuantizedLinear, Recipe, StoredWeight
 from harness.weightmethod import weight_method
 
@@ -322,7 +323,7 @@ def test_load_opens_and_quantizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     checkpoint = Checkpoint("path:x", tmp_path, "0")
     model = nf4.METHOD.load(checkpoint, arguments(dtype="bf16", block=64), "cpu")
     assert sum(1 for module in model.modules() if isinstance(module, StoredWeight)) == 14
-    assert not any(isinstance(m, StoredWeight) for m in fp32.METHOD.load(checkpoint, arguments(), "cpu").modules())
+    assert not any(isinstance(m, StoredWeight) for m in REFERENCES[0].load(checkpoint, arguments(), "cpu").modules())
     assert asked == [(checkpoint, "bf16", "cpu"), (checkpoint, "fp32", "cpu")]
-    assert not list(fp32.METHOD.quantized(model))
-    assert not fp32.METHOD.targets(model, arguments())
+    assert not list(REFERENCES[0].quantized(model))
+    assert not REFERENCES[0].targets(model, arguments())

@@ -9,8 +9,9 @@ import pytest
 
 from harness.__main__ import main
 from harness.records import Case, Row, Verdict
-from harness.report import plots, render
+from harness.report import render
 from harness.report.large import MOST_CASES
+from harness.report.plots import svgs
 from harness.report.reading import plan_text
 
 METHODS = ("fp32", "nf4")
@@ -50,7 +51,7 @@ def test_beyond_it_one_table_a_model_and_every_verdict_that_matters() -> None:
     assert f" {texts:,} ".replace(",", "") in line
     assert f"30 of {MOST_CASES + 4:,} measured cases failed or moved" in text
     assert all(f"bad {place}" in text for place in range(30))
-    assert plots(rows, [row.case for row in rows]) == {}
+    assert svgs(rows, [row.case for row in rows]) == {}
 
 
 def test_a_name_with_two_token_plans_is_still_told_apart() -> None:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from harness.records import Case, Row, Verdict
-from harness.report import plots, read_report
+from harness.report import read_report
 from harness.report.figures import figures, filename
 from harness.report.labels import Box, place
 from harness.report.matrix import Section, complete, sections
-from harness.report.plots import canvas_of, label, pareto, plain, png, quartiles, style
+from harness.report.plots import canvas_of, label, pareto, plain, png, quartiles, style, svgs
 
 MADE = Path(__file__).parent / "data" / "made-session"
 
@@ -34,7 +34,7 @@ def kinds(rows: list[Row]) -> list[str]:
 
 def test_the_made_up_session_has_its_four_plots_as_clean_svg() -> None:
     session = read_report(MADE)
-    found = plots(session.rows, session.planned)
+    found = svgs(session.rows, session.planned)
     assert sorted(name.partition("--")[0] for name in found) == [
         "combined",
         "latency",
@@ -49,18 +49,18 @@ def test_the_made_up_session_has_its_four_plots_as_clean_svg() -> None:
 
 def test_the_same_rows_give_the_same_bytes() -> None:
     rows = [row("fp32", "latency.decode", 0.1, samples=(0.1, 0.11, 0.12, 0.1)), row("nf4", "latency.decode", 0.2)]
-    assert plots(rows) == plots(rows)
+    assert svgs(rows) == svgs(rows)
 
 
 def test_drawing_leaves_the_users_matplotlib_settings_alone() -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    plots([row("fp32", "latency.decode", 0.1)])
+    svgs([row("fp32", "latency.decode", 0.1)])
     assert dict(matplotlib.rcParams) == before
     with matplotlib.rc_context({"font.size": 30.0}):
-        large = plots([row("fp32", "latency.decode", 0.1)])
-    assert large == plots([row("fp32", "latency.decode", 0.1)])
+        large = svgs([row("fp32", "latency.decode", 0.1)])
+    assert large == svgs([row("fp32", "latency.decode", 0.1)])
 
 
 def test_only_plots_with_data_exist() -> None:
@@ -81,14 +81,14 @@ def test_values_that_cannot_be_drawn_do_not_stop_the_others() -> None:
     for metric, good in (("perplexity", 20.0), ("memory.storage", 8e6), ("latency.decode", 0.1)):
         rows += [row("fp32", metric, good), row("fp4", metric, good / 2)]
         rows += [row(name, metric, value) for name, value in broken.items()]
-    assert len(plots(rows)) == 4
+    assert len(svgs(rows)) == 4
 
 
 def test_hostile_names_are_drawn_as_they_are() -> None:
     names = ["$x^$", "a|<b>&--c", "\x1b[31m", "漢字", "x" * 200, "\u202eabc"]
     rows = [row(name, "perplexity", 20.0 + index) for index, name in enumerate(["fp32", *names])]
     rows += [row(name, "memory.storage", 1e6 * (index + 1)) for index, name in enumerate(["fp32", *names])]
-    found = plots(rows)
+    found = svgs(rows)
     assert len(found) == 3
     for text in found.values():
         ElementTree.fromstring(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.drift import MOVERS
+from harness.record import MOVERS
 from harness.records import Case, Row, Verdict
 from harness.report import render
 from harness.report.verdicts import verdicts

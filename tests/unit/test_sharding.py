@@ -13,16 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import BadSpecification
+from harness.options import Shard, parse_shard
 from harness.records import Case
 from harness.sharding import (
     METHODS,
     OTHER_METHOD,
-    Shard,
     billions,
     costs,
     cut,
     longest_first,
-    parse_shard,
     partition,
     plan_digest,
 )

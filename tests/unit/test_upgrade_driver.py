@@ -42,7 +42,7 @@ def measured(case: Case, folder: Path, label: str) -> Row:
         return Row.of(case, value=0.0, detail={"holds": True}, environment="e")
     if case.family == "perplexity":
         sha = nllfiles.save(folder / "nll", TOKENS)
-        detail = {"window_counts": WINDOWS}
+        detail = {"window_counts": WINDOWS, "reference_nll": sha}
         return Row.of(case, value=float(np.exp(TOKENS.mean())), unit="ppl", nll=sha, detail=detail, environment="e")
     return Row.of(case, value=1000.0, unit="B", environment="e")
 

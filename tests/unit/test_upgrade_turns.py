@@ -11,7 +11,7 @@ import pytest
 from harness.errors import HarnessError
 from harness.messages import Turn
 from harness.records import Case, Figure, Row, Verdict
-from harness.report.decisions import Entry, timed
+from harness.report import Entry, compare
 from harness.timing import FEWEST_BLOCKS
 from harness.upgrade.timed import take_turns
 
@@ -70,11 +70,16 @@ def test_a_side_that_fails_does_not_hold_up_the_others() -> None:
     assert len(found["a"].samples) == 6
 
 
-def entry(a: Figure, b: Figure, allowance: float = 1.1) -> Entry:
+def entry(a: Figure, b: Figure) -> Entry:
     rows = [
         Row.of(CASE, value=figure.value, unit="s", samples=figure.samples, detail=figure.detail) for figure in (a, b)
     ]
-    return timed(Entry(CASE, rows[0], rows[1], None, ""), allowance)
+    return compared(*rows)
+
+
+def compared(a: Row, b: Row) -> Entry:
+    (found,) = compare([a], [b], lambda sha: None, lambda sha: None).entries
+    return found
 
 
 def test_turns_are_paired_block_by_block_in_a_comparison() -> None:
@@ -96,6 +101,6 @@ def test_the_references_own_time_is_judged_when_taken_in_turn() -> None:
     found = figures(Sides(a=0.010, b=0.020))
     case = Case("m", "fp32", "", "", "latency.decode", "cpu")
     rows = [Row.of(case, value=f.value, unit="s", samples=f.samples, detail=f.detail) for f in found.values()]
-    assert timed(Entry(case, rows[0], rows[1], None, ""), 1.1).verdict is Verdict.WORSE
+    assert compared(*rows).verdict is Verdict.WORSE
     alone = [Row.of(case, value=1.0, unit="s"), Row.of(case, value=2.0, unit="s")]
-    assert timed(Entry(case, alone[0], alone[1], None, ""), 1.1).verdict is None
+    assert compared(*alone).verdict is None

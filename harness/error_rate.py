@@ -6,7 +6,7 @@ those against the record (`settle`) may only add to what was rejected. What is e
 figure on the very text that was read) is no test: it cannot be wrong by chance.
 
 A change's p value is two-sided for |true change| <= floor: for losses Student's t over windows, for times the normal
-limit of the interval that was combined from both sessions (`tests/unit/test_family.py` holds both to SciPy).
+limit of the interval that was combined from both sessions (`tests/unit/test_error_rate.py` holds both to SciPy).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from statistics import NormalDist
 from typing import Any
 
 from harness.bounds import Bounds
+from harness.catalog import member_of
 from harness.jsonvalues import decode_number
-from harness.planning import member_of
 from harness.records import Case, Row, Verdict
 from harness.stats import CONFIDENCE, Estimate, holm, student_coverage, student_quantile
 

@@ -143,3 +143,11 @@ def without_pinning() -> Iterator[None]:
         yield
     finally:
         IntermediatesCache.pin_memory = library
+
+
+METHODS = (
+    # symmetric int4 codes in groups of a row, calibrated; beside it stands our own `gptq-int4`
+    llmcompressor_method("llmc-gptq-int4", "GPTQ by llm-compressor, symmetric int4 in blocks", "gptq"),
+    # AWQ (Lin et al. 2023, arXiv:2306.00978): weights are scaled by activation size before rounding
+    llmcompressor_method("llmc-awq-int4", "AWQ by llm-compressor, symmetric int4 in blocks", "awq"),
+)

@@ -1,4 +1,4 @@
-"""torchao's tensor subclasses in nn.Linear layers."""
+"""torchao's methods: its tensor subclasses in nn.Linear layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts import Method, Parameter
-from harness.libraries import Layers, library_method
+from harness.libraries import GROUP, Layers, library_method
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn
@@ -54,3 +54,25 @@ def read(layer: nn.Linear) -> Tensor:
     weight: Any = layer.weight
     found: Tensor = weight.dequantize()
     return found
+
+
+METHODS = (
+    # symmetric int8, one scale an output channel; activations as they are
+    torchao_method("torchao-int8", "torchao int8 weight-only, a scale per output channel", 8, "Int8WeightOnlyConfig"),
+    # weights as in torchao-int8, activations int8 too, a scale a token found at each forward
+    torchao_method(
+        "torchao-int8-dynamic",
+        "torchao int8 weights and activations, scales per channel and token",
+        8,
+        "Int8DynamicActivationInt8WeightConfig",
+    ),
+    # the library packs int4 on CUDA only; what runs on any device (`IntxWeightOnlyConfig`) keeps a code in a byte,
+    # which the memory columns show
+    torchao_method(
+        "torchao-int4",
+        "torchao int4 weight-only in groups, codes kept in bytes",
+        4,
+        "IntxWeightOnlyConfig",
+        {"group": GROUP},
+    ),
+)

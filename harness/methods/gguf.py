@@ -137,3 +137,17 @@ def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
     from harness import quantized
 
     return quantized.weights(model)
+
+
+METHODS = (
+    gguf_method("F32", "GGUF F32: fp32 numbers: what the other formats are compared with", bits=32),
+    gguf_method("F16", "GGUF F16: fp16 numbers", bits=16),
+    gguf_method("Q8_0", "GGUF Q8_0: int8 codes in blocks of 32, fp16 step", bits=8),
+    gguf_method("Q5_1", "GGUF Q5_1: affine 5-bit codes in blocks of 32, fp16 step and minimum", bits=5),
+    gguf_method("Q5_0", "GGUF Q5_0: 5-bit codes in blocks of 32, fp16 step", bits=5),
+    # weights that lie on such a grid already come back as they were
+    gguf_method(
+        "Q4_1", "GGUF Q4_1: affine 4-bit codes in blocks of 32, fp16 step and minimum", bits=4, grid="affine4:32"
+    ),
+    gguf_method("Q4_0", "GGUF Q4_0: 4-bit codes in blocks of 32, fp16 step", bits=4),
+)

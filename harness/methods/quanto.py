@@ -1,4 +1,4 @@
-"""optimum-quanto's QLinear layers, frozen."""
+"""optimum-quanto's methods: its QLinear layers, frozen."""
 
 from __future__ import annotations
 
@@ -52,3 +52,11 @@ def read(layer: Any) -> Tensor:
     """(out, in)."""
     found: Tensor = layer.weight.dequantize()
     return found
+
+
+METHODS = (
+    # symmetric, one scale an output channel
+    quanto_method("quanto-int8", "optimum-quanto int8 weights, a scale per output channel", 8, "qint8"),
+    # affine, in groups of 128 of a row, fewer where 128 does not divide it
+    quanto_method("quanto-int4", "optimum-quanto int4 weights, affine in groups", 4, "qint4"),
+)

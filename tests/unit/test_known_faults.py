@@ -14,9 +14,9 @@ from harness import __main__ as commands
 from harness import judge
 from harness.environment import Environment
 from harness.errors import BadFile
-from harness.faults import NAME, Fault, applying, load
-from harness.faults import judge as judged
 from harness.invariants import CHECKS, LAYER, MODELS
+from harness.known_faults import NAME, Fault, applying, load
+from harness.known_faults import judge as judged
 from harness.records import Case, Row, Verdict
 from harness.report.behaviour import section
 
