@@ -76,7 +76,7 @@ def linear_in_blocks(module: Any, x: Tensor) -> Tensor:
 def wide(weight: Tensor) -> bool:
     """Whether many rows times this (out, in) may sooner be had with some columns of the result at a time.
 
-    MKL does not know AMD's caches: a wide fp32 result takes longer in one call (`docs/performance.md`).
+    MKL does not know AMD's caches: a wide fp32 result takes longer in one call (`docs/studies/performance.md`).
     """
     return weight.dtype == torch.float32 and len(weight) >= WIDE and weight.device.type == "cpu" and amd()
 

@@ -22,7 +22,7 @@ TILES = frozenset({"amx_bf16"})
 TINY = 2.0**-126  # smallest normal fp32: a row of zeros keeps its zeros
 STEP = 16  # channels that torch 2.13's kernel reads at a time: where they do not divide `in`, it reads past the row
 TURING = (7, 5)  # the first CUDA devices with int8 products in tensor cores; torch._int_mm asks for more than 16 rows
-FEW_ROWS = 8  # rows up to which reading codes as they lie surely beats unpacking them: benchmarks/ways.py
+FEW_ROWS = 8  # rows up to which reading codes as they lie surely beats unpacking them: studies/performance/ways.py
 
 
 def quick(x: Tensor) -> bool:

@@ -29,7 +29,7 @@ SECONDS = {
 DERIVED = 0.01  # of a family's cost: what a further member costs once the first has run the model
 SHARED_FAMILIES = frozenset({"memory", "perplexity", "divergence"})  # one pass answers all members of a text
 LOADING_SECONDS = 4.0  # of a group: start, load, quantize
-# seconds of a group over those of fp32, as benchmarks/costs.json has them of the embedded model; others: the median
+# seconds of a group over those of fp32, as studies/scale/costs.json has them of the embedded model; others: the median
 METHODS = {
     "fp32": 1.0,
     "bf16": 0.8,

@@ -1,4 +1,4 @@
-"""For every test of the harness's own: hypothesis without deadlines, since shared machines stall.
+"""For every test of the harness and of its studies: hypothesis without deadlines, since shared machines stall.
 
 The same examples every time, so that a commit passes everywhere or nowhere; with HARNESS_FUZZ (the fuzzers at length)
 new ones. Tests that take minutes on a slow processor and whose part a quicker one shows too are run with HARNESS_LONG

@@ -35,7 +35,7 @@ LEVELS = (
     "door planning preloaded child group layergroup turns needs known_faults upgrade runner placing cluster session "
     "report judge question reference record compare two_reports error_rate contract baselines bounds published fits "
     "card_memory "
-    "controls documents rebaselining "
+    "rebaselining "
     "merging",
     "plugin collector publisher commands",
     "cases __main__",
@@ -168,6 +168,16 @@ def test_only_the_face_imports_pytest() -> None:
         for module in MODULES
         for one in imports(module)
         if one.target.partition(".")[0] in {"pytest", "_pytest"} and room(module) not in PYTEST_FACE
+    }
+    assert not others
+
+
+def test_studies_and_tests_stay_outside() -> None:
+    others = {
+        f"{module}, line {one.line}: {one.target}"
+        for module in MODULES
+        for one in imports(module)
+        if one.target.partition(".")[0] in {"studies", "tests"}
     }
     assert not others
 

@@ -88,7 +88,7 @@ class Claim:
         published: as printed; `digits` counts its decimals.
         specification: the method of ours that stores the same weights, "" where there is none.
         beside: the other figures of the same line, by metric.
-        fault: the control of docs/pitfalls.md that yields this symptom.
+        fault: the control of docs/studies/pitfalls.md that yields this symptom.
         passes: how many forward passes the report divides a time by.
         dataset, text_protocol: what settles a perplexity once the weights are there.
         tried: what weights can still tell where text or protocol is not said (`tries`).

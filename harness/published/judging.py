@@ -214,7 +214,7 @@ def _joined(*parts: str) -> str:
 
 
 def _control(claim: Claim) -> str:
-    return f"what yields this: control {claim.fault} of docs/pitfalls.md" if claim.fault else ""
+    return f"what yields this: control {claim.fault} of docs/studies/pitfalls.md" if claim.fault else ""
 
 
 def _ratio(claim: Claim, claims: Sequence[Claim]) -> Decimal | None:

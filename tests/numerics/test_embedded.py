@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from harness import checkpoints, corpora
-from harness.controls import CONTROLS, EMBEDDED, TINY, Bench, Control
+from harness import checkpoints
 from harness.models import EMBEDDED_SHA256
 from harness.options import Declared
 from harness.specifications import parse
@@ -52,14 +49,3 @@ def test_its_tokenizer_is_bytelevel_and_sets_digits_apart(tmp_path: Path) -> Non
     assert tokens[:6] == ["In", "\u0120", "1", "9", "9", "9"]
     assert "\u010a\u010a" in tokens  # a blank line before a digit stays one token
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49_152)
-
-
-@pytest.mark.parametrize(
-    "control", [one for one in CONTROLS if not set(one.models) & set(TINY)], ids=lambda one: one.name
-)
-def test_controls_that_need_a_model_trained_on_prose(control: Control, tmp_path: Path) -> None:
-    declared = Declared(tmp_path)
-    checkpoint = checkpoints.materialise(parse(EMBEDDED), declared)
-    shown = control.run(Bench(checkpoint, corpora.read(parse("lee"), declared), max_tokens=256))
-    assert control.symptom(shown.fault)
-    assert not control.symptom(shown.right)

@@ -113,7 +113,7 @@ def test_dear_groups_are_handed_out_first_and_a_reference_before_those_that_wait
 
 
 def test_methods_are_weighed_as_the_kept_session_measured_them() -> None:
-    kept = json.loads((Path(__file__).parents[2] / "benchmarks" / "costs.json").read_text())["seconds"]
+    kept = json.loads((Path(__file__).parents[2] / "studies" / "scale" / "costs.json").read_text())["seconds"]
     total = {method: sum(seconds.values()) for method, seconds in kept.items()}
     assert METHODS.keys() == total.keys()
     for method, weight in METHODS.items():

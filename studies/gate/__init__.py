@@ -1,0 +1,1 @@
+"""What the verdicts see, and when they keep quiet."""

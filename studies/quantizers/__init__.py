@@ -1,0 +1,1 @@
+"""What quantizers do to numbers, bytes and models."""

@@ -1,0 +1,1 @@
+"""Sessions that are disturbed, and files and names from strangers."""

@@ -1,0 +1,1 @@
+"""Large matrices: planning, sharding, merging, clusters."""

@@ -1,0 +1,1 @@
+"""What moves between releases of a library."""
