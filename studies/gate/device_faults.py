@@ -187,7 +187,7 @@ def decode(
     device = kind(card, types.SimpleNamespace())
     streams = [slower * ms for ms in kernels], [KERNEL_MS["fp32"]]
     works = [Work(lambda each=each: [card.launch(ms) for ms in each]) for each in streams]  # type: ignore[misc, func-returns-value]
-    found = timing.measure(*works, device.time, BLOCKS)
+    found = timing.measure(works[0], works[1], device.time, BLOCKS)
     return sorted(found.candidate)[BLOCKS // 2], latency._against_reference(found)
 
 

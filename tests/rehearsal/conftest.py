@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from harness.files import locked
 from tests.rehearsal import card, folders
 from tests.rehearsal.measuring import Plan
 
+# of mallopt(3): what is freed stays, whatever its size, instead of being faulted in again page by page
+KEEPING = {-1: 2**31 - 1, -2: 2**29, -3: 2**31 - 1}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, bytes
 TINY, WIDE = ("tiny-gpt2", "tiny-olmo"), ("gpt2", "olmo-1b", "phi-3-mini")
 
 
@@ -23,6 +26,9 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     card.preload()
+    library = ctypes.CDLL(None)
+    for option, size in KEEPING.items() if hasattr(library, "mallopt") else ():  # glibc has it
+        library.mallopt(option, size)
     gc.freeze()  # as harness.preloaded does: a group collects garbage before every peak
     yield
     gc.unfreeze()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from bitsandbytes import functional
 
 from harness import bnb, card_memory, catalog, planning
@@ -21,7 +20,7 @@ from harness.messages import Job, Reply
 from harness.options import Declared, Options
 from harness.records import Row
 from harness.specifications import parse, parse_list
-from tests.rehearsal.card import Card, half_products, pretended
+from tests.rehearsal.card import MEMORY, Card, half_products, pretended
 
 CORE = (
     "fp32 bf16 fp16 absmax-int8 absmax-int8-tensor zeropoint-int8 linear-int4 linear-int4-affine nf4 fp4 "
@@ -81,16 +80,16 @@ class Run:
     """One group's rows by metric, in the order of the plan, and what its process leaves."""
 
     rows: dict[str, Row]
-    copies: int  # from the host to the card during one forward whose ids lie on the card
+    copies: int  # from the host to the card during the forward of memory.run_peak, whose ids lie on the card
     left: int  # storages on the card when all is over
 
 
 @contextlib.contextmanager
-def group_of(plan: Plan, method: str, device: str) -> Iterator[tuple[Group, Card | None]]:
-    """A method's group, within the pretence where the device is 'cuda'; let go of at the end."""
+def group_of(plan: Plan, method: str, device: str, total: int = MEMORY) -> Iterator[tuple[Group, Card | None]]:
+    """A method's group, within the pretence of a card of `total` bytes where the device is 'cuda'; let go of after."""
     options = plan.options(method, device)
     job = Job(options, str(options.models[0]), str(parse(method)), device, "fp32", 1, plan.folder / "log")
-    place: Any = pretended() if device == "cuda" else half_products()
+    place: Any = pretended(total) if device == "cuda" else half_products()
     tables = mock.patch.dict(
         functional.name2qmap
     )  # which bitsandbytes keeps for the process, where it first wanted them
@@ -109,21 +108,15 @@ def run(plan: Plan, method: str, device: str, without: Sequence[str] = ()) -> Ru
     cases = [case for case in planning.plan(plan.options(method, device), True) if case.method == str(parse(method))]
     with group_of(plan, method, device) as (group, card):
         rows: dict[str, Row] = {}
+        copies: dict[str, int] = {}
         for case in cases:
             name = f"{case.protocol} {case.metric}".strip() if "," in plan.protocols else case.metric
-            if name not in without:
-                rows[name] = group.measure(case)
-        copies = copies_in_forward(group, card) if card else 0
-    return Run(rows, copies, card.tensors() if card else 0)
-
-
-def copies_in_forward(group: Group, card: Card) -> int:
-    """How often one forward, its ids on the card, fetches something from the host."""
-    ids = torch.ones((1, 8), dtype=torch.long, device="cuda")
-    before = card.kernels["Memcpy HtoD"]
-    with torch.inference_mode():
-        group.model(input_ids=ids, use_cache=False)
-    return card.kernels["Memcpy HtoD"] - before
+            if name in without:
+                continue
+            before = card.kernels["Memcpy HtoD"] if card else 0
+            rows[name] = group.measure(case)
+            copies[name] = card.kernels["Memcpy HtoD"] - before if card else 0
+    return Run(rows, copies.get("memory.run_peak", 0), card.tensors() if card else 0)
 
 
 def on_cpu(method: str) -> str:

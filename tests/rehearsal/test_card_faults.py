@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from harness import engine, quantized
+from harness import child, engine, quantized, strangers
 from harness.devices import Cuda
 from harness.metrics import memory
 from harness.timing import Work
 from tests.rehearsal.card import Card, pretended
 from tests.rehearsal.conftest import vocabulary
-from tests.rehearsal.measuring import Plan, hold_peaks, run
+from tests.rehearsal.measuring import Plan, group_of, hold_peaks, run
 
 MODEL, METHOD = "tiny-gpt2", "nf4"
 PEAKS = ("memory", "memory.load_peak", "memory.run_peak")
@@ -45,7 +45,7 @@ def test_a_table_fetched_at_every_forward(plan_of: PlanOf, monkeypatch: pytest.M
         return at_hand(self) * torch.ones(1).to("cuda")
 
     monkeypatch.setattr(quantized.StoredWeight, "dequantize", fetching)
-    assert run(plan_of(MODEL).with_metrics("memory"), METHOD, "cuda").copies > 0
+    assert run(plan_of(MODEL).with_metrics("memory.run_peak"), METHOD, "cuda").copies > 0
 
 
 def test_a_timing_without_synchronise(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +101,16 @@ def test_a_tensor_kept_on_the_card(plan_of: PlanOf, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(engine, "sliced_nll", keeping)
     assert run(plan_of(MODEL).with_metrics("perplexity"), METHOD, "cuda").left == len(kept) > 0
+
+
+@pytest.mark.parametrize("method", ["fp16", "bnb-nf4"])
+def test_a_model_that_does_not_fit(method: str, plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The want is met in transformers' conversion of a weight, which keeps what was raised for a report."""
+    monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", lambda *_: None)
+    with group_of(plan_of(MODEL), method, "cuda", total=2**20) as (group, _):
+        with pytest.raises(Exception, match=r".") as caught:
+            group.model  # noqa: B018
+        reply = child.told(caught.value)
+    assert (reply.kind, reply.blamed) == ("error", strangers.MEMORY)
+    assert reply.text.startswith("out of memory on the card: ")
+    assert group.predicted["memory.storage"] > 0  # which the controller adds to the line

@@ -35,7 +35,7 @@ report-dir = "measured"
 addopts = ["--pyargs"]
 testpaths = ["harness.cases"]
 """
-TOKENS = 520  # a window of 512, and a short one behind it
+TOKENS = 260  # half a window of the default protocol: what a processor multiplies in seconds
 
 
 @dataclass
@@ -102,15 +102,16 @@ def test_the_very_command(project: Project) -> None:
     report = (project.folder / "measured" / "report.md").read_text()
     assert COMMAND in report
     assert any("resolve" in asked for asked in project.hub.asked)
-    assert sorted(path.name for path in project.folder.iterdir()) == ["measured", "pyproject.toml"]
+    left = {path.name for path in project.folder.iterdir()} - {".pytest_cache"}
+    assert left == {"measured", "pyproject.toml"}  # no baseline is recorded unasked
 
 
 def test_a_shorter_one_on_phi_3_mini_and_the_text_of_wikitext_2s_name(project: Project) -> None:
-    project.write('methods = "absmax-int8,nf4,bnb-int8,bnb-nf4"\nmetrics = "perplexity,memory"')
+    project.write('methods = "absmax-int8,bnb-nf4"\nmetrics = "perplexity,memory"')
     result = project.run(SHORTER)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     rows = project.rows()
-    assert {row["method"] for row in rows} == {"fp32", "absmax-int8", "nf4", "bnb-int8", "bnb-nf4"}
+    assert {row["method"] for row in rows} == {"fp32", "absmax-int8", "bnb-nf4"}
     texts = [row for row in rows if row["dataset"]]
     assert {row["dataset"] for row in texts} == {"wikitext-2"}
     assert all("revision b08601e04326" in row["protocol_id"] for row in texts)

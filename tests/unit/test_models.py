@@ -305,12 +305,16 @@ def test_the_hub_resolves_a_revision_to_a_commit(tmp_path: Path, monkeypatch: py
     assert "only pickled weights" in complaint(MissingAsset, "hub:org/name@v1", declared(tmp_path))
 
 
-def test_a_download_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(Refused("reset"), "Refused"), (OSError(28, "No space left on device"), "No space left on device")],
+)
+def test_a_download_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, why: str) -> None:
     def snapshot_download(repository: str, **options: Any) -> str:
-        raise Refused("reset")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(MissingAsset, match="the download of 'org/name' broke off"):
+    with pytest.raises(MissingAsset, match=rf"the download of 'org/name' broke off \({why}\): run again"):
         hubmodels.download(hubmodels.Snapshot("org/name", COMMIT, names=("config.json",)))
 
 

@@ -82,7 +82,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 
     monkeypatch.setattr("harness.upgrade.driver.environments.build", build)
     monkeypatch.setattr(driver, "Remote", Remote)
-    monkeypatch.setattr("harness.report.publishing.plots", lambda rows, planned: {})  # slow, and tested elsewhere
+    monkeypatch.setattr("harness.report.publishing.svgs", lambda rows, planned: {})  # slow, and tested elsewhere
     monkeypatch.setattr("harness.probe.cuda_devices", lambda: [])
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

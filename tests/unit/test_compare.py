@@ -1,0 +1,127 @@
+"""One judge: against a record of an earlier row, and against that row in its report, a figure is called the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from harness import catalog, judge
+from harness.bounds import Bounds, load
+from harness.environment import Environment
+from harness.recorded import Recorded
+from harness.records import Row, Verdict
+from harness.report import compare
+
+WORLD = Environment(torch="2.13.0", instructions="avx2 avx512", threads=2, machine="a" * 16)
+BASE = np.random.default_rng(5).uniform(1, 4, 40).astype(np.float32)
+ONE_WINDOW = np.concatenate([np.zeros(36), np.ones(4)])
+SWING = np.repeat([1.0, -1.0] * 5, 4)  # by windows of four
+
+
+@pytest.fixture(scope="module")
+def bounds(tmp_path_factory: pytest.TempPathFactory) -> Bounds:
+    return load(tmp_path_factory.mktemp("none"))
+
+
+def row(metric: str, value: float, **more: Any) -> Row:
+    member = catalog.member(metric)
+    assert member is not None
+    text = {"dataset": "lee", "protocol": "chunk:4", "protocol_id": "text: lee", "token_hash": "f" * 64}
+    facts = {"model": "m", "method": "nf4", "metric": metric, "device": "cpu", "reference": "fp32"}
+    return Row(**{**facts, **(text if member.textual else {}), "value": value, "unit": member.unit, **more})
+
+
+def both(before: Row, now: Row, bounds: Bounds, losses: dict[str, NDArray[Any]] | None = None) -> Verdict:
+    """The verdict of the two comparisons, which must be one."""
+    held = {name: np.asarray(values, dtype=np.float32) for name, values in (losses or {}).items()}
+    member = catalog.member(now.metric)
+    assert member is not None
+    recorded = Recorded.of_row(before, WORLD, "2026-11-22T03:00:00Z")
+    judged = judge.judge(now, member, bounds=bounds, recorded=recorded, environment=WORLD, nll=held.get)
+    (entry,) = compare([before], [now], held.get, held.get, bounds=bounds).entries
+    assert judged.verdict_baseline is entry.verdict, (judged.reason, entry.reason)
+    assert entry.verdict is not None
+    return entry.verdict
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "perplexity.word", "perplexity.bits_per_byte", "perplexity.delta"])
+@pytest.mark.parametrize("windows", [2, 10])
+@pytest.mark.parametrize(
+    ("moved", "few", "many"),
+    [
+        (0.004 + 0.0001 * SWING, Verdict.UNUSABLE, Verdict.WORSE),
+        (-0.004 + 0.0001 * SWING, Verdict.UNUSABLE, Verdict.BETTER),
+        (5e-5 * np.ones(40), Verdict.WITHIN_NOISE, Verdict.WITHIN_NOISE),
+        (0.003 + 0.08 * SWING, Verdict.UNUSABLE, Verdict.WITHIN_NOISE),
+        (0.02 + 0.08 * SWING, Verdict.WORSE, Verdict.WORSE),
+        (0.1 * ONE_WINDOW, Verdict.WORSE, Verdict.WORSE),
+    ],
+)
+def test_losses(bounds: Bounds, metric: str, windows: int, moved: NDArray[Any], few: Verdict, many: Verdict) -> None:
+    detail = {"window_counts": [40 // windows] * windows, "reference_nll": "reference"}
+    before, now = (row(metric, value, nll=nll, detail=detail) for value, nll in ((2.0, "then"), (2.1, "now")))
+    losses = {"then": BASE, "now": BASE + moved, "reference": BASE - 0.3}
+    assert both(before, now, bounds, losses) is (few if windows == 2 else many)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "perplexity.delta"])
+def test_figures_of_the_same_losses_and_of_losses_that_are_lost(bounds: Bounds, metric: str) -> None:
+    detail = {"window_counts": [4] * 10, "reference_nll": "reference"}
+    before = row(metric, 2.0, nll="then", detail=detail)
+    found = [
+        both(before, row(metric, value, nll=nll, detail=detail), bounds)
+        for value, nll in ((2.0, "then"), (2.0 + 1e-12, "then"), (2.1, "then"), (2.1, "now"), (2.00005, "now"))
+    ]
+    assert found == [Verdict.SAME, Verdict.SAME, Verdict.WORSE, Verdict.UNUSABLE, Verdict.WITHIN_NOISE]
+
+
+@pytest.mark.parametrize(
+    ("metric", "now", "verdict"),
+    [
+        ("memory.storage", 1001, Verdict.WORSE),
+        ("memory.storage", 1000, Verdict.SAME),
+        ("memory.run_peak", 905, Verdict.WITHIN_NOISE),
+        ("memory.run_peak", 895, Verdict.BETTER),
+        ("memory.run_peak", 1105, Verdict.WORSE),
+        ("divergence.kl", 1005, Verdict.WITHIN_NOISE),
+        ("divergence.kl", 1015, Verdict.WORSE),
+        ("divergence.same_top", 1001, Verdict.BETTER),
+        ("divergence.kl", math.nan, Verdict.WORSE),
+        ("perplexity", math.inf, Verdict.WORSE),
+    ],
+)
+def test_other_figures(bounds: Bounds, metric: str, now: float, verdict: Verdict) -> None:
+    interval = (900.0, 1100.0)  # of text like this: on the same tokens a figure is exact
+    assert both(row(metric, 1000.0, interval=interval), row(metric, float(now), interval=interval), bounds) is verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "reach", "verdict"),
+    [
+        (0.2, 0.03, Verdict.WORSE),
+        (-0.2, 0.03, Verdict.BETTER),
+        (0.03, 0.03, Verdict.WITHIN_NOISE),
+        (0.12, 0.03, Verdict.WITHIN_NOISE),
+        (0.03, 0.2, Verdict.UNUSABLE),
+        (0.12, math.inf, Verdict.UNUSABLE),
+    ],
+)
+def test_times(bounds: Bounds, change: float, reach: float, verdict: Verdict) -> None:
+    def timed(ratio: float) -> Row:
+        ends = {"log_ratio": ratio, "log_ratio_low": ratio - reach, "log_ratio_high": ratio + reach}
+        return row("latency.decode", 0.1, detail={**ends, "aa_floor": 0.02, "prompt_tokens": 128})
+
+    assert both(timed(0.5), timed(0.5 + change), bounds) is verdict
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"protocol_id": "text: olmo"}, {"token_hash": "e" * 64}, {"unit": "bit"}, {"count": 39}],
+)
+def test_what_may_not_be_compared(bounds: Bounds, other: dict[str, Any]) -> None:
+    before = row("perplexity", 20.0, count=40)
+    assert both(before, row("perplexity", 20.0, **{"count": 40, **other}), bounds) is Verdict.NOT_COMPARABLE
