@@ -1,4 +1,4 @@
-"""`python -m harness COMMAND`: what needs no pytest. Each command is a module of `harness.commands`; torch stays out
+"""`python -m harness COMMAND`: what needs no pytest. Each command is a module of `commands`; torch stays out
 unless the command needs it.
 
 Exit status: 0 fine, 1 harm, 2 usage, 3 undecided.
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import commands
-from harness.errors import HarnessError
-from harness.options import read_declared
+from harness.core.errors import HarnessError
+from harness.core.options import read_declared
+from harness.run import commands
 
 USAGE = 2
 
@@ -27,14 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     names = sorted(info.name for info in pkgutil.iter_modules(commands.__path__))
     for name in given[:1] if given and given[0] in names else names:  # one command's imports, where it is named
-        importlib.import_module(f"harness.commands.{name}").add(subparsers)
+        importlib.import_module(f"harness.run.commands.{name}").add(subparsers)
     parsed = parser.parse_args(given)
     try:
         declared = read_declared(Path.cwd())[1]
         if declared.methods or declared.metrics or declared.models or declared.datasets:
-            from harness import door
+            from harness.run import project
 
-            door.open_to(declared)
+            project.open_to(declared)
         status: int = parsed.run(parsed)
     except HarnessError as error:
         print(f"python -m harness {parsed.command}: {error}", file=sys.stderr)

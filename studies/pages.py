@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import environment
-from harness.errors import BadFile
-from harness.files import replace_text
-from harness.jsonvalues import decode_number, encode
+from harness.core import environment
+from harness.core.errors import BadFile
+from harness.core.files import replace_text
+from harness.core.values import decode_number, encode
 
 KEPT = ("torch", "transformers", "bitsandbytes", "numpy")  # versions that a page names
 

@@ -11,8 +11,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from harness import gguf_tokenizers
-from harness.contracts import Checkpoint
+from harness.core.contracts import Checkpoint
+from harness.inputs.models.gguf_format import tokenizers as gguf_tokenizers
 
 VOCABULARY = 320
 TEXT = "the cat sat on the mat, then on 12 other mats"

@@ -1,7 +1,7 @@
-"""The import table of the harness, walked with `ast`: directions, cycles, what stays light, and lengths.
+"""The rooms of the harness, walked with `ast`: which there are, which way imports run, and what stays light.
 
-Every module stands in LEVELS; a module imports only from its own level or below. Imports inside functions count as
-much as those at the top, except where lightness is asked for; imports under TYPE_CHECKING count nowhere.
+A room is a folder at the package's root. It imports from rooms of a lower floor, and from itself; imports inside
+functions and under TYPE_CHECKING count as much as those at the top, except where lightness is asked for.
 """
 
 from __future__ import annotations
@@ -20,47 +20,43 @@ import pytest
 import harness
 
 HOME = Path(harness.__file__).parent
-LEVELS = (
-    "plain text errors jsonvalues rowlines records specifications contracts options sharding files",
-    "catalog methods metrics arguments nllfiles weightmethod codes fused fused_loops rounding rounding_loops quantized "
-    "scopes census memory card_kernels fake_card bnb bnb_tensors cpu_products engine products divergence sequential "
-    "devices timing models "
-    "cards checkpoints gguf_weights gguf_file gguf_families "
-    "gguf_blocks gguf_tokenizers gguf_write admission calibration gptq pieces "
-    "libraries prequantized int4_store streaming "
-    "hubmodels weightfiles tiny synthetic corpora layouts "
-    "hubtext hubanswers architectures protocols "
-    "windows stats environment probe messages recorded facts wording invariants inputs strangers "
-    "cachefolders",
-    "door planning preloaded child group layergroup turns needs known_faults upgrade runner placing cluster session "
-    "report judge question reference record compare two_reports error_rate contract baselines bounds published fits "
-    "card_memory "
-    "rebaselining "
-    "merging",
-    "plugin collector publisher commands",
+FLOORS = (
+    "core",
+    "inputs results",
+    "methods judge",
+    "metrics",
+    "published",
+    "report",
+    "run",
+    "plugin",
     "cases __main__",
-)  # a package stands for all of its modules
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+)  # rooms of one floor do not know each other
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+ROOMS = FLOOR.keys() - {"__main__"}
+SHIMS = {"contracts", "weightmethod", "records"}  # names that other people's files import, for one release
+MODULES_A_FOLDER = 20
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "datasets", "matplotlib"}
-TORCH_FREE = frozenset(  # and every package's modules: importing these, and all that they import, loads nothing heavy
-    "errors jsonvalues rowlines records specifications contracts options files catalog admission calibration door "
-    "methods metrics arguments protocols corpora models stats environment probe architectures planning runner session "
-    "report judge question reference record compare two_reports baselines bounds published plugin recorded facts "
-    "wording error_rate rebaselining sharding merging known_faults upgrade placing cluster inputs plain text "
-    "strangers cachefolders hubanswers".split()
-)
-APART = {"judge", "baselines", "report"}  # none imports another
-PYTEST_FACE = {"plugin", "collector", "publisher", "cases"}
-MODULE_LINES, FUNCTION_LINES = 300, 40
+LIGHT_ROOMS = {"core", "results", "judge", "report", "plugin", "published", "methods", "metrics"}
+WORKSHOPS = ("harness.methods.quantizing", "harness.metrics.measuring")
+LIGHT_MODULES = {
+    *"harness.run.plan harness.run.session harness.run.local harness.run.shards harness.run.merge".split(),
+    *"harness.run.rebaseline harness.run.engines harness.run.fingerprints harness.run.project".split(),
+    *"harness.inputs.models.names harness.inputs.models.architectures harness.inputs.models.cache".split(),
+    *"harness.inputs.texts.corpora harness.inputs.texts.protocols".split(),
+    *"harness.methods.quantizing.arguments harness.methods.quantizing.calibration".split(),
+    *"harness.methods.quantizing.weight_method".split(),
+}
+PYTEST_FACE = {"plugin", "cases"}
 
 
 @dataclass(frozen=True)
 class Import:
     """One import of one module: what, from where, and whether it happens when the module is imported."""
 
-    target: str  # dotted, 'harness.records' or 'torch.nn'
+    target: str  # dotted, 'harness.core.records' or 'torch.nn'
     line: int
     at_import: bool
+    typing: bool  # under TYPE_CHECKING
 
 
 def module_name(path: Path) -> str:
@@ -69,16 +65,16 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(HOME.rglob("*.py"))}
-MODULES = sorted(FILES.keys() - {"harness"})
+MODULES = sorted(FILES.keys() - {"harness"} - {f"harness.{name}" for name in SHIMS})
 
 
 def room(module: str) -> str:
-    """The table's name for a module: 'report' for 'harness.report.plots'."""
+    """'report' for 'harness.report.plots'."""
     return module.split(".")[1]
 
 
 def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """The modules that a statement names: `from harness import x` is the module x where there is one."""
+    """The modules that a statement names: `from harness.core import x` is the module x where there is one."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     assert node.module, "imports are absolute"
@@ -87,17 +83,16 @@ def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
     return found + ([node.module] if len(found) < len(named) else [])
 
 
-def walk(node: ast.AST, at_import: bool = True) -> Iterator[Import]:
-    """Every import in a piece of source, those under TYPE_CHECKING left out."""
+def walk(node: ast.AST, at_import: bool = True, typing: bool = False) -> Iterator[Import]:
+    """Every import in a piece of source."""
     if isinstance(node, ast.Import | ast.ImportFrom):
-        yield from (Import(target, node.lineno, at_import) for target in targets(node))
+        yield from (Import(target, node.lineno, at_import and not typing, typing) for target in targets(node))
         return
-    children: list[ast.AST] = list(ast.iter_child_nodes(node))
-    if isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING":
-        children = list(node.orelse)
+    checking = isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING"
     inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-    for child in children:
-        yield from walk(child, at_import and not inside)
+    for child in ast.iter_child_nodes(node):
+        under = typing or (checking and isinstance(node, ast.If) and child in node.body)
+        yield from walk(child, at_import and not inside, under)
 
 
 @functools.cache
@@ -106,7 +101,7 @@ def imports(module: str) -> tuple[Import, ...]:
 
 
 def own(module: str) -> list[Import]:
-    """Imports of the harness's own modules; of the bare package only its version can be had, which costs nothing."""
+    """Imports of the harness's own modules; of the bare package only its public names can be had."""
     return [one for one in imports(module) if one.target.startswith("harness.")]
 
 
@@ -125,30 +120,35 @@ def loaded_by(module: str) -> dict[str, list[str]]:
     return chains
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_its_level(module: str) -> None:
-    assert room(module) in LEVEL, f"{module} has no level: add '{room(module)}' to LEVELS in {Path(__file__).name}"
+def test_eleven_rooms_and_nothing_beside_them() -> None:
+    entries = {path.stem if path.suffix == ".py" else path.name for path in HOME.iterdir()} - {"__pycache__"}
+    assert entries - {"__init__", "__main__", "py.typed"} - SHIMS == ROOMS
+    assert len(ROOMS) == 11
+
+
+@pytest.mark.parametrize("name", sorted(ROOMS))
+def test_a_room_says_what_it_is_for(name: str) -> None:
+    assert ast.get_docstring(ast.parse(FILES[f"harness.{name}"].read_text()))
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module: str) -> None:
-    level = LEVEL.get(room(module), 0)  # one without a level fails above, by name
-    up = [f"line {one.line}: {one.target}" for one in own(module) if LEVEL.get(room(one.target), 0) > level]
-    assert not up, f"{module} (level {level}) imports from above: {up}"
+    floor, here = FLOOR[room(module)], room(module)
+    up = [
+        f"line {one.line}: {one.target}"
+        for one in own(module)
+        if room(one.target) != here and FLOOR.get(room(one.target), -1) >= floor
+    ]
+    assert not up, f"{module} (floor {floor}) imports from above or beside: {up}"
 
 
 def test_no_cycles() -> None:
-    graph = {module: {one.target for one in own(module)} - {module} for module in MODULES}
+    """Between modules as they are run; between rooms there can be none."""
+    graph = {module: {one.target for one in own(module) if not one.typing} - {module} for module in MODULES}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
-
-
-@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in APART])
-def test_judge_baselines_and_report_stand_apart(module: str) -> None:
-    others = [one.target for one in own(module) if room(one.target) in APART - {room(module)}]
-    assert not others
 
 
 @pytest.mark.parametrize("folder", ["methods", "metrics"])
@@ -157,7 +157,7 @@ def test_methods_and_metrics_are_reached_through_the_catalogue_alone(folder: str
         f"{module}, line {one.line}: {one.target}"
         for module in MODULES
         for one in own(module)
-        if one.target.startswith(f"harness.{folder}")
+        if one.target.startswith(f"harness.{folder}.") and one.target.count(".") == 2 and one.target not in WORKSHOPS
     ]
     assert not reached
 
@@ -172,23 +172,19 @@ def test_only_the_face_imports_pytest() -> None:
     assert not others
 
 
-def test_studies_and_tests_stay_outside() -> None:
-    others = {
-        f"{module}, line {one.line}: {one.target}"
-        for module in MODULES
-        for one in imports(module)
-        if one.target.partition(".")[0] in {"studies", "tests"}
-    }
-    assert not others
+LIGHT = [
+    module
+    for module in MODULES
+    if module in LIGHT_MODULES or (room(module) in LIGHT_ROOMS and not module.startswith(WORKSHOPS))
+]
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in TORCH_FREE])
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_nothing_heavy_in_turn(module: str) -> None:
     heavy = [" -> ".join(chain) for target, chain in loaded_by(module).items() if target.partition(".")[0] in HEAVY]
     assert not heavy
 
 
-LIGHT = [module for module in MODULES if room(module) in TORCH_FREE]
 PROBE = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -196,7 +192,7 @@ for name in sys.argv[1:]:
     found = {"torch", "transformers", "bitsandbytes"} & sys.modules.keys()
     if found:
         sys.exit(f"{name} loads {sorted(found)}")
-from harness import catalog
+from harness.core import catalog
 assert catalog.methods() and catalog.metrics()
 found = {"torch", "transformers", "bitsandbytes"} & sys.modules.keys()
 sys.exit(f"listing methods and metrics loads {sorted(found)}" if found else 0)
@@ -209,27 +205,10 @@ def test_light_modules_load_no_torch_when_run() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["harness", *MODULES])
-def test_modules_are_short(module: str) -> None:
-    lines = len(FILES[module].read_text().splitlines())
-    assert lines <= MODULE_LINES, f"{module} has {lines} lines: split it by what changes together"
-
-
-def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines from the first statement behind the docstring to the last, functions inside a function included."""
-    body = function.body[1:] if ast.get_docstring(function) and function.body[1:] else function.body
-    return (body[-1].end_lineno or 0) - body[0].lineno + 1
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_functions_are_short(module: str) -> None:
-    functions = (
-        node
-        for node in ast.walk(ast.parse(FILES[module].read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    )
-    long = [f"{node.name} ({code_lines(node)} lines)" for node in functions if code_lines(node) > FUNCTION_LINES]
-    assert not long
+def test_no_folder_is_a_corridor() -> None:
+    folders = {path.parent for path in FILES.values()}
+    crowded = {str(folder): len(list(folder.glob("*.py"))) - 1 for folder in folders}  # less its __init__
+    assert {name: count for name, count in crowded.items() if count > MODULES_A_FOLDER} == {}
 
 
 def test_no_grab_bag() -> None:
@@ -239,7 +218,8 @@ def test_no_grab_bag() -> None:
 def test_the_walk_sees_what_it_should() -> None:
     source = """
 import torch.nn
-from harness import records, __version__
+from harness.core import records
+from harness import __version__
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import transformers
@@ -248,25 +228,26 @@ else:
 class A:
     import scipy
     def f(self):
-        from harness.errors import HarnessError
+        from harness.core.errors import HarnessError
 try:
     import json
 except ImportError:
     pass
 """
-    found = {(one.target, one.at_import) for one in walk(ast.parse(source))}
+    found = {(one.target, one.at_import, one.typing) for one in walk(ast.parse(source))}
     assert found == {
-        ("torch.nn", True),
-        ("harness.records", True),
-        ("harness", True),
-        ("typing", True),
-        ("numpy", True),
-        ("scipy", True),
-        ("harness.errors", False),
-        ("json", True),
+        ("torch.nn", True, False),
+        ("harness.core.records", True, False),
+        ("harness", True, False),
+        ("typing", True, False),
+        ("transformers", False, True),
+        ("numpy", True, False),
+        ("scipy", True, False),
+        ("harness.core.errors", False, False),
+        ("json", True, False),
     }
 
 
 def test_a_chain_is_followed_through_packages() -> None:
-    assert loaded_by("harness.devices")["torch"] == ["harness.devices", "torch"]
-    assert " ".join(loaded_by("harness.bnb")["harness.records"]) == "harness.bnb harness.contracts harness.records"
+    module = "harness.metrics.measuring.devices"
+    assert loaded_by(module)["torch"] == [module, "torch"]

@@ -1,6 +1,6 @@
 """The contract of every method that the user's own files or installed packages add, and of those named in --methods.
 
-Seven checks on two small random models (`harness.contract`); they need no download and take seconds.
+Seven checks on two small random models (`promises`); they need no download and take seconds.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from harness import catalog, contract, planning
-from harness.contract import ARCHITECTURES, CHECKS, Trial
-from harness.contracts import Checkpoint, Method
+from harness.cases import promises
+from harness.cases.promises import ARCHITECTURES, CHECKS, Trial
+from harness.core import catalog
+from harness.core.contracts import Checkpoint, Method
 from harness.plugin import STATE
+from harness.run import plan
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -20,9 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contract_method" not in metafunc.fixturenames:
         return
     named = {specification.name for specification in metafunc.config.stash[STATE].options.methods}
-    found = [
-        item.value for name, item in planning.ordered_items(catalog.listed_methods()) if name in named or not item.own
-    ]
+    found = [item.value for name, item in plan.ordered_items(catalog.listed_methods()) if name in named or not item.own]
     why = "no method of another package or file is here, and --methods names none"
     none = [pytest.param(None, id="all", marks=pytest.mark.skip(reason=why))]
     metafunc.parametrize("contract_method", [pytest.param(item, id=item.name) for item in found] or none)
@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def contract_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """The two models."""
     folder = tmp_path_factory.mktemp("contract")
-    return {name: contract.checkpoint(name, folder / name) for name in ARCHITECTURES}
+    return {name: promises.checkpoint(name, folder / name) for name in ARCHITECTURES}
 
 
 @pytest.mark.contract
@@ -45,8 +45,8 @@ def test_contract(
     contract_checkpoints: dict[str, Checkpoint],
 ) -> None:
     """One promise of a method, kept on one model."""
-    if missing := planning.missing_packages(contract_method):
+    if missing := plan.missing_packages(contract_method):
         pytest.skip(f"missing: pip install {' '.join(missing)}")
-    if contract_check is contract.save_and_load and not contract_method.reloads:
+    if contract_check is promises.save_and_load and not contract_method.reloads:
         pytest.skip("it declares that its state_dict cannot be loaded again")
     contract_check(Trial(contract_method, contract_checkpoints[contract_architecture]))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from harness.records import Case, Row
+from harness.core.records import Case, Row
 
 
 @pytest.mark.invariant

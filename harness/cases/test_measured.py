@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from harness.records import Case, Row
+from harness.core.records import Case, Row
 
 
 def test_measured(harness_case: Case, harness_check: Callable[[Case], Row]) -> None:

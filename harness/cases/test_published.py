@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness import published
-from harness.errors import HarnessError
+from harness.core.errors import HarnessError
 from harness.plugin import STATE
 from harness.published import Claim, Finding, Judgement
 from harness.published.settling import settle, weights_for

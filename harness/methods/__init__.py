@@ -6,7 +6,7 @@ To add a weight-only method, add one file with two functions and METHOD (METHODS
     def dequantize(stored, shape, **values): ...  -> (out, in) fp32
     METHOD = weight_method(name="my-int8", summary="...", bits=8, quantize=quantize, dequantize=dequantize)
 
-`harness.weightmethod` says what the two may rely on, `harness.codes` has blocks and packing. Both must work on meta
+`weight_method` says what the two may rely on, `codes` has blocks and packing. Both must work on meta
 tensors: predicted bytes come from the same code. Scopes, tied weights, Conv1D, the census and the errors are the
-base's. A method that loads a model in its own way builds a `harness.contracts.Method` instead.
+base's. A method that loads a model in its own way builds a `contracts.Method` instead.
 """

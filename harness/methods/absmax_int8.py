@@ -13,9 +13,9 @@ comes after, in fp32. `compute=fused` unpacks and multiplies some rows of the we
 
 from __future__ import annotations
 
-from harness import fused, rounding
-from harness.codes import dequantize_int8, product_int8, quantize_rows
-from harness.weightmethod import weight_method
+from harness.methods.quantizing import fused, rounding
+from harness.methods.quantizing.codes import dequantize_int8, product_int8, quantize_rows
+from harness.methods.quantizing.weight_method import weight_method
 
 quantize, dequantize, product = quantize_rows, dequantize_int8, product_int8
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness import fused
-from harness.codes import dequantize_int8, divide, product_int8
-from harness.weightmethod import weight_method
+from harness.methods.quantizing import fused
+from harness.methods.quantizing.codes import dequantize_int8, divide, product_int8
+from harness.methods.quantizing.weight_method import weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor

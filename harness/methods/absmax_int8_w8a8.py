@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness import rounding
-from harness.codes import dequantize_int8, quantize_rows
-from harness.weightmethod import weight_method
+from harness.methods.quantizing import rounding
+from harness.methods.quantizing.codes import dequantize_int8, quantize_rows
+from harness.methods.quantizing.weight_method import weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ quantize, dequantize = quantize_rows, dequantize_int8
 
 def product(x: Tensor, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     """(..., in) -> (..., out)."""
-    from harness import products
+    from harness.methods.quantizing import products
 
     return products.in_int8(x, stored["codes"], stored["scale"], bias)
 

@@ -45,7 +45,7 @@ block and costs a code table (1,024 bytes) a weight; processors with AVX512-BF16
 `memory.storage_after` shows.
 """
 
-from harness.bnb import Format, method
+from harness.methods.quantizing.bnb import Format, method
 
 METHODS = (
     method(

@@ -1,8 +1,8 @@
 """The methods `gguf-*`: a model written as a real GGUF file, read back, and run from its blocks.
 
 Loading writes the whole file (hyperparameters, tokenizer, weights) into the cache's scratch folder, reads it with
-`harness.gguf_file`, and puts its blocks as they are into the model; each forward unpacks them, so what is measured is
-what the file holds. Which tensor is of which format says `harness.gguf_write`; vectors are fp32 in the file and in the
+`file`, and puts its blocks as they are into the model; each forward unpacks them, so what is measured is
+what the file holds. Which tensor is of which format says `write`; vectors are fp32 in the file and in the
 model's dtype here. The file itself is deleted, its size is kept.
 """
 
@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts import Arguments, Checkpoint, Method, QuantizedWeight
-from harness.files import cache_dir
+from harness.core.contracts import Arguments, Checkpoint, Method, QuantizedWeight
+from harness.core.files import cache_dir
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
     from torch import Tensor, nn
 
-    from harness import quantized
-    from harness.gguf_file import GgufFile
+    from harness.inputs.models.gguf_format.file import GgufFile
+    from harness.methods.quantizing import stored as quantized
 
 
 def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
@@ -44,8 +44,9 @@ def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
 
 def load(kind: str, checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
     """The checkpoint through a file of this format; eval mode, on `device`."""
-    from harness import checkpoints, gguf_write
-    from harness.gguf_file import GgufFile
+    from harness.inputs.models import checkpoints
+    from harness.inputs.models.gguf_format import write as gguf_write
+    from harness.inputs.models.gguf_format.file import GgufFile
 
     scratch = cache_dir() / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -65,24 +66,25 @@ def file_bytes(model: Any) -> int:
 
 def sketch(kind: str, model: nn.Module, arguments: Arguments) -> None:
     """Room for the blocks in place of every matrix, on the device where the model lies (meta too)."""
-    from harness import quantized
+    from harness.methods.quantizing import stored as quantized
 
     for own, names in formats(model, kind).items():
         quantized.apply(model, recipe(own), names)
 
 
 def recipe(kind: str) -> quantized.Recipe:
-    """What `harness.quantized` needs: room for a matrix's blocks, to be filled from the file, and how they are read."""
-    from harness import gguf_blocks, quantized
+    """What `stored` needs: room for a matrix's blocks, to be filled from the file, and how they are read."""
+    from harness.inputs.models.gguf_format import blocks
+    from harness.methods.quantizing import stored as quantized
 
     def room(weight: Tensor) -> dict[str, Tensor]:
         import torch
 
-        size = gguf_blocks.row_bytes(kind, weight.shape[1])
+        size = blocks.row_bytes(kind, weight.shape[1])
         return {"blocks": torch.empty(weight.shape[0], size, dtype=torch.uint8, device=weight.device)}
 
     def read(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return gguf_blocks.dequantize(stored["blocks"], kind)
+        return blocks.dequantize(stored["blocks"], kind)
 
     return quantized.Recipe(f"gguf-{kind.lower()}", room, read)
 
@@ -92,9 +94,11 @@ def fill(model: Any, file: GgufFile, kind: str) -> None:
     import numpy as np
     import torch
 
-    from harness import gguf_families, gguf_weights, quantized
+    from harness.inputs.models.gguf_format import families
+    from harness.inputs.models.gguf_format import read as gguf_weights
+    from harness.methods.quantizing import stored as quantized
 
-    family = gguf_families.of_config(model.config)
+    family = families.of_config(model.config)
     config = model.config
     sketch(kind, model, Arguments("fp32"))
     with torch.no_grad():
@@ -114,9 +118,11 @@ def fill(model: Any, file: GgufFile, kind: str) -> None:
 
 def formats(model: Any, kind: str) -> dict[str, list[str]]:
     """Format -> the modules whose matrix it takes, each matrix once under its first name."""
-    from harness import gguf_families, gguf_write, quantized
+    from harness.inputs.models.gguf_format import families
+    from harness.inputs.models.gguf_format import write as gguf_write
+    from harness.methods.quantizing import stored as quantized
 
-    family = gguf_families.of_config(model.config)
+    family = families.of_config(model.config)
     found: dict[str, list[str]] = {}
     for first in quantized.weight_owners(model):
         module = model.get_submodule(first)
@@ -134,7 +140,7 @@ def targets(model: Any, arguments: Arguments) -> list[str]:
 
 def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
     """Each matrix as it lies in the file."""
-    from harness import quantized
+    from harness.methods.quantizing import stored as quantized
 
     return quantized.weights(model)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from harness import calibration, scopes
-from harness.codes import BLOCK
-from harness.contracts import Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
-from harness.errors import BadSpecification
+from harness.core.contracts import Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
+from harness.core.errors import BadSpecification
+from harness.methods.quantizing import calibration, scopes
+from harness.methods.quantizing.codes import BLOCK
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,14 +33,17 @@ def targets(model: nn.Module, arguments: Arguments) -> list[str]:
 
 def sketch(model: nn.Module, arguments: Arguments) -> None:
     """Room for codes and scales."""
-    from harness import int4_store, quantized
+    from harness.methods.quantizing import gptq as int4_store
+    from harness.methods.quantizing import stored as quantized
 
     quantized.apply(model, int4_store.recipe(NAME, int(arguments.values["block"])), targets(model, arguments))
 
 
 def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
     """The checkpoint, calibrated and quantized."""
-    from harness import checkpoints, gptq, int4_store
+    from harness.inputs.models import checkpoints
+    from harness.methods.quantizing import gptq
+    from harness.methods.quantizing import gptq as int4_store
 
     model = checkpoints.open_model(checkpoint, arguments.dtype, device)
     names = targets(model, arguments)
@@ -56,7 +59,7 @@ def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module
 
 def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
     """The quantized weights of a loaded or sketched model."""
-    from harness import quantized
+    from harness.methods.quantizing import stored as quantized
 
     return quantized.weights(model)
 

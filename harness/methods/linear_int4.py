@@ -9,9 +9,9 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness import fused, rounding
-from harness.codes import BLOCK, blocks, divide, pack, rescale, unpack
-from harness.weightmethod import weight_method
+from harness.methods.quantizing import fused, rounding
+from harness.methods.quantizing.codes import BLOCK, blocks, divide, pack, rescale, unpack
+from harness.methods.quantizing.weight_method import weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor

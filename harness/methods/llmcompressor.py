@@ -11,11 +11,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness import calibration, scopes
-from harness.codes import BLOCK
-from harness.contracts import Arguments, Checkpoint, Method, QuantizedWeight, Scope
-from harness.errors import BadSpecification
-from harness.libraries import as_linear
+from harness.core.contracts import Arguments, Checkpoint, Method, QuantizedWeight, Scope
+from harness.core.errors import BadSpecification
+from harness.methods.quantizing import calibration, scopes
+from harness.methods.quantizing.codes import BLOCK
+from harness.methods.quantizing.layers import as_linear
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn
@@ -33,15 +33,16 @@ def llmcompressor_method(name: str, summary: str, modifier: str) -> Method:
         return scopes.select(model, scope)
 
     def sketch(model: nn.Module, arguments: Arguments) -> None:
-        from harness import int4_store, quantized
+        from harness.methods.quantizing import gptq
+        from harness.methods.quantizing import stored as quantized
 
-        quantized.apply(model, int4_store.recipe(name, int(arguments.values["block"])), targets(model, arguments))
+        quantized.apply(model, gptq.recipe(name, int(arguments.values["block"])), targets(model, arguments))
 
     def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
         return calibrated(name, modifier, targets, checkpoint, arguments, device)
 
     def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
-        from harness import quantized
+        from harness.methods.quantizing import stored as quantized
 
         return quantized.weights(model)
 
@@ -70,13 +71,15 @@ def calibrated(
     device: str,
 ) -> nn.Module:
     """The checkpoint under a modifier's codes, in layers of our own."""
-    from harness import checkpoints, int4_store, quantized
+    from harness.inputs.models import checkpoints
+    from harness.methods.quantizing import gptq
+    from harness.methods.quantizing import stored as quantized
 
     block = int(arguments.values["block"])
     model: Any = checkpoints.open_model(checkpoint, arguments.dtype, device)
     names = targets(model, arguments)
     for target in names:  # refuse before the library works for minutes
-        int4_store.room(as_linear(model.get_submodule(target)).weight, block, name)
+        gptq.room(as_linear(model.get_submodule(target)).weight, block, name)
     other: Any = checkpoints.open_model(checkpoint, arguments.dtype, device)
     for target in names:
         other.set_submodule(target, as_linear(other.get_submodule(target)))
@@ -87,8 +90,8 @@ def calibrated(
         if key.rpartition(".")[0] not in names or not key.endswith(".weight"):
             parameter.copy_(found[key])
     for target in names:
-        kept = int4_store.stored(*codes(other.get_submodule(target), block))
-        quantized.apply(model, int4_store.recipe(name, block, kept), [target])
+        kept = gptq.stored(*codes(other.get_submodule(target), block))
+        quantized.apply(model, gptq.recipe(name, block, kept), [target])
     model.calibration = facts
     return model  # type: ignore[no-any-return]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts import Method
-from harness.libraries import Layers, library_method
+from harness.core.contracts import Method
+from harness.methods.quantizing.layers import Layers, library_method
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn

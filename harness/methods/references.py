@@ -1,6 +1,6 @@
 """References: the unquantized model in one dtype. Weights stored otherwise are cast once, when they are read."""
 
-from harness.weightmethod import reference_method
+from harness.methods.quantizing.weight_method import reference_method
 
 METHODS = (
     reference_method(name="fp32", summary="IEEE single precision, the default reference", bits=32),

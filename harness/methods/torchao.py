@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts import Method, Parameter
-from harness.libraries import GROUP, Layers, library_method
+from harness.core.contracts import Method, Parameter
+from harness.methods.quantizing.layers import GROUP, Layers, library_method
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn

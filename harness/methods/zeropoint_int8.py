@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness import fused
-from harness.codes import divide
-from harness.weightmethod import weight_method
+from harness.methods.quantizing import fused
+from harness.methods.quantizing.codes import divide
+from harness.methods.quantizing.weight_method import weight_method
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,7 @@
 """How far a model's predictions are from the unquantized reference's, on the same windows, side by side.
 
 At scored position i the reference predicts p_i over the vocabulary and the model q_i, softmax in fp32; x_i is the true
-token. Windows and scored positions are the protocol's (`harness.protocols`); N scored tokens in all; batch 1.
+token. Windows and scored positions are the protocol's (`protocols`); N scored tokens in all; batch 1.
 
 divergence.kl                nat          lower   sum_i KL(p_i || q_i) / N, KL(p || q) = sum_v p(v) ln(p(v) / q(v));
                                                   detail `median p99 max` over tokens
@@ -13,7 +13,7 @@ divergence.first_divergence  token        higher  greedy continuations of the tw
                                                   are the first 32 tokens of windows spread over the text; decoded
                                                   token by token with a cache; samples: one a prompt, in text order
 
-`count` is N, for first_divergence the prompts. `interval`: Student's t over windows, 95% (`harness.stats.paired_delta`
+`count` is N, for first_divergence the prompts. `interval`: Student's t over windows, 95% (`stats.paired_delta`
 against zero; of rms_dp the square root of that of its square), an estimate for text like this; with fewer than 8
 windows detail `usable` is false. first_divergence has none. Where the context is short, the continuation shrinks to
 what it holds (detail `new_tokens`).
@@ -33,16 +33,16 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from harness.contracts import Member, Metric, Subject
-from harness.errors import HarnessError
-from harness.protocols import window_slices
-from harness.records import Figure
-from harness.stats import Estimate, paired_delta
+from harness.core.contracts import Member, Metric, Subject
+from harness.core.errors import HarnessError
+from harness.core.records import Figure
+from harness.core.stats import Estimate, paired_delta
+from harness.inputs.texts.protocols import window_slices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from harness.divergence import Divergence
+    from harness.metrics.measuring.predictions import Divergence
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64  # protocols.md's lengths; a median of 4 is no single prompt's whim
 PERCENTILES = (1, 5, 50, 95, 99)
@@ -52,12 +52,12 @@ _agreed: WeakKeyDictionary[Subject, dict[tuple[str, bytes], int]] = WeakKeyDicti
 
 def compared(subject: Subject) -> Divergence:
     """Both models over the case's plan: run once, whichever members ask."""
-    from harness import divergence
+    from harness.metrics.measuring import predictions
 
     plans = _compared.setdefault(subject, {})
     key = f"{subject.case.reference} {subject.plan.token_hash} {subject.plan.protocol_id}"
     if key not in plans:
-        plans[key] = divergence.compare(
+        plans[key] = predictions.compare(
             subject.reference, subject.model, subject.plan.windows, device=subject.device.name
         )
     return plans[key]
@@ -116,7 +116,7 @@ def prompts(subject: Subject) -> list[NDArray[np.int64]]:
 
 def first_divergence(subject: Subject, member: Member) -> Figure:
     """Median number of tokens on which greedy continuations agree."""
-    from harness import divergence
+    from harness.metrics.measuring import predictions
 
     config: Any = subject.model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS + NEW_TOKENS
@@ -129,7 +129,7 @@ def first_divergence(subject: Subject, member: Member) -> Figure:
         key = subject.case.reference, prompt.tobytes()
         if key not in known:
             both = subject.reference, subject.model
-            known[key] = divergence.first_divergence(*both, prompt, new, subject.device.name)
+            known[key] = predictions.first_divergence(*both, prompt, new, subject.device.name)
         agreed.append(known[key])
     detail = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": new, "never": agreed.count(new)}
     samples = tuple(float(count) for count in agreed)

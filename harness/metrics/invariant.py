@@ -40,11 +40,10 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from harness.contracts import Member, Metric, Subject
-from harness.errors import HarnessError
-from harness.invariants import CHECKS, LAYER, metric
-from harness.records import Figure
-from harness.strangers import KERNEL, MEMORY, blamed
+from harness.core.contracts import Member, Metric, Subject
+from harness.core.errors import KERNEL, MEMORY, HarnessError, blamed
+from harness.core.records import Figure
+from harness.metrics.measuring.invariants.checks import CHECKS, LAYER, metric
 
 WORDS = 200  # characters of an exception's first line
 TWICE = "run_twice"
@@ -62,9 +61,11 @@ def measure(subject: Subject, member: Member) -> Figure:
 
 def once(subject: Subject, name: str) -> Figure:
     """What a check finds; what the library raises is its finding, but for want of memory or of a kernel."""
-    from harness.invariants import layers, models
+    from harness.metrics.measuring.invariants import layer_checks, model_checks
 
-    checks: dict[str, Callable[[Subject], Figure]] = layers.CHECKS if subject.case.model == LAYER else models.CHECKS
+    checks: dict[str, Callable[[Subject], Figure]] = (
+        layer_checks.CHECKS if subject.case.model == LAYER else model_checks.CHECKS
+    )
     try:
         return checks[name](subject)
     except HarnessError:

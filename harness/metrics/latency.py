@@ -6,7 +6,7 @@
 | `latency.decode` | one forward of one token behind a cached prompt, always from the same cache length | 128 + 1 |
 | `latency.forward` | one forward without a cache, logits of every position: what the reports timed | 128 |
 | `latency.generate` | prefill and greedy decoding of a fixed number of tokens, past any end of text | 32 + 64 |
-| `latency.evaluation` | the case's whole perplexity pass (`harness.engine.score` over the plan), batch 1 | all |
+| `latency.evaluation` | the case's whole perplexity pass (`engine.score` over the plan), batch 1 | all |
 
 All at batch 1, in inference mode, on the same seeded token ids: random text, so a method whose work depends on the
 activations (LLM.int8's outlier columns) meets other outliers than in prose. Where the model's context (or its sliding
@@ -14,14 +14,14 @@ window) is shorter, prompt and continuation shrink to what fits, and `detail` ho
 takes one window at a time; the engine may run two beside each other where it is not timed.
 
 *Value*: p50 of the candidate's seconds; lower is better. *Spread*: their interquartile range. *Samples*: the raw
-seconds. *Protocol*: `harness.timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the
+seconds. *Protocol*: `timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the
 session's, at most 6 for `generate` and `evaluation`; where a block of candidate and reference takes over half a second,
-so many as take no longer than the session's number would at that pace, and at least 6. *Clock*: `harness.devices`
+so many as take no longer than the session's number would at that pace, and at least 6. *Clock*: `devices`
 (CUDA events around each repetition, the device idle before it begins; `perf_counter_ns` on the CPU).
 
 *What is judged*: `log_ratio` = ln(candidate / reference), the Hodges-Lehmann estimate over blocks with its interval
-(`harness.stats.hodges_lehmann_ratio`). Where the candidate is the reference itself, two streams of the one model are
-timed against each other, and that log ratio is the session's A/A comparison. `aa_floor` (`harness.timing.aa_floor`)
+(`stats.hodges_lehmann_ratio`). Where the candidate is the reference itself, two streams of the one model are
+timed against each other, and that log ratio is the session's A/A comparison. `aa_floor` (`timing.aa_floor`)
 says how far the reference seems to differ from itself.
 
 `detail`: `p90 p99 reference_p50 reference_iqr reference_samples log_ratio log_ratio_low log_ratio_high
@@ -46,10 +46,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.contracts import Member, Metric, Subject, Window
-from harness.records import Figure
-from harness.stats import hodges_lehmann_ratio, summarise
-from harness.timing import WARMUP_LIMIT, Timing, Warmup, Work, aa_floor, measure
+from harness.core.contracts import Member, Metric, Subject, Window
+from harness.core.records import Figure
+from harness.core.stats import hodges_lehmann_ratio, summarise
+from harness.metrics.measuring.timing import WARMUP_LIMIT, Timing, Warmup, Work, aa_floor, measure
 
 if TYPE_CHECKING:  # annotations only
     import torch
@@ -134,7 +134,7 @@ def _token_ids(subject: Subject, length: int) -> torch.Tensor:
 
 def _evaluation(subject: Subject, model: nn.Module, windows: Sequence[Window] = ()) -> Work:
     """The pass over the plan's windows, or over some of them."""
-    from harness import engine
+    from harness.metrics.measuring import engine
 
     windows, device = windows or subject.plan.windows, subject.device.name
     return Work(lambda: engine.score(model, windows, device=device, batch_size=1))
@@ -217,7 +217,7 @@ def _finite(value: float) -> float | None:
 
 def _device_seconds(subject: Subject, candidate: Work, reference: Work) -> dict[str, Any]:
     """The accelerator's own seconds where there are such; a profiler that sees nothing is told, not fatal."""
-    from harness.devices import NoDeviceTime
+    from harness.metrics.measuring.devices import NoDeviceTime
 
     try:
         ours = subject.device.device_seconds(candidate)

@@ -39,8 +39,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts import Member, Metric, Subject
-from harness.records import Figure
+from harness.core.contracts import Member, Metric, Subject
+from harness.core.records import Figure
 
 if TYPE_CHECKING:  # annotations only
     from torch import nn
@@ -76,11 +76,11 @@ def _exact(subject: Subject, name: str) -> Figure:
 
 
 def _storage_after(subject: Subject, model: nn.Module) -> Figure:
-    from harness import memory
+    from harness.inputs.models import sizes
 
     _forward(subject, model, PROMPT)
     before = subject.before["memory.storage"]
-    return Figure(memory.storage_bytes(model), "B", detail={"before": before, "tokens": PROMPT})
+    return Figure(sizes.storage_bytes(model), "B", detail={"before": before, "tokens": PROMPT})
 
 
 def _run_peak(subject: Subject, model: nn.Module) -> Figure:

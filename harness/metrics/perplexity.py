@@ -1,12 +1,12 @@
 """Perplexity of a text, and the paired change to the unquantized reference on the same tokens.
 
 NLL_i = -ln p(x_i | what its window holds before it), in nats, softmax in fp32; which tokens are scored and how windows
-are cut is the protocol's (`harness.protocols`). N scored tokens in all, n_w of them in window w, m_w their mean NLL.
+are cut is the protocol's (`protocols`). N scored tokens in all, n_w of them in window w, m_w their mean NLL.
 
 perplexity                ppl       lower   exp(sum NLL / N); under gptq exp(mean of m_w)
 perplexity.delta          nat       lower   D = ln(PPL / PPL of the reference) = sum(n_w d_w) / N, d_w the window's mean
                                             of (NLL - reference NLL), token for token; interval: Student's t over
-                                            windows, 95% (`harness.stats.paired_delta`), unusable below 8 windows.
+                                            windows, 95% (`stats.paired_delta`), unusable below 8 windows.
                                             Under gptq all n_w are equal, so D is there the same ratio of perplexities
 perplexity.word           ppl/word  lower   exp(sum NLL / words), rolling only
 perplexity.byte           ppl/byte  lower   exp(sum NLL / bytes), rolling only
@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.contracts import Member, Metric, Subject
-from harness.errors import HarnessError
-from harness.protocols import aggregate, mean_nll, window_slices
-from harness.records import Figure
-from harness.stats import paired_delta
+from harness.core.contracts import Member, Metric, Subject
+from harness.core.errors import HarnessError
+from harness.core.records import Figure
+from harness.core.stats import paired_delta
+from harness.inputs.texts.protocols import aggregate, mean_nll, window_slices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harness import architectures, catalog
-from harness.arguments import resolve
-from harness.specifications import parse
+from harness.core import catalog
+from harness.core.specification import parse
+from harness.inputs.models import architectures
+from harness.methods.quantizing.arguments import resolve
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def anatomy(model: str) -> Anatomy:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from harness import checkpoints
+    from harness.inputs.models import checkpoints
 
     config = architectures.config_of(model)
     sketch = checkpoints.sketch_model(config, "fp32")
@@ -93,12 +94,12 @@ def anatomy(model: str) -> Anatomy:
 @functools.cache
 def truth(model: str, specification: str) -> Truth:
     """Predict the bytes of a known architecture under one of our methods."""
-    from harness import memory
+    from harness.inputs.models import sizes
 
     parsed = parse(specification)
     method = catalog.methods()[parsed.name]
     arguments = resolve(parsed, method, "cpu")
-    predicted = memory.predict(architectures.config_of(model), method, arguments)
+    predicted = sizes.predict(architectures.config_of(model), method, arguments)
     elements = int(predicted["linear_elements"])
     return Truth(
         storage=int(predicted["memory.storage"]),

@@ -14,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from harness.errors import BadFile, MissingAsset
+from harness.core.errors import BadFile, MissingAsset
 
 SCHEMA = 1
 UNITS: Mapping[str, int | Decimal] = {  # one unit in bytes, seconds or 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 
-from harness.published import bounds, memory
+from harness.published import memory_claims, physical_limits
 from harness.published.anatomy import Truth, anatomy, truth
 from harness.published.claims import UNITS, Claim
 from harness.published.conventions import describe
@@ -76,11 +76,11 @@ def memory_judgement(claim: Claim) -> Judgement:
     held = truth(claim.report.model, claim.specification).storage if claim.specification else None
     command = f"python -m harness memory {claim.report.model} --method {claim.specification}" if held else ""
     if claim.convention is None:
-        found, note = memory.searched(claim)
+        found, note = memory_claims.searched(claim)
         finding = Finding.REPRODUCED if found is not None else Finding.NOT_DERIVABLE
         ours = _in_unit(found, claim) if found is not None else None
         return Judgement(claim, finding, _joined(note, claim.remark), ours, held, command)
-    total, note = memory.counted(claim)
+    total, note = memory_claims.counted(claim)
     agrees = claim.printed(total) == claim.value
     if not agrees:
         note = (
@@ -110,20 +110,20 @@ def census_judgement(claim: Claim) -> Judgement:
 
 def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     """Refuted where the weights would have to be read faster than any memory can; else not settled by anyone."""
-    weights = memory.read_by_a_pass(claim)
+    weights = memory_claims.read_by_a_pass(claim)
     seconds = claim.in_base_units / claim.passes
     ratio = _ratio(claim, claims)
     note = _published_ratio(ratio)
     rate = Decimal(weights) / seconds
-    if rate > bounds.BYTES_PER_SECOND:
-        least = Decimal(weights) / bounds.BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
+    if rate > physical_limits.BYTES_PER_SECOND:
+        least = Decimal(weights) / physical_limits.BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
         parts = f" / {claim.passes}" if claim.passes > 1 else ""
         whole = Decimal(weights) / claim.in_base_units
         reading = f"; read as one pass it would be {whole / 10**12:.1f} TB/s" if claim.passes > 1 else ""
         said = (
             f"a pass in {claim.published} {claim.unit}{parts} reads {weights / 10**6:,.0f} MB of weights at "
-            f"{rate / 10**12:,.0f} TB/s; no accelerator has {bounds.BYTES_PER_SECOND / 10**12:.0f} TB/s "
-            f"({bounds.BANDWIDTH_SOURCE}), so it takes at least {least:.3g} {claim.unit}{reading}"
+            f"{rate / 10**12:,.0f} TB/s; no accelerator has {physical_limits.BYTES_PER_SECOND / 10**12:.0f} TB/s "
+            f"({physical_limits.BANDWIDTH_SOURCE}), so it takes at least {least:.3g} {claim.unit}{reading}"
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, note, claim.remark), ratio=ratio)
     missing = f"not said: {claim.report.missing['latency']}"
@@ -147,7 +147,7 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
     anchors = [other.value for other in claims if other.report.model == claim.report.model and other.text_protocol]
-    if anchors and claim.value > bounds.IMPLAUSIBLE * max(anchors):
+    if anchors and claim.value > physical_limits.IMPLAUSIBLE * max(anchors):
         said = (
             f"{claim.value / max(anchors):,.0f} times the largest public figure of the unquantized model on English "
             f"({max(anchors)}), its own reference included: the protocol is at fault, not the method"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import baselines
-from harness.recorded import Recorded
-from harness.records import Row
-from harness.specifications import parse
+from harness.core.records import Row
+from harness.core.specification import parse
+from harness.judge import baselines
+from harness.judge.recorded import Recorded
 
 EMBEDDED = "smollm2-135m"  # whose recorded figures stand beside published ones where no session is named
 INSTEAD: Mapping[str, tuple[str, ...]] = {  # what a report timed -> members of `latency`, the nearest first

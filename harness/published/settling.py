@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import corpora, models, protocols
-from harness.options import Options
+from harness.core.options import Options
+from harness.core.specification import Specification, parse
+from harness.inputs.models import names
+from harness.inputs.texts import corpora, protocols
 from harness.published.claims import Claim
 from harness.published.judging import Finding, Judgement
-from harness.specifications import Specification, parse
 
 if TYPE_CHECKING:  # annotations only
-    from harness.contracts import Checkpoint, TokenPlan
+    from harness.core.contracts import Checkpoint, TokenPlan
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 EMPTY_ROW = " \n"  # how the port reads an empty row; other rows keep their own line ends
@@ -30,15 +31,15 @@ def weights_for(claim: Claim, options: Options) -> Specification | None:
     wanted = claim.report.model
     if any(str(model) == wanted for model in options.models):
         return parse(wanted)
-    others = (model for model in options.models if str(model) not in models.KNOWN)
+    others = (model for model in options.models if str(model) not in names.KNOWN)
     return next((model for model in others if shape_of(model, options) == shape_of(parse(wanted), options)), None)
 
 
 def shape_of(model: Specification, options: Options) -> tuple[object, ...]:
     """What tells architectures apart: model type, widths, depth, vocabulary, positions."""
-    from harness import architectures, checkpoints
+    from harness.inputs.models import architectures, checkpoints
 
-    if str(model) in models.KNOWN:
+    if str(model) in names.KNOWN:
         config: Any = architectures.config_of(str(model))
     else:
         config = checkpoints.read_config(_checkpoint(model, options))
@@ -46,7 +47,7 @@ def shape_of(model: Specification, options: Options) -> tuple[object, ...]:
 
 
 def _checkpoint(model: Specification, options: Options) -> Checkpoint:
-    from harness import checkpoints
+    from harness.inputs.models import checkpoints
 
     return checkpoints.materialise(
         model, options.declared, allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code
@@ -61,7 +62,7 @@ def settle(judgement: Judgement, options: Options, weights: Specification) -> Ju
     """
     claim = judgement.claim
     given = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-    models.check(weights, options.declared, **given)
+    names.check(weights, options.declared, **given)
     corpora.check(parse(claim.dataset), options.declared)
     ours, theirs = measured(claim, options, weights)
     agrees = within(claim, theirs)
@@ -81,7 +82,8 @@ def within(claim: Claim, value: float) -> bool:
 
 def measured(claim: Claim, options: Options, weights: Specification) -> tuple[float, float]:
     """Perplexity under our protocol, and under the source's own reading where that differs (else the same twice)."""
-    from harness import checkpoints, engine
+    from harness.inputs.models import checkpoints
+    from harness.metrics.measuring import engine
 
     device = "cpu" if options.device == "auto" else options.device
     checkpoint = _checkpoint(weights, options)

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import corpora, layouts, models, protocols
-from harness.errors import MissingAsset
-from harness.options import Options
+from harness.core.errors import MissingAsset
+from harness.core.options import Options
+from harness.core.specification import Specification, parse
+from harness.inputs.models import names
+from harness.inputs.texts import corpora, joining, protocols
 from harness.published.claims import Claim
 from harness.published.judging import Finding, Judgement
-from harness.specifications import Specification, parse
 
 if TYPE_CHECKING:  # annotations only
-    from harness.contracts import Window
+    from harness.core.contracts import Window
 
 NEAR = 0.002  # relative: libraries and kernels move a perplexity in the fourth digit
 WIDTHS = (512, 1024, 2048)  # of windows over one text, as common recipes have them
@@ -40,7 +41,7 @@ def tried(judgement: Judgement, options: Options, weights: Specification) -> Jud
     """
     claim = judgement.claim
     allowed = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-    models.check(weights, options.declared, **allowed)
+    names.check(weights, options.declared, **allowed)
     text = text_of(claim, options)
     corpora.check(text, options.declared)
     found = readings(claim, options, weights, text)
@@ -66,8 +67,10 @@ def text_of(claim: Claim, options: Options) -> Specification:
 
 def readings(claim: Claim, options: Options, weights: Specification, text: Specification) -> Mapping[str, float]:
     """Perplexity by what was done, of the claim's method on the text."""
-    from harness import catalog, checkpoints, engine
-    from harness.arguments import resolve
+    from harness.core import catalog
+    from harness.inputs.models import checkpoints
+    from harness.methods.quantizing.arguments import resolve
+    from harness.metrics.measuring import engine
 
     device = "cpu" if options.device == "auto" else options.device
     checkpoint = checkpoints.materialise(
@@ -121,6 +124,6 @@ def behind(window: Window, token: int) -> Window:
 
 def cut_pages(corpus: corpora.Corpus) -> corpora.Corpus:
     """WikiText's pages, each cut to its first characters; other texts by their documents."""
-    pages = layouts.wikitext_pages(corpus.documents) if corpus.layout == "wikitext" else corpus.documents
+    pages = joining.wikitext_pages(corpus.documents) if corpus.layout == "wikitext" else corpus.documents
     cut = tuple(" ".join(page[:CHARACTERS].split()) for page in pages)
     return replace(corpus, documents=("\n".join(cut),), layout="file")

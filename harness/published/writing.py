@@ -15,10 +15,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from harness.jsonvalues import decode_number, encode
+from harness.core.text import mib
+from harness.core.values import decode_number, encode
 from harness.published.conventions import describe
 from harness.published.judging import Finding, Judgement
-from harness.text import mib
 
 LINE_WIDTH = 160  # of a sentence in the terminal
 NOTE_WIDTH = 72  # of the terminal's last column: the whole line stays under 200 characters

@@ -3,12 +3,12 @@
 `render` makes text from rows; `read_report` and `write` are the only ones here that touch files.
 """
 
+from harness.judge.two_reports import Comparison, Entry, compare
 from harness.report.comparison import render_comparison
-from harness.report.markdown import render
+from harness.report.document import render
 from harness.report.publishing import compare_paths, excerpt, files, put, remember, rewrite, write
-from harness.report.reading import Session, nll_reader, read_report
-from harness.report.upgrading import SideFacts, Step, render_upgrade, worst
-from harness.two_reports import Comparison, Entry, compare
+from harness.report.upgrade_report import SideFacts, Step, render_upgrade, worst
+from harness.results.reading import Session, nll_reader, read_report
 
 __all__ = [
     "Comparison",

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from harness.environment import Environment
-from harness.jsonvalues import flatten
-from harness.records import Case, Row, Verdict
+from harness.core.environment import Environment
+from harness.core.records import Case, Row, Verdict
+from harness.core.text import plural
+from harness.core.values import flatten
+from harness.report.markup import code, escape, table
 from harness.report.matrix import of_plan
-from harness.report.writing import code, escape, table
-from harness.text import plural
 
 FAILING = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)  # what a session fails on, whatever its options
 OPEN = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED)  # nothing could be decided

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from harness.records import Case, Verdict
+from harness.core.records import Case, Verdict
+from harness.core.text import NOTHING, exp, mib, milliseconds, number, perplexity, plural, ratio
+from harness.judge.two_reports import HARM, UNDECIDED, Comparison, Entry
 from harness.report.account import SHOWN, words
-from harness.report.writing import code, escape, table
-from harness.text import NOTHING, exp, mib, milliseconds, number, perplexity, plural, ratio
-from harness.two_reports import HARM, UNDECIDED, Comparison, Entry
+from harness.report.markup import code, escape, table
 
 OUTCOME = {0: "No harm", 1: "Harm", 3: "Undecided"}
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from harness.jsonvalues import decode_number
-from harness.records import Row
+from harness.core.records import Row
+from harness.core.text import NOTHING, mib, milliseconds
+from harness.core.values import decode_number
+from harness.report.markup import code, table
 from harness.report.matrix import Section, Text
-from harness.report.reading import Nll
-from harness.report.writing import code, table
-from harness.text import NOTHING, mib, milliseconds
+from harness.results.reading import Nll
 
 SPEED = "latency.decode"
 KINDS = ("front", "undecided", "dominated")
@@ -156,7 +156,7 @@ def exactly(ours: float | None, theirs: float | None) -> Relation:
 
 def quality(ours: Point, theirs: Point, nll: Nll) -> Relation:
     """Token by token where both are at hand, else by intervals."""
-    from harness.stats import paired_delta  # local: a report renders without numpy
+    from harness.core.stats import paired_delta  # local: a report renders without numpy
 
     a, b = ours.row, theirs.row
     if a is not None and b is not None and a.nll and b.nll and a.token_hash == b.token_hash:

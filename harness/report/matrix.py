@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.records import Case, Row, Verdict
+from harness.core.records import Case, Row, Verdict
 
 Text = tuple[str, str]  # dataset, protocol
 NO_TEXT: Text = ("", "")

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import re
 
-from harness.jsonvalues import decode_number
-from harness.records import Row
+from harness.core.records import Row
+from harness.core.text import NOTHING, exp, ratio
+from harness.core.values import decode_number
+from harness.report.markup import code, escape
 from harness.report.matrix import Section, Text
-from harness.report.writing import code, escape
-from harness.text import NOTHING, exp, ratio
 
 DTYPE = re.compile(r":dtype=(\w+)")  # as a method id writes it
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import bounds
-from harness.errors import BadFile
-from harness.files import replace_text
-from harness.records import Case, Row
-from harness.report.markdown import render
-from harness.report.plots import svgs
-from harness.report.reading import nll_reader, published_of, read_report
-from harness.two_reports import Comparison, compare
+from harness.core.errors import BadFile
+from harness.core.files import replace_text
+from harness.core.records import Case, Row
+from harness.judge import bounds
+from harness.judge.two_reports import Comparison, compare
+from harness.report.document import render
+from harness.report.plots.draw import svgs
+from harness.results.reading import nll_reader, published_of, read_report
 
 REPORT = "report.md"
 

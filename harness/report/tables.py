@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from harness.records import Row
+from harness.core.records import Row
+from harness.core.text import NOTHING, exp, mib, milliseconds, number, perplexity, ratio
 from harness.report import paces
+from harness.report.markup import code, escape, table
 from harness.report.matrix import NO_TEXT, Section, Text, severest
-from harness.report.writing import code, escape, table
-from harness.text import NOTHING, exp, mib, milliseconds, number, perplexity, ratio
 
 MISSING = "missing"
 ALIGNED, NO_INTERVAL = "†", "‡"  # footnote marks

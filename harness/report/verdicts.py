@@ -1,14 +1,18 @@
-"""Every verdict by itself: both comparisons, the change, the smallest effect that could have been seen, the look-up."""
+"""Every verdict by itself: both comparisons, the change, the smallest effect that could have been seen, the look-up.
+
+What a session's report says of its invariants.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.jsonvalues import decode_number
-from harness.records import Row, Verdict
-from harness.report.writing import code, escape, table
-from harness.text import NOTHING, percent, plural
+from harness.core.records import Row, Verdict
+from harness.core.text import NOTHING, percent, plural
+from harness.core.values import decode_number
+from harness.judge.two_reports import INVARIANT, holds, seen
+from harness.report.markup import code, escape, table
 
 LIMITS = """\
 *Against the record*: a change of the recorded figure, for losses and times in percent with its 95% interval, paired
@@ -89,3 +93,20 @@ def differences(rows: Sequence[Row]) -> list[str]:
             head = f"Recorded in this very environment, and moved ({names}): no version or processor did it.{blamed}"
         parts.append("\n".join([head, *(["", *(f"- {escape(line)}" for line in lines)] if lines else [])]))
     return parts
+
+
+def section(rows: Sequence[Row]) -> str:
+    """What a session's report says of its invariants; "" where it measured none."""
+    found = [row for row in rows if row.case.family == INVARIANT]
+    if not found:
+        return ""
+    told = [row for row in found if not (row.value is not None and holds(row) and row.verdict is not Verdict.BETTER)]
+    kept = len(found) - len(told)
+    opening = f"{kept:,} of {plural(len(found), 'check')} hold. Those that do not, and known faults that are gone:"
+    if not told:
+        return f"All of {plural(len(found), 'check')} hold."
+    lines = [
+        [code(row.method), code(row.model), code(row.metric), escape(seen(row)), str(row.verdict), escape(row.reason)]
+        for row in told
+    ]
+    return f"{opening}\n\n" + table(["method", "on", "invariant", "seen", "verdict", "why"], lines, words=range(6))

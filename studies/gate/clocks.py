@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from harness import stats, timing
-from harness.records import Verdict
-from harness.report import writing
-from harness.text import NOTHING
+from harness.core import stats
+from harness.core.records import Verdict
+from harness.core.text import NOTHING
+from harness.metrics.measuring import timing
+from harness.report import markup
 from studies.gate.device_faults import judged
 
 SEED = 20_251_122  # any number would do
@@ -73,5 +74,5 @@ def render(found: Mapping[str, Any]) -> str:
         f"Made-up sessions of {found['blocks']} interleaved blocks, {100 * STALL:.1f}% of repetitions stalled "
         f"threefold, each case one of {found['tests']} tests, against a record as noisy. A change up to 10% is "
         "tolerated; where the spread cannot carry a verdict it is `unusable`. *Session*: that any of the tests alarms, "
-        "were all of them like this one.\n\n" + writing.table([*headers, "session alarms"], lines, words=())
+        "were all of them like this one.\n\n" + markup.table([*headers, "session alarms"], lines, words=())
     )

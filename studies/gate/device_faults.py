@@ -1,6 +1,6 @@
 """Part 2, second half: faults that need an accelerator, on a simulated one, counted apart.
 
-The device is `harness.devices.Cuda` over an object that stands for torch.cuda: kernels are queued on a clock of their
+The device is `devices.Cuda` over an object that stands for torch.cuda: kernels are queued on a clock of their
 own, memory is counted, and nothing is real but the harness's own code. What a real card would show has not been seen.
 """
 
@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 
-from harness import bounds, catalog, judge, timing
-from harness.contracts import Member
-from harness.devices import Cuda
-from harness.environment import Environment
-from harness.errors import HarnessError
+from harness import judge
+from harness.core import catalog
+from harness.core.contracts import Member
+from harness.core.environment import Environment
+from harness.core.errors import HarnessError
+from harness.core.records import Case, Row, Verdict
+from harness.judge import bounds
+from harness.judge.recorded import Recorded
 from harness.metrics import latency, memory
-from harness.recorded import Recorded
-from harness.records import Case, Row, Verdict
-from harness.timing import Work
+from harness.metrics.measuring import timing
+from harness.metrics.measuring.devices import Cuda
+from harness.metrics.measuring.timing import Work
 
 MIB = 2**20
 WORLD = Environment(device="cuda", torch="2.13.0", sm="sm_90", machine="a" * 16)

@@ -16,12 +16,17 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from harness import bnb, checkpoints, codes, corpora, engine, group, memory, protocols, quantized
-from harness import windows as windows_of
-from harness.contracts import Window
+from harness.core.contracts import Window
+from harness.core.records import Verdict
+from harness.inputs.models import checkpoints, sizes
+from harness.inputs.texts import corpora, protocols
+from harness.inputs.texts import windows as windows_of
 from harness.methods import linear_int4, nf4
+from harness.methods.quantizing import bnb, codes
+from harness.methods.quantizing import stored as quantized
 from harness.metrics import perplexity
-from harness.records import Verdict
+from harness.metrics.measuring import engine
+from harness.run import group
 from studies.gate import small
 
 Switch = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -153,7 +158,7 @@ def loaded(act: Callable[[Any], None], kind: str = "") -> Switch:
 @contextlib.contextmanager
 def _replaced_load(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """The load of one method of the catalogue replaced: right(checkpoint, arguments, device) -> model."""
-    from harness import catalog
+    from harness.core import catalog
 
     known = catalog.methods()
     method = known[name]
@@ -229,7 +234,7 @@ def and_head(right: Any) -> Any:
 @contextlib.contextmanager
 def silently_fewer() -> Iterator[None]:
     """The first layer is skipped, and the selection agrees that it should be."""
-    from harness import scopes
+    from harness.methods.quantizing import scopes
 
     right = scopes.select
     with patch.object(scopes, "select", lambda model, scope: right(model, scope)[1:]):
@@ -466,9 +471,9 @@ SHAPES = (
           "census on cpu, quantized_modules: 8 -> 7"),
     Fault("lm_head quantized by mistake", wrong(quantized, "apply", and_head), PAIR, "perplexity", MISSING,
           "quantized 1 modules it was not asked to: lm_head", model="tiny-olmo"),
-    Fault("tied head counted twice", wrong(memory, "measure", tied_twice), ("fp32", INT8), "memory.parameters", OUT,
+    Fault("tied head counted twice", wrong(sizes, "measure", tied_twice), ("fp32", INT8), "memory.parameters", OUT,
           "predicted", guilty=("fp32", INT8)),
-    Fault("quantization state left out of the bytes", wrong(memory, "measure", dropping("scale")), PAIR,
+    Fault("quantization state left out of the bytes", wrong(sizes, "measure", dropping("scale")), PAIR,
           "memory.storage", OUT, "predicted"),
     Fault("fp32 weights kept beside their codes", loaded(leaking, INT8), BOTH[::-1], "memory.storage", OUT,
           "predicted"),

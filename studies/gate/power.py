@@ -13,25 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harness import (
-    arguments,
-    bounds,
-    catalog,
-    checkpoints,
-    divergence,
-    error_rate,
-    protocols,
-    sequential,
-    stats,
-    synthetic,
-)
-from harness.compare import decide
-from harness.options import Declared
-from harness.quantized import StoredWeight
-from harness.records import Case, Verdict
-from harness.report import writing
-from harness.specifications import parse
-from harness.text import NOTHING
+from harness.core import catalog, stats
+from harness.core.options import Declared
+from harness.core.records import Case, Verdict
+from harness.core.specification import parse
+from harness.core.text import NOTHING
+from harness.inputs.models import checkpoints
+from harness.inputs.texts import protocols, synthetic
+from harness.judge import bounds, error_rate
+from harness.judge.compare import decide
+from harness.methods.quantizing import arguments
+from harness.methods.quantizing.stored import StoredWeight
+from harness.metrics.measuring import predictions, sequential
+from harness.report import markup
 
 SIZES = (0.0, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)  # of every scale; 0 is how often nothing is called
 TEXTS = 30  # of the same language, each with a seed of its own
@@ -77,7 +71,7 @@ def judged(model: str, place: int, own: Any, reference: Any, tokenizer: Any) -> 
         ours = logits(own, ids)
         scaled(own, 1 / (1 + size) - 1)
         losses.append((-ours.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).double().numpy())
-        kl.append(float(divergence.divergences(theirs, ours, targets)[0].double().mean()))
+        kl.append(float(predictions.divergences(theirs, ours, targets)[0].double().mean()))
     base = (-theirs.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).double().numpy()
     return verdicts(model, losses, base, kl)
 
@@ -155,7 +149,7 @@ def plots(found: Mapping[str, Any]) -> dict[str, str]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from harness.report.plots import STYLE
+    from harness.report.plots.draw import STYLE
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -202,5 +196,5 @@ def render(found: Mapping[str, Any]) -> str:
         lines.append([f"windows read early, of {found['windows']} (mean)", *read, NOTHING])
         lines.append(["change of NLL, nat (mean)", *(f"{value:+.1e}" for value in told["change"]), NOTHING])
         headers = [f"`{model}`: percent of texts, error of", *(f"{100 * size:g}%" for size in found["sizes"])]
-        parts.append(writing.table([*headers, "seen reliably from"], lines, words=(0,)))
+        parts.append(markup.table([*headers, "seen reliably from"], lines, words=(0,)))
     return "\n\n".join(parts)

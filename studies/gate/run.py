@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import BadSpecification, UnknownName
+from harness.core.errors import BadSpecification, UnknownName
 from studies import pages
 
 PARTS = {  # module beside this file, and heading
@@ -30,8 +30,9 @@ PARTS = {  # module beside this file, and heading
 DATA = Path(__file__).parents[2] / "docs" / "studies" / "data" / "gate.json"
 INTRODUCTION = """\
 A gate that cries wolf gets deleted, one that sleeps is worse. Here its error rates are simulated, faults are seeded,
-and harmless changes are made; definitions stand in the docstrings of `harness/stats.py`, `harness/sequential.py` and
-`harness/family.py`. Every part says when and where it was measured."""
+and harmless changes are made; definitions stand in the docstrings of `harness/core/stats.py`,
+`harness/metrics/measuring/sequential.py` and `harness/judge/error_rate.py`. Every part says when and where it was
+measured."""
 
 
 def part(name: str) -> Any:

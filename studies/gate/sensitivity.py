@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.report import writing
-from harness.text import NOTHING
+from harness.core.text import NOTHING
+from harness.report import markup
 from studies.gate import device_faults, mutations
 
 
@@ -54,9 +54,9 @@ def lines(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [
         [
             entry["fault"],
-            writing.code(entry["case"]) + (f" ({writing.code(entry['model'])})" if "model" in entry else ""),
+            markup.code(entry["case"]) + (f" ({markup.code(entry['model'])})" if "model" in entry else ""),
             entry["verdict"] + ("" if entry["right"] else f" (**wrong**, wanted {entry['wanted']})"),
-            writing.escape(short(entry["reason"])),
+            markup.escape(short(entry["reason"])),
             f"{entry['others']}" if "others" in entry else NOTHING,
         ]
         for entry in entries
@@ -81,10 +81,10 @@ def render(found: Mapping[str, Any]) -> str:
             f"the right case**; {blamed} cases of other methods moved. *Further cases* are those of the methods that "
             "the fault meets. A fault that makes a figure better is seen as `better`, which does not fail a session; "
             "every other one here fails it as CI runs it.",
-            writing.table(headers, lines(entries), words=(0, 1, 2, 3)),
+            markup.table(headers, lines(entries), words=(0, 1, 2, 3)),
             f"On a simulated accelerator, counted apart (no real one has been seen): "
             f"{sum(entry['right'] for entry in devices)} of {len(devices)} faults, and "
             f"{sum(entry['right'] for entry in quiet)} of {len(quiet)} harmless changes judged rightly.",
-            writing.table(headers[:4], [line[:4] for line in lines([*devices, *quiet])], words=(0, 1, 2, 3)),
+            markup.table(headers[:4], [line[:4] for line in lines([*devices, *quiet])], words=(0, 1, 2, 3)),
         )
     )

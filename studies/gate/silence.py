@@ -26,13 +26,17 @@ import numpy as np
 import torch
 import yaml
 
-from harness import checkpoints, corpora, engine, error_rate, nllfiles
-from harness.files import append_line
-from harness.options import Declared
-from harness.records import Case, Verdict
-from harness.report import writing
-from harness.specifications import parse
-from harness.text import plural
+from harness.core.files import append_line
+from harness.core.options import Declared
+from harness.core.records import Case, Verdict
+from harness.core.specification import parse
+from harness.core.text import plural
+from harness.inputs.models import checkpoints
+from harness.inputs.texts import corpora
+from harness.judge import error_rate
+from harness.metrics.measuring import engine
+from harness.report import markup
+from harness.results import losses
 from studies import pages
 from studies.gate import small
 from studies.gate.small import Bench, Outcome
@@ -137,11 +141,11 @@ def stored_wider(bench: Bench, chance: random.Random) -> Iterator[Told]:
     """The cache of losses kept in float64."""
 
     def save(folder: Path, nll: Any) -> str:
-        sha = nllfiles.name_of(nll)
+        sha = losses.name_of(nll)
         np.savez(folder / f"{sha}.npz", nll=nll.astype(np.float64))
         return sha
 
-    with patch.object(nllfiles, "save", save):
+    with patch.object(losses, "save", save):
         yield {}
 
 
@@ -385,7 +389,7 @@ def tried(bench: Bench, change: Change, repeats: int, kept: dict[str, Any] | Non
 
 def cases(bench: Bench) -> int:
     """How many cases the whole matrix has."""
-    from harness import planning
+    from harness.run import plan as planning
 
     return len(planning.plan(bench.options, False))
 
@@ -435,6 +439,6 @@ def render(found: Mapping[str, Any]) -> str:
         f"Alarmed: {found['alarmed']} of {found['sessions']:,} sessions, {100 * share:.1f}% ± {100 * spread:.1f}; "
         f"stated are at most {100 * rate:.0f}%: {verdict} the rate."
         + (f" Not measured yet: {plural(found['left'], 'change')}." if found.get("left") else "")
-        + (f" Measured: {told}." if told else "") + "\n\n" + writing.table(headers, rows, words=(0, -1))
+        + (f" Measured: {told}." if told else "") + "\n\n" + markup.table(headers, rows, words=(0, -1))
         + (f"\n\nAlarms:\n{seen}" if seen else "")
     )  # fmt: skip

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import error_rate, sequential, stats
-from harness.compare import decide
-from harness.records import Row, Verdict
-from harness.report import writing
+from harness.core import stats
+from harness.core.records import Row, Verdict
+from harness.judge import error_rate
+from harness.judge.compare import decide
+from harness.metrics.measuring import sequential
+from harness.report import markup
 
 SEED = 20_251_122  # any number would do
 WINDOWS = 148  # of the embedded model over lee under chunk:512
@@ -190,7 +192,7 @@ def grid(cells: list[dict[str, Any]], first: str) -> str:
     for cell in cells:
         text = f"{cell['percent']:.1f} ± {cell['spread']:.1f}"
         lines.setdefault(cell["row"], []).append(f"**{text}**" if cell["claimed"] else text)
-    return writing.table([first, *columns], [[name, *texts] for name, texts in lines.items()], words=(0,))
+    return markup.table([first, *columns], [[name, *texts] for name, texts in lines.items()], words=(0,))
 
 
 def failed(found: Mapping[str, Any]) -> list[str]:

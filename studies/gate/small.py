@@ -22,16 +22,20 @@ from typing import Any
 
 import torch
 
-from harness import arguments, bnb, error_rate, judge, planning, rebaselining
-from harness.errors import HarnessError
-from harness.files import replace_text
-from harness.group import Group
-from harness.messages import Job, Stop
-from harness.options import Declared, Options
-from harness.records import Case, Row, Verdict
-from harness.runner import missing
-from harness.session import Session, open_report
-from harness.specifications import parse
+from harness import judge
+from harness.core.errors import HarnessError
+from harness.core.files import replace_text
+from harness.core.options import Declared, Options
+from harness.core.records import Case, Row, Verdict
+from harness.core.specification import parse
+from harness.judge import error_rate
+from harness.methods.quantizing import arguments, bnb
+from harness.run import plan as planning
+from harness.run import rebaseline
+from harness.run.group import Group
+from harness.run.local import missing
+from harness.run.messages import Job, Stop
+from harness.run.session import Session, open_report
 
 MODELS = ("tiny-gpt2", "tiny-olmo")
 MOVED = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE, Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.BETTER)
@@ -152,8 +156,8 @@ class Bench:
     def record(self, check: bool = True) -> Outcome:
         """Record one session as the baseline; the outcome is another judged against it, unless `check` is False."""
         first = self.session()
-        proposal = rebaselining.propose(self.options.report_dir, self.options.baselines)
-        rebaselining.write(proposal, self.options.baselines)
+        proposal = rebaseline.propose(self.options.report_dir, self.options.baselines)
+        rebaseline.write(proposal, self.options.baselines)
         return self.session() if check else first
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import sequential, stats
-from harness.files import cache_dir
-from harness.jsonvalues import digest
-from harness.report import writing
+from harness.core import stats
+from harness.core.files import cache_dir
+from harness.core.values import digest
+from harness.metrics.measuring import sequential
+from harness.report import markup
 from studies.gate.simulation import Array
 
 SEED = 20_251_122  # any number would do
@@ -38,9 +39,13 @@ def measured(
     """Scored tokens of each window, the text's hash, and per-token NLL of the reference and of every method."""
     import torch
 
-    from harness import arguments, catalog, checkpoints, corpora, engine, environment, protocols
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core import catalog, environment
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints
+    from harness.inputs.texts import corpora, protocols
+    from harness.methods.quantizing import arguments
+    from harness.metrics.measuring import engine
 
     declared = Declared(Path.cwd())
     checkpoint = checkpoints.materialise(parse(model), declared)
@@ -200,5 +205,5 @@ def render(found: Mapping[str, Any]) -> str:
             for row in rows
         ]
         headers = ["method", "bound", "D, nats [95%]", "decidable", "median windows", "of the text", "p90", "whole"]
-        parts.append(writing.table([*headers, "wrong side", "its own order"], lines, words=(0, 3)))
+        parts.append(markup.table([*headers, "wrong side", "its own order"], lines, words=(0, 3)))
     return "\n\n".join(parts)

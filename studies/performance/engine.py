@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from harness.engine import PASS_TOKENS
-from harness.report import writing
+from harness.metrics.measuring.engine import PASS_TOKENS
+from harness.report import markup
 from studies import pages
 from studies.performance.peers import Unable, Worker, Works, embedded, interleaved, middle
 
@@ -23,9 +23,9 @@ SWEPT = 7  # repetitions of a sweep's point
 
 def text(folder: Path) -> Path:
     """The beginning of the embedded text, as a file."""
-    from harness import corpora
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.texts import corpora
 
     whole = corpora.read(parse("lee"), Declared(Path())).documents[0]
     path = folder / "text.txt"
@@ -138,7 +138,7 @@ def render_beside(results: Mapping[str, Any]) -> str:
         "the same there: layers of 1,024 outputs and more, and the head, go in blocks. "
         f"`rolling:W` in fp32 over the first {results['beside'][0]['tokens']:,} tokens of `lee`, batch 1, medians of "
         f"{REPETITIONS} interleaved runs. lm-eval's log softmax is torch's in fp32; the last column takes it of "
-        f"the same logits in fp64.\n\n{writing.table(heads, rows)}"
+        f"the same logits in fp64.\n\n{markup.table(heads, rows)}"
     )
 
 
@@ -173,15 +173,15 @@ def render(results: Mapping[str, Any]) -> str:
     return (
         "## The perplexity engine\n\n"
         f"`rolling:{WINDOW}` over the first {results['engine'][0]['tokens']:,} tokens of `lee`, batch 1, "
-        f"medians of {REPETITIONS} interleaved runs{before}.\n\n{writing.table(head, rows)}\n\n"
+        f"medians of {REPETITIONS} interleaved runs{before}.\n\n{markup.table(head, rows)}\n\n"
         "Where the time of one run of ours goes, by torch's operations (`mm`, `addmm`: linear layers, the head's too); "
         "what is not a product is the model's own norms, rotary embedding, activation and residuals, and softmax over "
-        f"the vocabulary:\n\n{writing.table(['dtype', 'operations'], profiles)}\n\n"
+        f"the vocabulary:\n\n{markup.table(['dtype', 'operations'], profiles)}\n\n"
         "Sweep of batch and window (`chunk:W`), tokens/s by batch. `--batch-size auto` runs as many windows together "
         f"as hold {results['pass']} tokens; the default is batch 1, which recorded figures were measured with. Auto "
         "was timed as a batch of its own: how far it lies from the same batch beside it is how far two measurements of "
         "one thing lie apart here.\n\n"
-        f"{writing.table(['dtype', 'window', 'batch: tokens/s', 'auto', 'auto / best, at least 95%'], sweep)}"
+        f"{markup.table(['dtype', 'window', 'batch: tokens/s', 'auto', 'auto / best, at least 95%'], sweep)}"
     )
 
 

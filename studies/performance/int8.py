@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.report import writing
+from harness.report import markup
 from studies import pages
 from studies.performance.engine import kept, text
 from studies.performance.peers import Unable, Worker, embedded, interleaved, middle
@@ -153,11 +153,11 @@ def render(results: Mapping[str, Any]) -> str:
         f"decodes a single one, and what other models left in the caches is not theirs to pay for. Limits of the "
         f"machine, in the same run: the linear layers of fp32's prefill alone take {products:.1f} ms; a token's decode "
         f"reads what is stored once, at the pace of a sum over {MEBIBYTES} MiB.\n\n"
-        f"{writing.table(head, rows)}\n{unable}\n\n"
-        f"{writing.table(['ours', 'against', 'work', 'times as fast', 'wanted', 'reached'], figures)}\n\n"
+        f"{markup.table(head, rows)}\n{unable}\n\n"
+        f"{markup.table(['ours', 'against', 'work', 'times as fast', 'wanted', 'reached'], figures)}\n\n"
         f"Perplexity on the beginning of `lee`, against the weight dequantized in fp32: {quality}.\n\n"
         f"Where the time goes (share of one run's processor time):\n\n"
-        f"{writing.table(['', 'work', 'operations'], profiles)}"
+        f"{markup.table(['', 'work', 'operations'], profiles)}"
     )
 
 

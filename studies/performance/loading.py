@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.files import cache_dir
-from harness.report import writing
-from harness.runner import server_environment
+from harness.core.files import cache_dir
+from harness.report import markup
+from harness.run.local import server_environment
 from studies import pages
 from studies.performance.engine import kept
 from studies.performance.peers import ROOT
@@ -36,7 +36,7 @@ def make(model: str, folder: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from harness import architectures, checkpoints
+    from harness.inputs.models import architectures, checkpoints
 
     config = architectures.config_of(model)
     whole = checkpoints.sketch_model(config, "bf16").state_dict(keep_vars=True)
@@ -93,15 +93,15 @@ def parts(model: Any, storage: int) -> dict[str, Any]:
     """What a load is made of, apart: ns to quantize a weight that lies in memory, s to touch memory as new as ours."""
     import torch
 
-    from harness import pieces, quantized
+    from harness.methods.quantizing import encode, stored
 
-    stores = (quantized.store_of(module) for module in model.modules())
+    stores = (stored.store_of(module) for module in model.modules())
     recipe = next(store.recipe for store in stores if store is not None)
     rows = torch.randn(*WEIGHT).mul_(DEVIATION).bfloat16()
 
     def once() -> float:
         start = time.perf_counter()
-        pieces.quantize(recipe, rows, torch.bfloat16)
+        encode.quantize(recipe, rows, torch.bfloat16)
         return time.perf_counter() - start
 
     threads, found = torch.get_num_threads(), []
@@ -118,9 +118,12 @@ def load(method: str, folder: str) -> dict[str, Any]:
 
     READING only reads the files, behind the same imports: a host that takes free memory back lends it anew to both.
     """
-    from harness import arguments, catalog, checkpoints, devices, fused, memory
-    from harness.contracts import Checkpoint
-    from harness.specifications import parse
+    from harness.core import catalog
+    from harness.core.contracts import Checkpoint
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints, sizes
+    from harness.methods.quantizing import arguments, fused
+    from harness.metrics.measuring import devices
 
     checkpoint = Checkpoint(method, Path(folder), "")
     shapes = checkpoints.sketch_model(checkpoints.read_config(checkpoint), "bf16").state_dict().values()
@@ -134,7 +137,7 @@ def load(method: str, folder: str) -> dict[str, Any]:
     before, start = device.peak()["resident"], time.perf_counter()
     model = known.load(checkpoint, given, "cpu")
     seconds = time.perf_counter() - start
-    peak, storage = device.peak()["resident"], memory.storage_bytes(model)
+    peak, storage = device.peak()["resident"], sizes.storage_bytes(model)
     largest = max(tensor.nbytes for tensor in shapes)
     found = {"seconds": seconds, "peak": peak - before, "process": peak, "storage": storage, "largest": largest}
     return found | ({"parts": parts(model, storage)} if ours(method) else {})
@@ -178,7 +181,7 @@ def render(results: Mapping[str, Any]) -> str:
     rows, failed = [], ""
     for one in [one for found in results["loading"].values() for one in found]:
         if "failed" in one:
-            failed += f"\n- {one['model']} under `{one['method']}` failed: {writing.escape(one['failed'])}"
+            failed += f"\n- {one['model']} under `{one['method']}` failed: {markup.escape(one['failed'])}"
             continue
         room, times = 1.25 * one["storage"] + one["largest"], one["seconds"] / one["reading"]["cold"]
         own = ours(one["method"])
@@ -215,7 +218,7 @@ def render(results: Mapping[str, Any]) -> str:
         "reading is a copy in memory and nothing that computes can keep up. Each load, and each reading, in a process "
         "of its own behind the same imports; ours stream, bitsandbytes goes through transformers with a device map. "
         "Ours asks the system for the next tensors while it quantizes one.\n\n"
-        f"{writing.table(head, rows)}\n{failed}{where}"
+        f"{markup.table(head, rows)}\n{failed}{where}"
     )
 
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.files import cache_dir, locked
-from harness.jsonvalues import digest
-from harness.runner import server_environment
+from harness.core.files import cache_dir, locked
+from harness.core.values import digest
+from harness.run.local import server_environment
 
 PINS = ("torch==2.13.0", "transformers==5.23.0", "lm_eval[hf]==0.4.13", "torchao==0.18.0", "optimum-quanto==0.2.7")
 OURS = ("orjson",)  # that the harness's modules import there
@@ -100,8 +100,8 @@ def middle(seconds: Sequence[float]) -> float:
 
 def embedded() -> Path:
     """The plain folder of the embedded model."""
-    from harness import checkpoints
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints
 
     return checkpoints.materialise(parse("smollm2-135m"), Declared(Path())).directory

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness.report import writing
+from harness.report import markup
 from studies import pages
 from studies.performance import engine, int8, loading, session, waiting, ways
 from studies.performance.peers import PINS, ROOT
@@ -102,7 +102,7 @@ def render(results: Mapping[str, Any]) -> str:
         "above may be the last part's. Ratios are of medians from one run of a part. Peers: "
         f"{', '.join(PINS)}, in an environment that the command makes. Load average of this two-core machine before "
         "and after each part: its own work keeps it at about 2, and what lies above is other work, which blurs every "
-        "time below.\n\n" + writing.table(["part", "ended (UTC)", "on", "minutes", "load before, after"], rows)
+        "time below.\n\n" + markup.table(["part", "ended (UTC)", "on", "minutes", "load before, after"], rows)
     )
     if absent := [part for part in PARTS if part not in results["made"]]:
         head += f"\n\nNot measured yet: {', '.join(absent)}."

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report import writing
-from harness.report.plots import style
+from harness.report import markup
+from harness.report.plots.draw import style
 from studies import pages
 from studies.performance.engine import kept
 from studies.performance.peers import ROOT, middle
@@ -156,12 +156,12 @@ def render(results: Mapping[str, Any]) -> str:
         f"## The session\n\nPerplexity and memory of {', '.join(f'`{name}`' for name in METHODS)} on the embedded "
         f"model; over tokens the first two, over methods at {TOKENS[0]:,} tokens. `inside` is the sum of the rows' "
         "`seconds`: load, quantize, forward, timing loops.\n\n"
-        f"{writing.table(['growing', 'count', 'rows', 'wall s', 'inside s', 'beside s'], rows)}\n\n"
+        f"{markup.table(['growing', 'count', 'rows', 'wall s', 'inside s', 'beside s'], rows)}\n\n"
         f"![Wall time against tokens and methods]({CURVE})\n\n"
         f"From the straight line through the ends of a curve, no session is further than "
         f"{100 * straightness(found['tokens']):.1f}% (tokens) and "
         f"{100 * straightness(found['cases']):.1f}% (methods).\n\n"
-        f"{writing.table(['command, whole (at most 0.5 s)', 'seconds'], commands)}"
+        f"{markup.table(['command, whole (at most 0.5 s)', 'seconds'], commands)}"
     )
 
 

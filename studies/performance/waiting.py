@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.report import writing
+from harness.report import markup
 from studies import pages
 from studies.performance.peers import Worker, embedded, interleaved, middle
 
@@ -41,8 +41,7 @@ def render(results: Mapping[str, Any]) -> str:
         f"{REPETITIONS} repetitions that follow each other in one process (above, a dozen processes take turns, and "
         "each begins with cold caches). The harness keeps 0: spinning threads of several processes take the cores "
         "from each other. On a machine that runs nothing else, `GOMP_SPINCOUNT=10000 pytest ...` reaches the group "
-        "processes; the environment that a row records does not show it.\n\n"
-        + writing.table(["", "work", *SPINS], rows)
+        "processes; the environment that a row records does not show it.\n\n" + markup.table(["", "work", *SPINS], rows)
     )
 
 

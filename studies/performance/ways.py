@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import codes, fused, products
-from harness.report import writing
+from harness.methods.quantizing import codes, fused, products
+from harness.report import markup
 from studies import pages
 
 # of SmolLM2-135M: 30 layers of q, o, k, v, gate, up, down as (out, in); 106M weights, none of them in the cache twice
@@ -176,7 +176,7 @@ def render(results: Mapping[str, Any]) -> str:
         "## Ways to multiply, and what was not used\n\n"
         f"All {len(SHAPES)} products of the embedded model's layers, one behind the other, on random codes: "
         f"milliseconds, medians of {REPETITIONS}; no attention, norms or head. fp32 activations in, fp32 out.\n\n"
-        + writing.table(["way", *(f"{count} row{'s' * (count != '1')}" for count in counts)], rows)
+        + markup.table(["way", *(f"{count} row{'s' * (count != '1')}" for count in counts)], rows)
     )
 
 

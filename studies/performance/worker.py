@@ -58,9 +58,10 @@ def quanto(subject: str, folder: str, dtype: str) -> Any:
 
 def ours(subject: str, folder: str, dtype: str) -> Any:
     """A method of the harness."""
-    from harness import arguments, catalog
-    from harness.contracts import Checkpoint
-    from harness.specifications import parse
+    from harness.core import catalog
+    from harness.core.contracts import Checkpoint
+    from harness.core.specification import parse
+    from harness.methods.quantizing import arguments
 
     specification = parse(subject)
     method = catalog.methods()[specification.name]
@@ -93,9 +94,9 @@ class Bench:
 
     def storage(self) -> int:
         """Bytes, as the harness counts them."""
-        from harness import memory
+        from harness.inputs.models import sizes
 
-        return memory.storage_bytes(self.model)
+        return sizes.storage_bytes(self.model)
 
     def prefill(self, tokens: int = PROMPT) -> float:
         """A prompt into a cache, logits of its last position."""
@@ -138,10 +139,11 @@ class Bench:
                 pretrained=self.model, tokenizer=tokenizer, max_length=width, batch_size=1, device="cpu"
             )
             return len(self.language.tok_encode(self.text, add_special_tokens=False))
-        from harness import checkpoints, corpora, protocols
-        from harness.contracts import Checkpoint
-        from harness.options import Declared
-        from harness.specifications import parse
+        from harness.core.contracts import Checkpoint
+        from harness.core.options import Declared
+        from harness.core.specification import parse
+        from harness.inputs.models import checkpoints
+        from harness.inputs.texts import corpora, protocols
 
         tokenizer = checkpoints.tokenizer(Checkpoint("", Path(self.folder), ""))
         corpus = corpora.read(parse(f"text:{text}"), Declared(Path()))
@@ -150,16 +152,17 @@ class Bench:
         return plan.tokens
 
     def score(self, batch: int = 1, beside: bool = True, blocks: bool = True) -> float:
-        """Seconds of the whole text's NLL: harness.engine, or lm-eval's own rolling log likelihood."""
+        """Seconds of the whole text's NLL: engine, or lm-eval's own rolling log likelihood."""
         if self.kind != "lm-eval":
-            from harness import cpu_products, engine
+            from harness.methods.quantizing import cpu
+            from harness.metrics.measuring import engine
 
             asked: dict[str, Any] = {"device": "cpu", "batch_size": batch, "concurrent": beside}
-            kept, cpu_products.WIDE = cpu_products.WIDE, cpu_products.WIDE if blocks else sys.maxsize
+            kept, cpu.WIDE = cpu.WIDE, cpu.WIDE if blocks else sys.maxsize
             try:
                 return timed(lambda: engine.score(self.model, self.windows, **asked))
             finally:
-                cpu_products.WIDE = kept
+                cpu.WIDE = kept
         from lm_eval.api.instance import Instance
 
         request = Instance("loglikelihood_rolling", {}, (self.text,), 0)
@@ -176,7 +179,7 @@ class Bench:
         """NLL of every token; of lm-eval from its windows' logits, whose softmax is in fp32, or in fp64 if wide."""
         if self.kind == "lm-eval":
             return self._nll_of_peer(torch.float64 if wide else torch.float32)
-        from harness import engine
+        from harness.metrics.measuring import engine
 
         return [float(value) for value in engine.score(self.model, self.windows, device="cpu", concurrent=True)]
 
@@ -231,7 +234,7 @@ class Bench:
 
     def peak(self, batch: int = 1) -> int:
         """Bytes above the resident model that scoring the text needs."""
-        from harness import devices, engine
+        from harness.metrics.measuring import devices, engine
 
         device = devices.Cpu()
         device.reset_peak()

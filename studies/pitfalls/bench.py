@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import catalog, checkpoints, engine, protocols
-from harness.arguments import resolve
-from harness.contracts import Checkpoint, TokenPlan, Window
-from harness.corpora import Corpus
+from harness.core import catalog
+from harness.core.contracts import Checkpoint, TokenPlan, Window
+from harness.core.specification import parse
+from harness.core.stats import Estimate, paired_delta
+from harness.inputs.models import checkpoints
+from harness.inputs.texts import protocols
+from harness.inputs.texts.corpora import Corpus
+from harness.methods.quantizing.arguments import resolve
+from harness.metrics.measuring import engine
 from harness.published.pitfalls import Figures
-from harness.specifications import parse
-from harness.stats import Estimate, paired_delta
 
 if TYPE_CHECKING:
     from torch import nn

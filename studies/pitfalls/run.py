@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoints, corpora
-from harness.options import Declared
-from harness.report import writing
-from harness.specifications import parse
-from harness.text import NOTHING, number, perplexity
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.core.text import NOTHING, number, perplexity
+from harness.inputs.models import checkpoints
+from harness.inputs.texts import corpora
+from harness.report import markup
 from studies import pages
 from studies.pitfalls import CONTROLS, Bench, Control
 
@@ -79,7 +80,7 @@ def section(control: Control, results: Mapping[str, Any]) -> str:
         words = ["yes" if control.pitfall.symptom(figures) else "no" for figures in pair]
         rows = [[name, *(figure(name, figures[name]) for figures in pair)] for name in shown["fault"]]
         rows += [["**bears the mark**", *words]]
-        parts.append(writing.table([f"`{model}`", "fault", "right"], rows, words=(0,)))
+        parts.append(markup.table([f"`{model}`", "fault", "right"], rows, words=(0,)))
         beside = [f"- {name}: {figure(name, value)}" for name, value in shown["beside"].items()]
         parts.append("\n".join([f"- {shown['note']}"] * bool(shown["note"]) + beside))
     return "\n\n".join(part for part in parts if part)
@@ -97,7 +98,7 @@ def overview(results: Mapping[str, Any]) -> str:
         pair = [figure(name, shown[version][name]) for version in ("fault", "right")]
         where = f" (`{model}`)" * (model != first)
         rows.append([f"`{control.name}`", name + where, *pair, control.pitfall.reported or NOTHING])
-    return writing.table(["control", f"figure on `{first}`", "fault", "right", "reported"], rows, words=(0, 1, 4))
+    return markup.table(["control", f"figure on `{first}`", "fault", "right", "reported"], rows, words=(0, 1, 4))
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -106,7 +107,7 @@ def render(results: Mapping[str, Any]) -> str:
         [f"`{name}`", facts["text"], f"{facts['tokens']:,}", str(facts["width"]), f"{facts['vocabulary']:,}"]
         for name, facts in results["models"].items()
     ]
-    table = writing.table(["model", "text", "tokens", "window", "vocabulary"], models, words=(0, 1))
+    table = markup.table(["model", "text", "tokens", "window", "vocabulary"], models, words=(0, 1))
     found = results["controls"]
     sections = [section(control, found[control.name]) for control in CONTROLS if found[control.name]]
     return "\n\n".join([INTRODUCTION, table, overview(results), *sections])

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from harness import protocols
-from harness.contracts import Window
+from harness.core.contracts import Window
+from harness.core.stats import Estimate, paired_delta
+from harness.inputs.texts import protocols
 from harness.published.pitfalls import averaged, perplexity
-from harness.stats import Estimate, paired_delta
 from studies.pitfalls.bench import Bench, Shown, mean
 
 SHORT = 64  # tokens of a window where BOS is missed: the shorter, the larger its share in what a token can look at

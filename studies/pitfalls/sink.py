@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import OlmoForCausalLM
 
-from harness import checkpoints, corpora, protocols, tiny
-from harness.contracts import Checkpoint
-from harness.options import Declared
+from harness.core.contracts import Checkpoint
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import checkpoints, tiny
+from harness.inputs.texts import corpora, protocols
 from harness.published.pitfalls import perplexity
-from harness.specifications import parse
 from studies.pitfalls.bench import Bench, Shown, mean
 
 WIDTH = 64  # tokens a window: the head's slowest rotation has then turned by 0.7 of a radian

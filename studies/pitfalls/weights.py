@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import catalog, memory, quantized, scopes
-from harness.codes import divide
-from harness.contracts import Arguments, Scope
-from harness.devices import open_device
-from harness.errors import BadSpecification
+from harness.core import catalog
+from harness.core.contracts import Arguments, Scope
+from harness.core.errors import BadSpecification
+from harness.core.stats import summarise
+from harness.inputs.models import sizes
+from harness.methods.quantizing import scopes
+from harness.methods.quantizing import stored as quantized
+from harness.methods.quantizing.codes import divide
+from harness.metrics.measuring.devices import open_device
+from harness.metrics.measuring.timing import Work, measure
 from harness.published.pitfalls import in_fp32, perplexity
-from harness.stats import summarise
-from harness.timing import Work, measure
 from studies.pitfalls.bench import Bench, Shown, mean
 
 BLOCKS = 6  # of timed pairs: the times are shown, and decide nothing
@@ -143,9 +146,9 @@ def empty_scope(bench: Bench) -> Shown:
     left = [name for name in whole if name not in skipped]  # the fault: 'down_proj' is no full name
     for name in left:
         method.sketch(model, Arguments("fp32", Scope("all", None, name)))
-    fault = memory.storage_bytes(model)
+    fault = sizes.storage_bytes(model)
     whole_model, selective = bench.open("absmax-int8"), bench.open("absmax-int8:attention")
-    all_bytes = memory.storage_bytes(whole_model)
+    all_bytes = sizes.storage_bytes(whole_model)
 
     def figures(storage: int, candidate: nn.Module) -> dict[str, float]:
         return {
@@ -162,7 +165,7 @@ def empty_scope(bench: Bench) -> Shown:
     except BadSpecification as error:
         refusal = str(error)
     note = f"to leave alone: {', '.join(sorted(skipped))}. The same mistake in a scope of ours: {refusal}"
-    return Shown(figures(fault, model), figures(memory.storage_bytes(selective), selective), note=note)
+    return Shown(figures(fault, model), figures(sizes.storage_bytes(selective), selective), note=note)
 
 
 def unpacked_once(model: nn.Module) -> nn.Module:
@@ -225,7 +228,7 @@ def dequantize_every_call(bench: Bench) -> Shown:
         return {
             "weights dequantized a forward": calls[0],
             **timed,
-            "storage, MiB": memory.storage_bytes(model) / 2**20,
+            "storage, MiB": sizes.storage_bytes(model) / 2**20,
             "perplexity": perplexity(bench.nll(model)),
         }
 
@@ -241,17 +244,17 @@ def tied_head_twice(bench: Bench) -> Shown:
     the embedding stays, and quantizing more takes more memory.
     """
     model: Any = bench.open()
-    held = memory.measure(model)["memory.parameters"]
+    held = sizes.measure(model)["memory.parameters"]
     counted_twice = sum(tensor.nbytes for tensor in model.state_dict().values())
     copied: Any = bench.open("absmax-int8")
-    alone = memory.storage_bytes(copied)
+    alone = sizes.storage_bytes(copied)
     head = copied.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     name = next(name for name, module in copied.named_modules() if module is head)
     catalog.methods()["absmax-int8"].sketch(copied, Arguments("fp32", Scope("all", None, name)))
     beside = {
         "int8 storage, head left to the embedding, bytes": alone,
-        "int8 storage, head copied and quantized, bytes": memory.storage_bytes(copied),
+        "int8 storage, head copied and quantized, bytes": sizes.storage_bytes(copied),
     }
     return Shown(
         {"bytes counted": counted_twice, "bytes held": held},

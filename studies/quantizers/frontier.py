@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import report
-from harness.errors import HarnessError
-from harness.report import frontier, frontier_plot, nll_reader
+from harness.core.errors import HarnessError
+from harness.report import frontier, nll_reader
 from harness.report.matrix import complete, sections
+from harness.report.plots import frontier_plot
 from studies import pages
 
 SESSION = Path("harness-report-methods")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report import writing
+from harness.report import markup
 from studies import pages
 
 SHOWN = {  # formats that models are shared in, and what a block of each holds
@@ -71,10 +71,10 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
     """Sizes of the block formats, and the tensors of the embedded file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    from harness import models as sources
-    from harness.gguf_file import GgufFile
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.models import names as sources
+    from harness.inputs.models.gguf_format.file import GgufFile
 
     path = sources.locate(parse("smollm2-135m"), Declared(Path())).path
     tensors = GgufFile(path).tensors.values()
@@ -121,9 +121,9 @@ def render(results: Mapping[str, Any]) -> str:
         [
             WHAT,
             "## Block formats\n\nBits count everything in a block:",
-            writing.table(["format", "weights a block", "bytes", "bits a weight", "a block holds"], formats),
+            markup.table(["format", "weights a block", "bytes", "bits a weight", "a block holds"], formats),
             about,
-            writing.table(["format", "tensors", "weights", "bytes", "bits a weight"], tensors, words=(0,)),
+            markup.table(["format", "tensors", "weights", "bytes", "bits a weight"], tensors, words=(0,)),
             WHEN,
         ]
     )

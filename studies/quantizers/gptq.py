@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report import writing
-from harness.text import NOTHING
+from harness.core.text import NOTHING
+from harness.report import markup
 from studies import pages
 
 MODELS = {  # text, protocol, tokens
@@ -31,10 +31,14 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
 
 def one_model(name: str) -> dict[str, Any]:
     """One model's table."""
-    from harness import arguments, catalog, checkpoints, corpora, engine, protocols
-    from harness.options import Declared
-    from harness.specifications import parse
-    from harness.stats import paired_delta
+    from harness.core import catalog
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.core.stats import paired_delta
+    from harness.inputs.models import checkpoints
+    from harness.inputs.texts import corpora, protocols
+    from harness.methods.quantizing import arguments
+    from harness.metrics.measuring import engine
 
     text, protocol, tokens = MODELS[name]
     here = Declared(Path())
@@ -115,7 +119,7 @@ default was chosen in view of these tables. All intervals are of 95%, over windo
         about = f"`{found['text']}`, `{found['protocol']}`, {found['tokens']:,} tokens; fp32 {found['perplexity']:.3f}."
         parts += [
             f"## {name}\n\n{about}" + (f" Note: {found['note']}." if found["note"] else ""),
-            writing.table(
+            markup.table(
                 ["method", "bytes of codes and steps", "perplexity", "over fp32, nat", f"over `{PLAIN}`, nat", "text"],
                 rows,
             ),

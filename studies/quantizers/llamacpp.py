@@ -30,8 +30,10 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
 
 def one_model(name: str, folder: Path) -> dict[str, Any]:
     """One model in every format; 'NAME@FILE' reads another text."""
-    from harness import catalog, checkpoints, gguf_write
-    from harness.contracts import Arguments
+    from harness.core import catalog
+    from harness.core.contracts import Arguments
+    from harness.inputs.models import checkpoints
+    from harness.inputs.models.gguf_format import write as gguf_write
 
     checkpoint = opened(name, folder)
     windows = texts(name, checkpoint)
@@ -74,7 +76,7 @@ def rounded_inputs(model: Any, kind: str, seed: int | None = None) -> Iterator[N
     """
     import torch
 
-    from harness import quantized
+    from harness.methods.quantizing import stored
 
     generator = torch.Generator().manual_seed(seed or 0)
 
@@ -89,7 +91,7 @@ def rounded_inputs(model: Any, kind: str, seed: int | None = None) -> Iterator[N
         codes = torch.where(step == 0, 0.0, blocks / step).round()
         return ((codes * step.half().float()).flatten(-2), *given[1:])
 
-    layers = [module for module in model.modules() if isinstance(module, quantized.QuantizedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, stored.QuantizedLinear)]
     hooks = [layer.register_forward_pre_hook(hook) for layer in layers] if kind != "f32" else []
     try:
         yield
@@ -100,9 +102,9 @@ def rounded_inputs(model: Any, kind: str, seed: int | None = None) -> Iterator[N
 
 def opened(name: str, folder: Path) -> Any:
     """The checkpoint behind a row of the page."""
-    from harness import checkpoints
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints
 
     kind, _, family = name.partition(" ")
     if kind != "random":
@@ -117,10 +119,11 @@ def texts(name: str, checkpoint: Any) -> Any:
     """The windows fed to both sides: a text under chunk:512, or random ids where there is no text."""
     import numpy as np
 
-    from harness import checkpoints, corpora, protocols
-    from harness.contracts import Window
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core.contracts import Window
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints
+    from harness.inputs.texts import corpora, protocols
 
     config = checkpoints.read_config(checkpoint)
     width = min(WIDTH, config.max_position_embeddings)
@@ -137,7 +140,7 @@ def texts(name: str, checkpoint: Any) -> Any:
 
 def our_nll(model: Any, windows: Any) -> Any:
     """(scored,) nats, float64."""
-    from harness import engine
+    from harness.metrics.measuring import engine
 
     return engine.score(model, windows, device="cpu").astype("float64")
 
@@ -180,7 +183,7 @@ def their_nll(path: Path, windows: Any) -> Any:
 
 def same_tokens(path: Path, tokenizer: Any) -> str:
     """Whether llama.cpp makes the same tokens of the probes; how many it does, or why it is not asked."""
-    from harness.gguf_file import GgufFile
+    from harness.inputs.models.gguf_format.file import GgufFile
 
     if GgufFile(path).metadata["tokenizer.ggml.model"] == "none":
         return "none in the file"

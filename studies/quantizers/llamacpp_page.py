@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.report import writing
-from harness.text import NOTHING
+from harness.core.text import NOTHING
+from harness.report import markup
 
 TOLERANCE = {"f32": 0.05, "other": 0.5}  # percent of the perplexity
 ALIKE = "ours, inputs rounded"
@@ -131,7 +131,7 @@ def render(results: Mapping[str, Any]) -> str:
         tables += [
             f"### {name}\n\n{SHOWN.get(name, 'another text')}. {tokens:,} scored tokens; "
             f"tokenizer: {result['tokenizer']}.",
-            writing.table(HEADERS, rows),
+            markup.table(HEADERS, rows),
         ]
     continued = [
         [item["prompt"], " ".join(item["continuation"].split()), f"{item['same']} of {GREEDY}"]
@@ -155,6 +155,6 @@ llama.cpp's rounding of activations costs. Its key-value cache is fp32, flash at
             "## Perplexity",
             *tables,
             "## Greedy continuations from `gguf-f32`",
-            writing.table(["prompt", "continuation (ours)", "same tokens"], continued, words=(0, 1)),
+            markup.table(["prompt", "continuation (ours)", "same tokens"], continued, words=(0, 1)),
         ]
     )

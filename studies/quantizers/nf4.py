@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from harness.report import writing
-from harness.report.plots import STYLE, WIDTH_INCHES
-from harness.text import NOTHING
+from harness.core.text import NOTHING
+from harness.report import markup
+from harness.report.plots.draw import STYLE, WIDTH_INCHES
 from studies import pages
 from studies.quantizers.nf4_figures import BITS, BLOCKS, NAMES, measure
 
@@ -84,7 +84,7 @@ of 64. FP4 spells 0 twice.
 - **Not equally used either**, though that is its idea: blocks are scaled by their own largest magnitude, and not by a
   fixed quantile, so a level is taken by {100 * min(used):.1f}% to {100 * max(used):.1f}% of normal weights. The
   codes carry {entropy[0]:.2f} of 4 bits, those of symmetric int4 {entropy[1]:.2f}."""
-    return writing.table(headers, rows, words=()) + "\n\n" + said
+    return markup.table(headers, rows, words=()) + "\n\n" + said
 
 
 def by_block(results: Mapping[str, Any]) -> list[str]:
@@ -101,7 +101,7 @@ def by_block(results: Mapping[str, Any]) -> list[str]:
             ]
             body.append([str(block), *marked])
         headers = [f"{source}, block", *(name(kind, 4) for kind in FOUR_BITS)]
-        parts.append(writing.table(headers, body, words=()))
+        parts.append(markup.table(headers, body, words=()))
     return parts
 
 
@@ -138,14 +138,14 @@ def by_bits(results: Mapping[str, Any]) -> str:
         cells = [at(results["errors"][source], kind, 64, code) for source in chosen]
         errors = [f"{percent(cell['rms'])} ({percent(cell['mean'])})" for cell in cells if cell]
         body.append([name(kind, code), f"{row['bits']:.3f}", *errors])
-    return writing.table(["", "bits a weight", *chosen], body, words=(0,))
+    return markup.table(["", "bits a weight", *chosen], body, words=(0,))
 
 
 def losses(model: str, found: Mapping[str, Any]) -> str:
     """One model's changes of perplexity."""
     rows = [
         [
-            writing.code(row["method"]),
+            markup.code(row["method"]),
             f"{row['bits']:.3f}",
             f"{row['delta']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
             f"{100 * math.expm1(row['delta']):+.2f}",
@@ -157,13 +157,13 @@ def losses(model: str, found: Mapping[str, Any]) -> str:
         f"{found['width']}; fp32 perplexity {found['reference']:.3f}."
     )
     caveat = f"\n\n> {found['note']}" if found["note"] else ""
-    table = writing.table(["method", "bits a weight", "change of NLL, nat", "perplexity, %"], rows, words=(0,))
+    table = markup.table(["method", "bits a weight", "change of NLL, nat", "perplexity, %"], rows, words=(0,))
     return f"{head}{caveat}\n\n{table}\n\n{judged(found)}"
 
 
 def judged(found: Mapping[str, Any]) -> str:
     """Which methods cannot be told from fp32 on this text, and NF4 against affine int4 at the same block."""
-    alike = [writing.code(row["method"]) for row in found["rows"] if row["low"] <= 0 <= row["high"]]
+    alike = [markup.code(row["method"]) for row in found["rows"] if row["low"] <= 0 <= row["high"]]
     said = []
     for pair in found["nf4_over_affine"]:
         sure = pair["high"] < 0 or pair["low"] > 0

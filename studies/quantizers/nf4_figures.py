@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from harness.codes import blocks, divide
 from harness.methods import fp4, nf4
+from harness.methods.quantizing.codes import blocks, divide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +67,12 @@ def double_quantized(weight: Tensor, block: int) -> tuple[Tensor, float]:
     """Bitsandbytes' NF4 with 8-bit scales: (n,) fp32 and the bits a weight that its tensors take."""
     from bitsandbytes import functional
 
-    from harness import memory
+    from harness.inputs.models import sizes
 
     packed, state = functional.quantize_4bit(
         weight.reshape(-1), blocksize=block, compress_statistics=True, quant_type="nf4"
     )
-    bits = 8 * memory.bytes_of(memory.tensors(packed, state)) / weight.numel()
+    bits = 8 * sizes.bytes_of(sizes.tensors(packed, state)) / weight.numel()
     return functional.dequantize_4bit(packed, state).view(-1), bits
 
 
@@ -96,8 +96,8 @@ def sources() -> dict[str, Tensor]:
     """
     import torch
 
-    from harness import scopes
-    from harness.contracts import Scope
+    from harness.core.contracts import Scope
+    from harness.methods.quantizing import scopes
 
     generator = torch.Generator().manual_seed(SEED)
     normal = torch.randn(SAMPLES, generator=generator)
@@ -140,7 +140,7 @@ def use(levels: Sequence[float]) -> list[float]:
     """Share of Gaussian weights that take each level, in ascending order, blocks of 64."""
     import torch
 
-    from harness.codes import nearest
+    from harness.methods.quantizing.codes import nearest
 
     rows = blocks(torch.randn(SAMPLES, generator=torch.Generator().manual_seed(SEED)), 64)
     codes = nearest(rows / rows.abs().amax(dim=1, keepdim=True), levels)
@@ -150,9 +150,10 @@ def use(levels: Sequence[float]) -> list[float]:
 
 def bench(model: str) -> Any:
     """A model with the text that its perplexity is measured on."""
-    from harness import checkpoints, corpora
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints
+    from harness.inputs.texts import corpora
     from studies.pitfalls import Bench
 
     declared = Declared(Path())
@@ -164,7 +165,7 @@ def bench(model: str) -> Any:
 
 def linear_recipe(kind: str, bits: int, block: int) -> Any:
     """A recipe that stores what `symmetric` or `affine` rounds to, for its perplexity; its bytes are not counted."""
-    from harness import quantized
+    from harness.methods.quantizing import stored as quantized
 
     rounding = {"symmetric": symmetric, "affine": affine}[kind]
     return quantized.Recipe(
@@ -176,9 +177,12 @@ def linear_recipe(kind: str, bits: int, block: int) -> Any:
 
 def losses(model: str) -> dict[str, Any]:
     """Paired changes of NLL against fp32, by method, with bits a weight."""
-    from harness import catalog, census, quantized, scopes
-    from harness.contracts import Scope
-    from harness.protocols import aggregate, window_slices
+    from harness.core import catalog
+    from harness.core.contracts import Scope
+    from harness.inputs.texts.protocols import aggregate, window_slices
+    from harness.methods.quantizing import scopes
+    from harness.methods.quantizing import stored as quantized
+    from harness.metrics.measuring import census
 
     where = bench(model)
     rows, kept = [], {}
@@ -216,7 +220,7 @@ def losses(model: str) -> dict[str, Any]:
 
 def change(candidate: Any, reference: Any, slices: Sequence[slice]) -> dict[str, float]:
     """The paired change of NLL with its interval."""
-    from harness.stats import paired_delta
+    from harness.core.stats import paired_delta
 
     estimate = paired_delta(candidate, reference, slices)
     return {"delta": estimate.value, "low": estimate.low, "high": estimate.high}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report import writing
+from harness.report import markup
 from studies import pages
 
 METHODS = ("absmax-int8", "linear-int4", "nf4")
@@ -22,9 +22,10 @@ differ in size: the last column is the change for every percent of the projectio
 
 def bench(model: str) -> Any:
     """A model and its text: eight windows of 256 tokens, the fewest that give an interval; more on the tiny models."""
-    from harness import checkpoints, corpora
-    from harness.options import Declared
-    from harness.specifications import parse
+    from harness.core.options import Declared
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints
+    from harness.inputs.texts import corpora
     from studies.pitfalls import Bench
 
     declared = Declared(Path())
@@ -36,7 +37,7 @@ def bench(model: str) -> Any:
 
 def scopes_of(model: Any, group: int) -> dict[str, str]:
     """What is quantized alone: kind of part and scope, in the words of a specification."""
-    from harness import scopes
+    from harness.methods.quantizing import scopes
 
     _, depth = scopes.decoder_layers(model)
     found = {"linear": "whole", "attention": "part", "mlp": "part"}
@@ -46,7 +47,7 @@ def scopes_of(model: Any, group: int) -> dict[str, str]:
 
 def halves_of(model: Any) -> tuple[str, str]:
     """The scopes of the early and the late half of the layers."""
-    from harness import scopes
+    from harness.methods.quantizing import scopes
 
     _, depth = scopes.decoder_layers(model)
     return f"layers=0-{depth // 2 - 1}", f"layers={depth // 2}-{depth - 1}"
@@ -59,16 +60,16 @@ def kinds_of(model: Any) -> list[str]:
 
 def names_in(model: Any) -> list[str]:
     """Names of a model's projections."""
-    from harness import scopes
-    from harness.contracts import Scope
+    from harness.core.contracts import Scope
+    from harness.methods.quantizing import scopes
 
     return scopes.select(model, Scope())
 
 
 def measure_model(model: str) -> dict[str, Any]:
     """Every scope under every method, and the late half against the early one."""
-    from harness.protocols import aggregate, window_slices
-    from harness.stats import paired_delta
+    from harness.core.stats import paired_delta
+    from harness.inputs.texts.protocols import aggregate, window_slices
 
     where = bench(model)
     slices, plain = window_slices(where.plan), where.open()
@@ -113,7 +114,7 @@ def measure_model(model: str) -> dict[str, Any]:
 
 def quantized_elements(method: str, model: Any) -> int:
     """Weights that a method quantized in a model."""
-    from harness import catalog
+    from harness.core import catalog
 
     return sum(weight.elements for weight in catalog.methods()[method].quantized(model))
 
@@ -146,7 +147,7 @@ def table(rows: Sequence[Mapping[str, Any]], method: str) -> str:
         if row["method"] == method
     ]
     headers = [f"`{method}`: quantized alone", "of the weights, %", "change of NLL, nat", "mnat for each percent"]
-    return writing.table(headers, body, words=(0,))
+    return markup.table(headers, body, words=(0,))
 
 
 def halves_said(pair: Mapping[str, float]) -> str:

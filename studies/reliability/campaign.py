@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 
-from harness import baselines, merging
-from harness.errors import HarnessError
-from harness.records import Row
+from harness.core.errors import HarnessError
+from harness.core.records import Row
+from harness.judge import baselines
+from harness.run import merge
 from studies.reliability.disturbances import FAULTS, Fault, Impossible, Stage, small_disk
 from studies.reliability.scene import LIMIT_SECONDS, SETTLE_SECONDS, Scene, Session, Template
 from studies.scale import ray_cluster
@@ -171,7 +172,7 @@ def compare(trial: Trial, rows: dict[str, Row], template: Template, where: str, 
         elif row.value is not None:
             row = row if judged else replace(row, **{field: getattr(expected, field) for field in JUDGED})
             try:
-                merging.agree((expected, Path("undisturbed")), (row, Path(where)))
+                merge.agree((expected, Path("undisturbed")), (row, Path(where)))
             except HarnessError as error:
                 trial.wrong.append(str(error))
 

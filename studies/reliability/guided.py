@@ -27,8 +27,12 @@ EXECUTED = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
 def readers(folder: Path) -> dict[str, tuple[Callable[[bytes], object], bytes]]:
     """By name: what reads bytes, and sound ones to start from."""
-    from harness import facts, gguf_file, nllfiles, options, weightfiles
-    from harness.records import Row
+    from harness.core import options
+    from harness.core.records import Row
+    from harness.inputs.models import folder as weightfiles
+    from harness.inputs.models.gguf_format import file as gguf_file
+    from harness.judge import facts
+    from harness.results import losses
 
     baselines, made = ROOT / "baselines" / "tiny-gpt2", ROOT / "tests" / "unit" / "data" / "made-session"
 
@@ -54,7 +58,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[bytes], object], bytes]]:
         "a measurements line": (line, (made / "measurements.jsonl").read_bytes().splitlines()[1]),
         "facts of a baseline": whole("nf4.yaml", facts.read_exact, baselines / "nf4.yaml"),
         "a GGUF file": (through("x.gguf", gguf_file.GgufFile), gguf_seed(folder / "seed.gguf")),
-        "losses": whole(f"{LOSSES}.npz", lambda path: nllfiles.load(folder, LOSSES), next(baselines.glob("nll/*.npz"))),
+        "losses": whole(f"{LOSSES}.npz", lambda path: losses.load(folder, LOSSES), next(baselines.glob("nll/*.npz"))),
         "a safetensors header": (
             through("x.safetensors", lambda path: weightfiles.check_whole(path, "x")),
             safetensors.numpy.save({"a": np.zeros((2, 3), np.float32)}, {"format": "pt"}),
@@ -95,7 +99,7 @@ def fuzz(target: str, corpus: Path, flags: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["harness"]):
-        from harness.errors import HarnessError
+        from harness.core.errors import HarnessError
 
         read, seed = readers(Path(tempfile.mkdtemp(dir=corpus.parent)))[target]
     (corpus / "seed").write_bytes(seed[:LONGEST])

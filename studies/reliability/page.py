@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.report.writing import escape, table
-from harness.text import plural
+from harness.core.text import plural
+from harness.report.markup import escape, table
 from studies import pages
 from studies.reliability import fuzz
 

@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from harness.errors import BadSpecification, UnknownName
-from harness.files import append_line
+from harness.core.errors import BadSpecification, UnknownName
+from harness.core.files import append_line
 from studies import pages
 from studies.reliability import campaign, fuzz, guided, page
 from studies.reliability.disturbances import FAULTS, Fault

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from harness.files import cache_dir
-from harness.records import Row
+from harness.core.files import cache_dir
+from harness.core.records import Row
 
 ROOT = Path(__file__).parents[2]
 METHODS = "absmax-int8"  # and the reference
@@ -187,6 +187,6 @@ def undisturbed(scene: Scene, before: Template | None) -> float:
 
 def words() -> str:
     """Text of the tiny models' language."""
-    from harness import synthetic
+    from harness.inputs.texts import synthetic
 
     return synthetic.text(2048, synthetic.HELD_OUT_SEED)

@@ -31,8 +31,9 @@ Whatever spreads the work, the options are the same everywhere, every case is me
 one run. The commands below were run as they stand, with the tiny model; beneath each is what it printed at its end."""
 
 CARDS = """\
-With several CUDA devices visible, each of `-n N` workers gets one of them; more workers than cards are refused. Timed
-cases run with nothing of the same machine beside them. No card was at hand here: this command was not tried.
+With several CUDA devices visible, each of `-n N` workers gets one where a selected case needs a card; more workers than
+cards are refused. Timed cases run with nothing of the same machine beside them. No card was at hand here: this command
+was not tried.
 
     pytest -m gpu --models gpt2,olmo-1b -n 4"""
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.files import replace_text
-from harness.report.reading import latest, read_report
+from harness.core.files import replace_text
+from harness.results.reading import latest, read_report
 from studies import pages
 
 KEPT = Path(__file__).with_name("costs.json")

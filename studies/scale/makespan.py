@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import planning, sharding
-from harness.options import Declared, Options
-from harness.records import Case
-from harness.specifications import parse, parse_list
+from harness.core.options import Declared, Options
+from harness.core.records import Case
+from harness.core.specification import parse, parse_list
+from harness.run import plan as planning
+from harness.run import shards
 
 COSTS = Path(__file__).with_name("costs.json")
 PROTOCOLS = "chunk:512,stride:512:256,gptq:512,rolling:512,half:512,sentence"
@@ -53,8 +54,8 @@ def simulated_cases(sizes: Sequence[float]) -> list[Case]:
 
 def measured_costs(cases: Sequence[Case]) -> dict[Case, float]:
     """Seconds of each case: those of its method and metric in the kept session, times the ratio of parameters."""
-    seconds, unit = kept()["seconds"], sharding.billions(kept()["model"])
-    return {case: seconds[case.method].get(case.metric, 0.0) * sharding.billions(case.model) / unit for case in cases}
+    seconds, unit = kept()["seconds"], shards.billions(kept()["model"])
+    return {case: seconds[case.method].get(case.metric, 0.0) * shards.billions(case.model) / unit for case in cases}
 
 
 def handed_out(seconds: Sequence[float], devices: int) -> float:
@@ -90,7 +91,7 @@ def shard_loads(cases: Sequence[Case], price: Mapping[Case, float], count: int) 
     loading = {case.group: price[case] for case in cases if case.metric == "memory.parameters"}
     firsts = {case.group: case for case in reversed(cases)}
     loads = []
-    for part in sharding.partition(cases, count):
+    for part in shards.partition(cases, count):
         again = {case.group for case in part} - {case.group for case in part if firsts[case.group] == case}
         loads.append(sum(price[case] for case in part) + sum(loading[group] for group in again))
     return loads
@@ -107,7 +108,7 @@ def simulate(sizes: Sequence[float]) -> dict[str, dict[str, float]]:
     """Seconds on so many devices: lower bounds, our order, the plan's, static shards; and ratios on other machines."""
     cases = simulated_cases(sizes)
     price = measured_costs(cases)
-    groups, order = grouped(price), sharding.longest_first(cases)
+    groups, order = grouped(price), shards.longest_first(cases)
     others = [grouped(elsewhere(price, seed)) for seed in range(MACHINES)]
     results = {}
     for count in DEVICES:

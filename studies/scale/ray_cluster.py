@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 
 from harness import report
-from harness.catalog import member_of
-from harness.files import cache_dir
-from harness.records import Row, Verdict
-from harness.report import writing
+from harness.core.catalog import member_of
+from harness.core.files import cache_dir
+from harness.core.records import Row, Verdict
+from harness.report import markup
 from studies import pages
 
 MODELS = ("tiny-gpt2", "tiny-olmo")
@@ -196,22 +196,22 @@ def render(results: Mapping[str, Any]) -> str:
         ["rows equal to the local run's, times aside", f"{same} of {results['planned']}"],
         ["files of per-token losses, by content", f"{results['losses']}, {_same(results['same_losses'])}"],
         ["the report's text, times aside", f"{results['lines']} lines, {_same(results['same_report'])}"],
-        ["checkpoints in the second node's cache at its end", ", ".join(map(writing.code, there["travelled"]))],
+        ["checkpoints in the second node's cache at its end", ", ".join(map(markup.code, there["travelled"]))],
         ["exit status, local and cluster", f"{results['local']['status']}, {there['status']}"],
         ["wall clock, local and cluster", f"{results['local']['seconds']:.0f} s, {there['seconds']:.0f} s"],
     ]
-    places = [[writing.escape(name), str(count)] for name, count in sorted(results["nodes"].items())]
-    models = " and ".join(map(writing.code, results["models"]))
+    places = [[markup.escape(name), str(count)] for name, count in sorted(results["nodes"].items())]
+    models = " and ".join(map(markup.code, results["models"]))
     return (
         f"{models} under the core list, once in a plain session and once with `--engine ray` (Ray {results['ray']}) on "
         f"two nodes of {results['cpus']} CPUs on one machine. The second node has a cache of its own, empty at the "
         "start. Half-way through the plan, with a group in its hands, the second node was killed. *Times aside*: "
         "`seconds` and the figures of timed cases are put to one value in both, and the node's name is left out; then "
         "all else is compared, verdicts and environment included, and both reports are rendered and compared as "
-        f"text.\n\n{writing.table(['', ''], rows)}\n\n"
-        + (f"Not equal: {', '.join(map(writing.code, differ))}.\n\n" if differ else "")
+        f"text.\n\n{markup.table(['', ''], rows)}\n\n"
+        + (f"Not equal: {', '.join(map(markup.code, differ))}.\n\n" if differ else "")
         + f"The two nodes share the machine's cores, so the wall clocks say nothing of speed.\n\n## Who timed\n\nEach "
-        f"group has one timed case, whose row names its node.\n\n{writing.table(['node', 'groups'], places)}"
+        f"group has one timed case, whose row names its node.\n\n{markup.table(['node', 'groups'], places)}"
     )
 
 

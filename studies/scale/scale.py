@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from harness import merging, planning, sharding
-from harness.files import replace_bytes, replace_text
-from harness.jsonvalues import digest
-from harness.options import Shard
-from harness.records import Case
+from harness.core.files import replace_bytes, replace_text
+from harness.core.options import Shard
+from harness.core.records import Case
+from harness.core.values import digest
 from harness.report import publishing
-from harness.report.plots import BLUE, DARK, GREY, canvas_of, style, svgs
-from harness.report.writing import table
+from harness.report.markup import table
+from harness.report.plots.draw import BLUE, DARK, GREY, canvas_of, style, svgs
+from harness.run import merge as merging
+from harness.run import plan as planning
+from harness.run import shards
 from studies import pages
 from studies.scale import makespan
 
@@ -76,7 +78,7 @@ def measure_plan(cases: int, home: Path) -> dict[str, float]:
     """Seconds of making, filtering, cutting and writing a plan."""
     made, found = timed(lambda: plan(cases))
     filtered, kept = timed(lambda: [case for case in found if case.family == "perplexity" and case.device == "cpu"])
-    cut, parts = timed(lambda: sharding.partition(found, 16))
+    cut, parts = timed(lambda: shards.partition(found, 16))
     assert kept
     assert sum(map(len, parts)) == len(found)
     written, _ = timed(lambda: merging.write_shard(home, Shard(1, 16), found, 1))
@@ -100,7 +102,7 @@ def lines_of(cases: Sequence[Case], losses: Path) -> list[bytes]:
 
 def write_parts(cases: Sequence[Case], home: Path) -> None:
     """The report directories of shards that measured these cases."""
-    for index, part in enumerate(sharding.partition(cases, PARTS), 1):
+    for index, part in enumerate(shards.partition(cases, PARTS), 1):
         folder = home / str(index)
         replace_bytes(folder / "measurements.jsonl", b"".join(lines_of(part, folder / "nll")))
         replace_text(folder / "environments.json", '{"e": {}}')

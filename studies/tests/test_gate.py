@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import BadSpecification, UnknownName
+from harness.core.errors import BadSpecification, UnknownName
 from studies.gate import device_faults, mutations, run, silence, small
 
 QUICK = (  # one of each kind; the bench runs all of them

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness.errors import BadFile
+from harness.core.errors import BadFile
 from studies import pages
 from studies.pages import Document
 from studies.pitfalls import CONTROLS, EMBEDDED
@@ -35,7 +35,8 @@ SCRIPTS = (
     "reliability.run",
     "performance.run",
 )
-PAGES = sorted([*DOCS.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+WRITTEN = {"gpu"}  # by hand: what nobody has measured
+PAGES = sorted(page for page in (*DOCS.glob("*.md"), *(ROOT / "docs").glob("*.md")) if page.stem not in WRITTEN)
 
 
 def document(script: str) -> Document:
@@ -52,7 +53,7 @@ def test_a_page_opens_with_a_command_that_exists(page: Path) -> None:
     head = " ".join(page.read_text().splitlines()[:5])
     found = re.search(r"Made by `python -m (?:(studies\.[\w.]+)|harness (\w+))", head)
     assert found, f"{page.name} does not open with 'Made by `python -m ...`'"
-    assert importlib.util.find_spec(found[1] or f"harness.commands.{found[2]}")
+    assert importlib.util.find_spec(found[1] or f"harness.run.commands.{found[2]}")
     assert f"{page.relative_to(ROOT)}`" in head
 
 

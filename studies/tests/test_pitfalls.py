@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from harness import checkpoints, corpora, engine, protocols, quantized, tiny
-from harness.options import Declared
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import checkpoints, tiny
+from harness.inputs.texts import corpora, protocols
+from harness.methods.quantizing import stored as quantized
+from harness.metrics.measuring import engine
 from harness.published.pitfalls import PITFALLS, kept_code, perplexity, restored, tied_twice, with_padding
-from harness.specifications import parse
 from studies.pitfalls import CONTROLS, EMBEDDED, TINY, Bench, Control, scoring, sink, weights
 from studies.pitfalls.bench import mean
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness import catalog
-from harness.arguments import resolve
-from harness.contracts import Arguments
+from harness.core import catalog
+from harness.core.contracts import Arguments
+from harness.core.specification import parse
 from harness.methods import nf4
-from harness.specifications import parse
+from harness.methods.quantizing.arguments import resolve
 from studies.quantizers import nf4_figures
 
 

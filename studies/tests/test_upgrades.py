@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from harness import report
-from harness.records import Verdict
+from harness.core.records import Verdict
 from harness.report import Comparison, Entry
 
 ROOT = Path(__file__).parents[2]

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import __main__ as commands
-from harness.files import replace_text
+from harness.core.files import replace_text
 from harness.report import read_report
-from harness.upgrade.answering import report_on
+from harness.run.upgrade.answering import report_on
 from studies.upgrades import seeded
 
 HOME = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, settings
 
-from harness.errors import HarnessError
-from harness.plain import RISKY
+from harness.core.errors import HarnessError
+from harness.core.text import RISKY
 
 T = TypeVar("T")
 SCALE = int(os.environ.get("HARNESS_FUZZ", "1"))

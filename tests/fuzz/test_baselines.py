@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import baselines, bounds, facts, known_faults, rebaselining
-from harness.environment import Environment
-from harness.records import Case
+from harness.core.environment import Environment
+from harness.core.records import Case
+from harness.judge import baselines, bounds, facts, known_faults
+from harness.run import rebaseline
 from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import altered, damaged
 
@@ -100,4 +101,4 @@ def test_a_proposal_from_damaged_measurements(folder: Path, data: st.DataObject)
     shutil.copytree(made, report, dirs_exist_ok=True)
     name = data.draw(st.sampled_from(("measurements.jsonl", "environments.json")))
     (report / name).write_bytes(data.draw(damaged((made / name).read_bytes())))
-    survives(rebaselining.propose, report, folder)
+    survives(rebaseline.propose, report, folder)

@@ -14,10 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import checkpoints, gguf_weights, protocols, tiny, weightfiles
-from harness.contracts import Checkpoint
-from harness.errors import HarnessError
-from harness.gguf_file import GgufFile
+from harness.core.contracts import Checkpoint
+from harness.core.errors import HarnessError
+from harness.inputs.models import checkpoints, tiny
+from harness.inputs.models import folder as weightfiles
+from harness.inputs.models.gguf_format import read
+from harness.inputs.models.gguf_format.file import GgufFile
+from harness.inputs.texts import protocols
 from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import HOSTILE, altered, damaged, json_values, texts
 
@@ -139,7 +142,7 @@ def test_no_code_of_a_folder_runs_without_its_option(copy: Path, monkeypatch: py
 
 @pytest.fixture(scope="module")
 def gguf(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from harness import gguf_write
+    from harness.inputs.models.gguf_format import write as gguf_write
 
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     gguf_write.write(Checkpoint("x", sound, ""), "F32", path)
@@ -147,11 +150,11 @@ def gguf(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converted(path: Path, folder: Path) -> None:
-    from harness.strangers import reading
+    from harness.core.errors import reading
 
     folder.mkdir(exist_ok=True)
     with reading("the file"), checkpoints.quiet():
-        gguf_weights.convert(path, folder)
+        read.convert(path, folder)
 
 
 @quick

@@ -9,12 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import arguments, baselines, catalog, corpora, models, options, planning, protocols
-from harness.errors import HarnessError
-from harness.facts import exact_path
-from harness.options import Declared
-from harness.records import Case
-from harness.specifications import parse, parse_list
+from harness.core import catalog, options
+from harness.core.errors import HarnessError
+from harness.core.options import Declared
+from harness.core.records import Case
+from harness.core.specification import parse, parse_list
+from harness.inputs.models import names as models
+from harness.inputs.texts import corpora, protocols
+from harness.judge import baselines
+from harness.judge.facts import exact_path
+from harness.methods.quantizing import arguments
+from harness.run import plan
 from tests.fuzz.bounds import harmless_line, quick, survives
 from tests.fuzz.damage import HOSTILE, damaged, json_values, texts
 
@@ -42,7 +47,7 @@ specifications = st.one_of(
 def resolved(text: str) -> None:
     """As a method."""
     specification = parse(text)
-    arguments.resolve(specification, planning.method_of(specification, catalog.methods()), "cpu")
+    arguments.resolve(specification, plan.method_of(specification, catalog.methods()), "cpu")
 
 
 @quick

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import merging, report
-from harness.records import Row
-from harness.report.plots import svgs
-from harness.report.reading import read_report
-from harness.session import known_environments, open_report, read_rows
+from harness import report
+from harness.core.records import Row
+from harness.report.plots.draw import svgs
+from harness.results.reading import read_report
+from harness.run import merge as merging
+from harness.run.session import known_environments, open_report, read_rows
 from tests.fuzz.bounds import SCALE, harmless_line, quick, slow, slowest, survives
 from tests.fuzz.damage import HOSTILE, altered, damaged, texts
 

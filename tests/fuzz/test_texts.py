@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import corpora, protocols, tiny
-from harness.options import Declared
-from harness.specifications import parse
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import tiny
+from harness.inputs.texts import corpora, protocols
 from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import HOSTILE, texts
 

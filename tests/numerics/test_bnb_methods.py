@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from harness import bnb, bnb_tensors, catalog, memory
-from harness.contracts import Arguments, Checkpoint, Method, QuantizedWeight
+from harness.core import catalog
+from harness.core.contracts import Arguments, Checkpoint, Method, QuantizedWeight
+from harness.inputs.models import sizes
+from harness.methods.quantizing import bnb, bnb_layers
 
 BNB = ("bnb-int8", "bnb-fp4", "bnb-nf4", "bnb-nf4-dq")
 SIZES = {"num_hidden_layers": 2, "vocab_size": 96}
@@ -186,14 +188,14 @@ def test_int8_errors_are_as_large_as_rounding_makes_them(checkpoint: Checkpoint,
 def test_int8_weight_reads_the_same_before_and_after_a_forward(checkpoint: Checkpoint) -> None:
     method, model = load(checkpoint, "bnb-int8")
     before = [(weight.storage, weight.dequantize()) for weight in method.quantized(model)]
-    whole = memory.storage_bytes(model)
+    whole = sizes.storage_bytes(model)
     with torch.inference_mode():
         model(torch.arange(16)[None])
     after = [(weight.storage, weight.dequantize()) for weight in method.quantized(model)]
     for (storage, weight), (storage_after, weight_after) in zip(before, after, strict=True):
         assert storage == storage_after
         torch.testing.assert_close(weight, weight_after, rtol=0, atol=0)
-    assert memory.storage_bytes(model) == whole
+    assert sizes.storage_bytes(model) == whole
 
 
 def test_4bit_weight_reads_the_same_before_and_after_a_forward(checkpoint: Checkpoint) -> None:
@@ -221,6 +223,6 @@ def test_int8_depends_on_the_other_rows_and_4bit_does_not() -> None:
 
 def test_layout_of_a_conv1d_is_its_own() -> None:
     conv = Conv1D(32, 64)  # weight (64, 32) as (in, out)
-    module: Any = bnb_tensors.sketch(conv.to("meta"), bnb.options(bnb.Format("llm_int8"), Arguments("fp32"), []))
+    module: Any = bnb_layers.sketch(conv.to("meta"), bnb.options(bnb.Format("llm_int8"), Arguments("fp32"), []))
     assert (module.in_features, module.out_features) == (64, 32)
     assert module.weight.shape == (32, 64)

@@ -11,12 +11,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from harness import architectures, card_memory, catalog, fake_card, planning
-from harness.arguments import resolve
-from harness.card_memory import Prediction
-from harness.commands import memory as memory_command
-from harness.errors import HarnessError, MissingPackage
-from harness.specifications import parse
+from harness.core import catalog
+from harness.core.errors import HarnessError, MissingPackage
+from harness.core.specification import parse
+from harness.inputs.models import architectures
+from harness.methods.quantizing.arguments import resolve
+from harness.metrics.measuring import card_memory, fake_card
+from harness.metrics.measuring.card_memory import Prediction
+from harness.run import plan
+from harness.run.commands import memory as memory_command
 
 MODELS = ("gpt2", "olmo-1b", "phi-3-mini")
 CORE = sorted(name for name, method in catalog.methods().items() if method.core)
@@ -198,7 +201,7 @@ def test_refusals(arguments: tuple[str, ...], message: str, capsys: pytest.Captu
 
 
 def test_a_method_whose_library_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "installed", lambda name: name != "bitsandbytes", raising=False)
+    monkeypatch.setattr(plan, "installed", lambda name: name != "bitsandbytes", raising=False)
     monkeypatch.setattr(memory_command, "missing_packages", lambda method: list(method.requires)[:1])
     with pytest.raises(MissingPackage, match="bitsandbytes"):
         run(capsys, "gpt2", "--method", "bnb-nf4", "--device", "cuda")

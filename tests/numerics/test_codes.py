@@ -11,8 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.codes import blocks, dequantize_levels, divide, nearest, pack, quantize_to_levels, rescale, unpack
 from harness.methods import fp4, nf4
+from harness.methods.quantizing.codes import (
+    blocks,
+    dequantize_levels,
+    divide,
+    nearest,
+    pack,
+    quantize_to_levels,
+    rescale,
+    unpack,
+)
 
 TABLES = {"nf4": nf4.LEVELS, "fp4": fp4.LEVELS}
 

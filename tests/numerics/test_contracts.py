@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import catalog, contract, planning
-from harness.contract import ARCHITECTURES, CHECKS, Trial
-from harness.contracts import Checkpoint, Method
-from harness.weightmethod import weight_method
+from harness.cases import promises
+from harness.cases.promises import ARCHITECTURES, CHECKS, Trial
+from harness.core import catalog
+from harness.core.contracts import Checkpoint, Method
+from harness.methods.quantizing.weight_method import weight_method
+from harness.run import plan
 
 METHODS = [item.value for item in catalog.listed_methods().values() if item.own]
 
@@ -21,7 +23,7 @@ METHODS = [item.value for item in catalog.listed_methods().values() if item.own]
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     folder = tmp_path_factory.mktemp("contract")
-    return {name: contract.checkpoint(name, folder / name) for name in ARCHITECTURES}
+    return {name: promises.checkpoint(name, folder / name) for name in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -29,10 +31,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
 def test_every_method_keeps_it(
     method: Method, architecture: str, sources: dict[str, Checkpoint], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if missing := planning.missing_packages(method):
+    if missing := plan.missing_packages(method):
         pytest.skip(f"missing: pip install {' '.join(missing)}")
     for check in CHECKS:
-        if check is contract.save_and_load and not method.reloads:
+        if check is promises.save_and_load and not method.reloads:
             continue
         check(Trial(method, sources[architecture]))
 
@@ -91,26 +93,26 @@ def variant(**changes: Any) -> Method:
 
 
 BROKEN: dict[str, tuple[Method, Callable[[Trial], None], str]] = {
-    "noise": (variant(quantize=noisy), contract.determinism, "two loads of one checkpoint give different logits"),
-    "coarse": (variant(quantize=coarse), contract.error_falls_as_bits_grow, "weights err by"),
-    "nan": (variant(dequantize=turned), contract.shape_and_dtype, "not finite"),
-    "bytes": (variant(quantize=fat), contract.census, "predicted by its sketch"),
+    "noise": (variant(quantize=noisy), promises.determinism, "two loads of one checkpoint give different logits"),
+    "coarse": (variant(quantize=coarse), promises.error_falls_as_bits_grow, "weights err by"),
+    "nan": (variant(dequantize=turned), promises.shape_and_dtype, "not finite"),
+    "bytes": (variant(quantize=fat), promises.census, "predicted by its sketch"),
     "lazy": (
         dataclasses.replace(GOOD, sketch=lambda *_: None, load=lambda *given: plain(*given)),
-        contract.census,
+        promises.census,
         "unquantized",
     ),
     "training": (
         dataclasses.replace(GOOD, load=lambda *given: GOOD.load(*given).train()),
-        contract.shape_and_dtype,
+        promises.shape_and_dtype,
         "tra",
     ),
-    "forgetful": (forgetful(GOOD), contract.save_and_load, "restored from its state_dict"),
+    "forgetful": (forgetful(GOOD), promises.save_and_load, "restored from its state_dict"),
 }
 
 
 def plain(checkpoint: Checkpoint, arguments: Any, device: str) -> Any:
-    from harness import checkpoints
+    from harness.inputs.models import checkpoints
 
     return checkpoints.open_model(checkpoint, arguments.dtype, device)
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from harness import cpu_products
+from harness.methods.quantizing import cpu
 
-HERE = cpu_products.amd()  # blocks are used, so that they must give the same bits
+HERE = cpu.amd()  # blocks are used, so that they must give the same bits
 
 
 def half_apart(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -33,10 +33,10 @@ def test_fp32_products_are_the_half_gemm_within_one_ulp(
     x = torch.randn(2, 32, 300).to(dtype)
     torchs, apart = (
         layer(x),
-        1 if cpu_products.native(dtype) else 2,
+        1 if cpu.native(dtype) else 2,
     )  # without such products torch rounds some sums twice
-    monkeypatch.setattr(cpu_products, "native", lambda dtype: False)
-    with cpu_products.quick_products(nn.Sequential(layer)):
+    monkeypatch.setattr(cpu, "native", lambda dtype: False)
+    with cpu.quick_products(nn.Sequential(layer)):
         assert "forward" in vars(layer)
         ours = layer(x)
     assert ours.dtype == dtype
@@ -55,13 +55,13 @@ def test_fp32_products_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
     own = hooked.forward
     vars(hooked)["forward"] = own  # as accelerate's hooks do
     model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4), Special(4, 4).bfloat16(), hooked)
-    monkeypatch.setattr(cpu_products, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(cpu, "native", lambda dtype: dtype == torch.float32)
 
     def patched() -> list[bool]:
         return ["forward" in vars(module) for module in model]
 
     def raise_within() -> None:
-        with cpu_products.quick_products(model):
+        with cpu.quick_products(model):
             assert patched() == [True, False, False, True]
             assert hooked.forward is own
             raise KeyError("within")
@@ -72,14 +72,14 @@ def test_fp32_products_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
 
 
 def test_native_products_by_processor_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: frozenset({"avx512f", "avx512_bf16"}))
-    assert [cpu_products.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx512f", "avx512_bf16"}))
+    assert [cpu.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [
         True,
         True,
         False,
     ]
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: frozenset({"avx2", "amx_fp16"}))
-    assert [cpu_products.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx2", "amx_fp16"}))
+    assert [cpu.native(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [
         True,
         False,
         True,
@@ -91,18 +91,18 @@ def test_int8_products_through_fp32_are_exact(rows: int, depth: int, columns: in
     generator = torch.Generator().manual_seed(depth)
     a = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, generator=generator)
     b = torch.randint(-128, 128, (depth, columns), dtype=torch.int8, generator=generator)
-    assert torch.equal(cpu_products.int8_product(a, b), (a.long() @ b.long()).to(torch.int32))
+    assert torch.equal(cpu.int8_product(a, b), (a.long() @ b.long()).to(torch.int32))
     extreme = torch.full((2, depth), -128, dtype=torch.int8)
-    assert int(cpu_products.int8_product(extreme, extreme.T)[0, 0]) == depth * 128 * 128
+    assert int(cpu.int8_product(extreme, extreme.T)[0, 0]) == depth * 128 * 128
 
 
 @pytest.mark.parametrize(("flags", "replaced"), [({"avx512f"}, True), ({"avx512f", "avx512_vnni"}, False)])
 def test_only_a_cpu_without_int8_products_is_helped(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], replaced: bool
 ) -> None:
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
     library = torch._int_mm
-    with cpu_products.quick_int8_products():
+    with cpu.quick_int8_products():
         assert (torch._int_mm is not library) is replaced
     assert torch._int_mm is library
 
@@ -142,20 +142,17 @@ def test_blocks_of_columns_are_the_product(
 
     monkeypatch.setattr(torch, "addmm" if bias else "mm", spy)
     for amd in (True, False):
-        monkeypatch.setattr(cpu_products, "amd", lambda amd=amd: amd)
-        same(cpu_products.linear(x, weight, b), functional.linear(x, weight, b))
-    blocks = (
-        outputs >= (cpu_products.WIDE if running == 1 else cpu_products.WIDEST)
-        and x.shape[:-1].numel() >= cpu_products.ROWS
-    )
+        monkeypatch.setattr(cpu, "amd", lambda amd=amd: amd)
+        same(cpu.linear(x, weight, b), functional.linear(x, weight, b))
+    blocks = outputs >= (cpu.WIDE if running == 1 else cpu.WIDEST) and x.shape[:-1].numel() >= cpu.ROWS
     assert sum(widths) == (outputs if blocks else 0)
-    assert all(cpu_products.BLOCK <= width < 2 * cpu_products.BLOCK for width in widths)
+    assert all(cpu.BLOCK <= width < 2 * cpu.BLOCK for width in widths)
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("rows", "pieces"), [(31, [1200]), (32, [512, 688])])
 def test_columns_are_written_where_they_belong(rows: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "amd", lambda: True)
+    monkeypatch.setattr(cpu, "amd", lambda: True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 40), torch.randn(1200, 40), torch.randn(2000)
@@ -166,7 +163,7 @@ def test_columns_are_written_where_they_belong(rows: int, pieces: list[int], mon
         out.copy_(given[0] + given[1] @ given[2])
 
     monkeypatch.setattr(torch, "addmm", spy)
-    cpu_products.into_columns(x, weight, bias, found, 500)
+    cpu.into_columns(x, weight, bias, found, 500)
     assert widths == pieces
     torch.testing.assert_close(found[:, 500:1700], x @ weight.T + bias[500:1700], rtol=1e-5, atol=1e-4)
     assert (found[:, :500] == 7).all()
@@ -175,14 +172,14 @@ def test_columns_are_written_where_they_belong(rows: int, pieces: list[int], mon
 
 @pytest.mark.parametrize("amd", [True, False])
 def test_only_wide_fp32_layers_of_an_amd_processor_go_in_blocks(amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "amd", lambda: amd)
-    monkeypatch.setattr(cpu_products, "native", lambda dtype: True)
+    monkeypatch.setattr(cpu, "amd", lambda: amd)
+    monkeypatch.setattr(cpu, "native", lambda dtype: True)
     wide = nn.Linear(8, 1024).requires_grad_(False)
     others = nn.Linear(8, 1023), nn.Linear(8, 1024).bfloat16(), Conv1D(1024, 8), nn.Linear(8, 1024, device="meta")
     model = nn.Sequential(wide, *others)
     x = torch.randn(40, 8)
     torchs = wide(x)
-    with cpu_products.quick_products(model):
+    with cpu.quick_products(model):
         assert [("forward" in vars(module)) for module in model] == [amd, False, False, False, False]
         same(wide(x), torchs)
         assert wide(x[:0]).shape == (0, 1024)

@@ -14,13 +14,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from harness import divergence, engine, windows
-from harness.contracts import Subject, TokenPlan, Window
-from harness.devices import Cpu
-from harness.errors import HarnessError
+from harness.core.contracts import Subject, TokenPlan, Window
+from harness.core.errors import HarnessError
+from harness.core.records import Case, Figure
+from harness.core.stats import paired_delta
+from harness.inputs.texts import windows
 from harness.metrics import divergence as metric
-from harness.records import Case, Figure
-from harness.stats import paired_delta
+from harness.metrics.measuring import engine, predictions
+from harness.metrics.measuring.devices import Cpu
 
 VOCABULARY = 61
 MEMBERS = {member.name: member for member in metric.METRIC.members}
@@ -76,7 +77,7 @@ def plan_of(chosen: list[Window], token_hash: str = "h") -> TokenPlan:
 
 def test_divergences_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]), torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
-    kl, same, change = divergence.divergences(p.log() + 3, q.log() - 1, torch.tensor([0, 1]))
+    kl, same, change = predictions.divergences(p.log() + 3, q.log() - 1, torch.tensor([0, 1]))
     # 0.5 ln 2 + 0.25 ln 0.5 = 0.25 ln 2; 0.2 ln 2 + 0.7 ln(7/8)
     expected = [0.25 * math.log(2), 0.2 * math.log(2) + 0.7 * math.log(7 / 8)]
     assert kl.tolist() == pytest.approx(expected, abs=1e-6)
@@ -86,11 +87,11 @@ def test_divergences_by_hand() -> None:
 
 def test_an_impossible_token_costs_nothing_in_the_reference_and_everything_in_the_candidate() -> None:
     never = -math.inf
-    far, _, _ = divergence.divergences(torch.tensor([[0.0, -95.0]]), torch.tensor([[-95.0, 0.0]]), torch.tensor([0]))
+    far, _, _ = predictions.divergences(torch.tensor([[0.0, -95.0]]), torch.tensor([[-95.0, 0.0]]), torch.tensor([0]))
     assert far.tolist() == pytest.approx([95.0])
     p = torch.tensor([[0.0, 0.0, never], [0.0, 0.0, 0.0], [0.0, 0.0, never]])
     q = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, never], [0.0, 0.0, never]])
-    kl, _, _ = divergence.divergences(p, q, torch.tensor([0, 0, 0]))
+    kl, _, _ = predictions.divergences(p, q, torch.tensor([0, 0, 0]))
     assert kl.tolist() == pytest.approx([math.log(3 / 2), math.inf, 0.0], abs=1e-6)
 
 
@@ -98,7 +99,7 @@ def test_small_divergences_keep_their_digits() -> None:
     torch.manual_seed(0)
     p = 5 * torch.randn(20, 50_000)
     q = p + 1e-3 * torch.randn_like(p)
-    kl, _, _ = divergence.divergences(p, q, torch.zeros(20, dtype=torch.long))
+    kl, _, _ = predictions.divergences(p, q, torch.zeros(20, dtype=torch.long))
     ln_p, ln_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     expected = (ln_p.exp() * (ln_p - ln_q)).sum(-1)  # about 5e-7 nats
     assert expected.max() < 2e-6
@@ -118,7 +119,7 @@ def test_compare_equals_whole_logits(build: Callable[[], Any], rows: int, monkey
     monkeypatch.setattr(engine, "LOGITS_BYTES", rows * 8 * VOCABULARY)
     reference = build()
     candidate, chosen = shaken(reference, 0.05), made()
-    found = divergence.compare(reference, candidate, chosen, device="cpu")
+    found = predictions.compare(reference, candidate, chosen, device="cpu")
     kl, same, change = [], [], []
     for window in chosen:
         if window.scored:
@@ -137,7 +138,7 @@ def test_compare_equals_whole_logits(build: Callable[[], Any], rows: int, monkey
 def test_change_of_the_true_token_is_what_the_engine_scores() -> None:
     reference = gpt2()
     candidate, chosen = shaken(reference, 0.05), made()
-    found = divergence.compare(reference, candidate, chosen, device="cpu")
+    found = predictions.compare(reference, candidate, chosen, device="cpu")
     ours, theirs = (np.exp(-engine.score(model, chosen, device="cpu")) for model in (candidate, reference))
     np.testing.assert_allclose(found.change, ours - theirs, atol=1e-6)
 
@@ -157,15 +158,15 @@ def test_a_model_does_not_diverge_from_itself() -> None:
 def test_figures_come_from_one_comparison_with_intervals_over_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, chosen = gpt2(), made()
     fake = Fake(shaken(reference, 0.05), reference, plan_of(chosen))
-    found = divergence.compare(fake.reference, fake.model, chosen, device="cpu")
+    found = predictions.compare(fake.reference, fake.model, chosen, device="cpu")
     runs: list[int] = []
-    compare = divergence.compare
+    compare = predictions.compare
 
-    def counted(*given: Any, **more: Any) -> divergence.Divergence:
+    def counted(*given: Any, **more: Any) -> predictions.Divergence:
         runs.append(1)
         return compare(*given, **more)
 
-    monkeypatch.setattr(divergence, "compare", counted)
+    monkeypatch.setattr(predictions, "compare", counted)
     kl, top, rms = (measured(fake, name) for name in ("kl", "same_top", "rms_dp"))
     assert len(runs) == 1
     ends = np.cumsum([window.scored for window in chosen if window.scored])
@@ -238,7 +239,7 @@ def test_prompts_are_spread_and_a_short_context_shrinks_the_continuation() -> No
 def test_a_prediction_that_is_no_number_stays_one(side: int) -> None:
     pair = [torch.zeros(1, 3), torch.zeros(1, 3)]
     pair[side][0, 1] = math.nan
-    kl, _, change = divergence.divergences(pair[0], pair[1], torch.tensor([0]))
+    kl, _, change = predictions.divergences(pair[0], pair[1], torch.tensor([0]))
     assert math.isnan(kl[0])
     assert math.isnan(change[0])
 

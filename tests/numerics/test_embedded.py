@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoints
-from harness.models import EMBEDDED_SHA256
-from harness.options import Declared
-from harness.specifications import parse
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import checkpoints
+from harness.inputs.models.names import EMBEDDED_SHA256
 
 PARAMETERS = 134_515_008
 

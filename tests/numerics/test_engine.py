@@ -11,8 +11,10 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 
-from harness import cpu_products, engine, windows
-from harness.contracts import Window
+from harness.core.contracts import Window
+from harness.inputs.texts import windows
+from harness.methods.quantizing import cpu
+from harness.metrics.measuring import engine
 
 VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -160,17 +162,17 @@ def test_a_broken_weight_shows_in_every_token_it_reaches() -> None:
 def test_score_multiplies_in_fp32_where_the_processor_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(model_of("gpt2")).bfloat16()
     made = plans(text(40))["chunk"]
-    monkeypatch.setattr(cpu_products, "native", lambda dtype: True)
+    monkeypatch.setattr(cpu, "native", lambda dtype: True)
     plain = engine.score(model, made, device="cpu")
     used: list[Any] = []
-    product = cpu_products.conv1d_in_fp32
+    product = cpu.conv1d_in_fp32
 
     def spy(module: Any, x: torch.Tensor) -> torch.Tensor:
         used.append(module)
         return product(module, x)
 
-    monkeypatch.setattr(cpu_products, "conv1d_in_fp32", spy)
-    monkeypatch.setattr(cpu_products, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(cpu, "conv1d_in_fp32", spy)
+    monkeypatch.setattr(cpu, "native", lambda dtype: dtype == torch.float32)
     emulated = engine.score(model, made, device="cpu")
     assert len(set(used)) == 8  # four projections in each of two layers
     assert np.abs(plain - emulated).mean() < 0.05  # nats: rounding of a bf16 layer moves later ones

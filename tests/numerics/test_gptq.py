@@ -10,14 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import arguments, calibration, catalog, checkpoints, corpora, engine, gptq, int4_store, protocols, scopes
-from harness.contracts import Checkpoint, Method
-from harness.errors import BadSpecification, HarnessError
+from harness.core import catalog
+from harness.core.contracts import Checkpoint, Method
+from harness.core.errors import BadSpecification, HarnessError
+from harness.core.options import Declared, build
+from harness.core.specification import parse, parse_list
+from harness.core.stats import paired_delta
+from harness.inputs.models import checkpoints
+from harness.inputs.texts import corpora, protocols
 from harness.methods import linear_int4
-from harness.options import Declared, build
-from harness.planning import plan
-from harness.specifications import parse, parse_list
-from harness.stats import paired_delta
+from harness.methods.quantizing import arguments, calibration, gptq, scopes
+from harness.methods.quantizing import gptq as int4_store
+from harness.metrics.measuring import engine
+from harness.run.plan import plan
 
 HERE = Declared(Path())
 

@@ -16,11 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config
 
-from harness import catalog, checkpoints, products, quantized
-from harness.codes import BLOCK
-from harness.contracts import Arguments, Method, Scope
+from harness.core import catalog
+from harness.core.contracts import Arguments, Method, Scope
+from harness.inputs.models import checkpoints
 from harness.methods import linear_int4, linear_int4_affine
-from harness.weightmethod import weight_method
+from harness.methods.quantizing import products
+from harness.methods.quantizing import stored as quantized
+from harness.methods.quantizing.codes import BLOCK
+from harness.methods.quantizing.weight_method import weight_method
 
 OURS = {name: method for name, method in catalog.methods().items() if method.scoped and not method.requires}
 COMPUTED = [

@@ -13,15 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from harness import arguments, bnb, catalog, environment, judge, known_faults
-from harness.catalog import member_of
-from harness.devices import open_device
-from harness.group import Group, loaded_facts
-from harness.invariants import CHECKS, LAYER, Check, layers, metric
-from harness.messages import Job
-from harness.options import Options, read_declared
-from harness.records import Case, Figure, Row
-from harness.specifications import parse
+from harness import judge
+from harness.core import catalog, environment
+from harness.core.catalog import member_of
+from harness.core.options import Options, read_declared
+from harness.core.records import Case, Figure, Row
+from harness.core.specification import parse
+from harness.judge import known_faults
+from harness.methods.quantizing import arguments, bnb
+from harness.metrics.measuring.devices import open_device
+from harness.metrics.measuring.invariants import layer_checks
+from harness.metrics.measuring.invariants.checks import CHECKS, LAYER, Check, metric
+from harness.run.group import Group, loaded_facts
+from harness.run.messages import Job
 
 METHODS = ("bnb-int8", "bnb-fp4", "bnb-nf4", "bnb-nf4-dq")
 ROOT = Path(__file__).parents[2]
@@ -88,38 +92,38 @@ SPOILT: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 
 @pytest.mark.parametrize("check", SPOILT)
 def test_a_spoilt_layer_does_not_hold(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = layers.build
+    build = layer_checks.build
 
     def spoilt(*given: Any, **named: Any) -> nn.Module:
         return Wrong(build(*given, **named), SPOILT[check])
 
-    monkeypatch.setattr(layers, "build", spoilt)
-    monkeypatch.setattr(layers, "dequantized", lambda module: _dequantized(module.inner))
+    monkeypatch.setattr(layer_checks, "build", spoilt)
+    monkeypatch.setattr(layer_checks, "dequantized", lambda module: _dequantized(module.inner))
     assert not measured("bnb-int8", check).detail["holds"]
 
 
-_dequantized = layers.dequantized
+_dequantized = layer_checks.dequantized
 
 
 def test_a_copy_that_is_not_the_same_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    restored = layers.restored
+    restored = layer_checks.restored
 
     def other(one: Any, kept: Any) -> nn.Module:
         return restored(one, {name: value * 0 for name, value in kept.items()})
 
     assert measured("bnb-int8", "saved_before").detail["holds"]
-    monkeypatch.setattr(layers, "restored", other)
+    monkeypatch.setattr(layer_checks, "restored", other)
     assert not measured("bnb-int8", "saved_before").detail["holds"]
 
 
 def test_double_quantization_that_saves_nothing_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured("bnb-nf4-dq", "double_before").detail["holds"]
-    plain = layers.build
+    plain = layer_checks.build
 
     def single(one: Any, values: torch.Tensor, dtype: str = "fp32", format: Any = None) -> nn.Module:
         return plain(one, values, dtype, dataclasses.replace(format, double=False))
 
-    monkeypatch.setattr(layers, "build", single)
+    monkeypatch.setattr(layer_checks, "build", single)
     assert not measured("bnb-nf4-dq", "double_before").detail["holds"]
 
 
@@ -132,7 +136,7 @@ def test_what_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*given: Any, **named: Any) -> nn.Module:
         raise ValueError("first line\nsecond")
 
-    monkeypatch.setattr(layers, "build", build)
+    monkeypatch.setattr(layer_checks, "build", build)
     assert measured("bnb-nf4", "run_twice").detail == {"holds": False, "exception": "ValueError: first line"}
 
 

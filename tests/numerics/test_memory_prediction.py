@@ -9,8 +9,11 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OlmoConfig, Phi3Config
 
-from harness import bnb, catalog, checkpoints, memory
-from harness.contracts import Arguments, Checkpoint, Method
+from harness.core import catalog
+from harness.core.contracts import Arguments, Checkpoint, Method
+from harness.inputs.models import checkpoints
+from harness.inputs.models import sizes as memory
+from harness.methods.quantizing import bnb
 
 BNB = ("bnb-int8", "bnb-fp4", "bnb-nf4", "bnb-nf4-dq")
 DTYPES = ("fp32", "fp16", "bf16")

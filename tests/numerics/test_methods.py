@@ -13,17 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import quantized
-from harness.contracts import Method
-from harness.methods import (
-    absmax_int8,
-    absmax_int8_tensor,
-    fp4,
-    linear_int4,
-    linear_int4_affine,
-    nf4,
-    zeropoint_int8,
-)
+from harness.core.contracts import Method
+from harness.methods import absmax_int8, absmax_int8_tensor, fp4, linear_int4, linear_int4_affine, nf4, zeropoint_int8
+from harness.methods.quantizing import stored as quantized
 from harness.methods.references import METHODS as REFERENCES
 
 MODULES: dict[str, Any] = {
@@ -300,5 +292,5 @@ def test_declarations() -> None:
 
 def test_importing_the_methods_and_resolving_imports_no_torch() -> None:
     names = ", ".join(itertools.chain((name.replace("-", "_") for name in MODULES), ("references",)))
-    code = f"import sys; from harness import arguments; from harness.methods import {names}; "
+    code = f"import sys; from harness.methods.quantizing import arguments; from harness.methods import {names}; "
     subprocess.run([sys.executable, "-c", code + "assert not {'torch', 'transformers'} & set(sys.modules)"], check=True)

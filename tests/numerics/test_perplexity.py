@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from harness import engine, protocols, windows
-from harness.contracts import TokenPlan, Window
-from harness.corpora import Corpus
-from harness.errors import HarnessError
+from harness.core.contracts import TokenPlan, Window
+from harness.core.errors import HarnessError
+from harness.core.records import Figure
+from harness.core.specification import parse
+from harness.inputs.texts import protocols, windows
+from harness.inputs.texts.corpora import Corpus
 from harness.metrics import perplexity
-from harness.records import Figure
-from harness.specifications import parse
+from harness.metrics.measuring import engine
 
 VOCABULARY = 50
 MEMBERS = {member.name: member for member in perplexity.METRIC.members}

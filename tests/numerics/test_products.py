@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from harness import cpu_products, fused, fused_loops, memory, pieces, products, quantized
-from harness.arguments import resolve
-from harness.contracts import Arguments, Method, Scope
-from harness.errors import HarnessError
+from harness.core.contracts import Arguments, Method, Scope
+from harness.core.errors import HarnessError
+from harness.core.specification import parse
+from harness.inputs.models import sizes as memory
 from harness.methods import (
     absmax_int8,
     absmax_int8_tensor,
@@ -29,7 +29,10 @@ from harness.methods import (
     nf4,
     zeropoint_int8,
 )
-from harness.specifications import parse
+from harness.methods.quantizing import cpu, encode, fused, products
+from harness.methods.quantizing import loops as fused_loops
+from harness.methods.quantizing import stored as quantized
+from harness.methods.quantizing.arguments import resolve
 
 SHAPES = [
     (1, 64, 96),
@@ -85,7 +88,7 @@ def test_a_scale_for_the_whole_tensor_serves_too() -> None:
 def test_int8_products_are_exact_sums_of_rounded_activations(
     rows: int, inputs: int, outputs: int, flags: frozenset[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: flags)
     x, stored, bias = case(rows, inputs, outputs)
     x[0] = 0
     found = products.in_int8(x, stored["codes"], stored["scale"], bias)
@@ -103,7 +106,7 @@ def test_int8_products_of_one_row_do_not_depend_on_the_others(monkeypatch: pytes
     together = products.in_int8(x, stored["codes"], stored["scale"], bias)
     alone = torch.cat([products.in_int8(row[None], stored["codes"], stored["scale"], bias) for row in x])
     assert torch.equal(together, alone)
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: PLAIN)  # and not on the processor
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: PLAIN)  # and not on the processor
     assert torch.equal(together, products.in_int8(x, stored["codes"], stored["scale"], bias))
 
 
@@ -130,7 +133,7 @@ def test_fp32_is_multiplied_in_fp32_on_every_processor(method: Method, monkeypat
         plain.get_submodule(weight.name).weight.copy_(weight.dequantize())
     wanted = plain(ids).logits
     for flags in (PLAIN, TILED):
-        monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
         assert torch.equal(model(ids).logits, wanted)
 
 
@@ -141,7 +144,7 @@ def test_bf16_products_follow_the_processor_within_their_rounding(
     x, weight = normal(19, 32).bfloat16(), normal(48, 32, seed=2)
     stored, found = module.quantize(weight), []
     for flags in (PLAIN, TILED):
-        monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
         found.append(module.product(x, stored, (48, 32), None).float())
     plain, tiled = found
     assert not torch.equal(plain, tiled)
@@ -151,14 +154,14 @@ def test_bf16_products_follow_the_processor_within_their_rounding(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 def test_only_bf16_in_tiles_is_quick(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, wanted in ((TILED, dtype == torch.bfloat16), (PLAIN, False), (frozenset({"avx512_bf16"}), False)):
-        monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
         assert products.quick(torch.zeros(1, dtype=dtype)) is wanted
     assert not products.quick(torch.zeros(1, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("method", [absmax_int8.METHOD, absmax_int8_w8a8.METHOD], ids=lambda method: method.name)
 def test_nothing_unpacked_is_kept(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: TILED)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: TILED)
     model: nn.Module = tiny()
     method.sketch(model, Arguments("fp32", Scope(), {}))
     before = memory.measure(model)
@@ -196,7 +199,7 @@ def test_compute_in_bf16_rounds_activations_weights_and_sums_once_each(
         wanted = exact(x, restored, bias)
         sizes = x.double().abs() @ restored.double().abs().T
         for flags in (PLAIN, frozenset({"avx512_bf16"}), TILED):
-            monkeypatch.setattr(cpu_products, "cpu_flags", lambda flags=flags: flags)
+            monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
             found = layer(x)
             assert found.dtype == torch.float32
             error = (found.double() - wanted).abs()
@@ -236,7 +239,7 @@ def test_the_default_takes_few_rows_of_fp32_by_loops_and_keeps_the_bits_of_all_o
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: PLAIN)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: PLAIN)
     layers = quantized_layers(module.METHOD.name, module.METHOD, nn.Linear(192, 41, bias=False))
     (layer,) = layers
     assert isinstance(layer, quantized.QuantizedLinear)
@@ -290,7 +293,7 @@ def test_many_rows_are_multiplied_slab_by_slab(
     wanted = x.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
     sizes = x.double().abs() @ weight.abs().T + 1
     monkeypatch.setattr(quantized.StoredWeight, "dequantize", lambda store: pytest.fail("dequantized"))
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: PLAIN)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: PLAIN)
     if layer.bias is not None:
         layer.bias.data = layer.bias.data.to(dtype)
     for slab in (1, 192 * 7, 192 * 41):
@@ -304,7 +307,7 @@ def test_many_rows_are_multiplied_slab_by_slab(
 WITHOUT_REGISTERS = """
 import torch
 from torch import nn
-from harness import fused_loops
+from harness.methods.quantizing import loops as fused_loops
 from test_products import ROUNDED, normal, quantized_layers, unpacked
 
 assert not fused_loops.REGISTERS
@@ -325,7 +328,7 @@ def test_processors_without_wide_registers_look_levels_up_in_a_table(tmp_path: P
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "NumbaWarning" not in ran.stderr  # and the loops are kept
-    assert list(tmp_path.rglob("fused_loops.int4-*.nbc"))
+    assert list(tmp_path.rglob("loops.int4-*.nbc"))
 
 
 def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +394,7 @@ def test_not_a_number_in_a_row_reaches_every_fused_product_of_it_and_no_other() 
 
 
 def test_compute_in_bf16_changes_nothing_where_all_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: TILED)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: TILED)
     x, found = normal(9, 64).bfloat16(), []
     for text in ("nf4:dtype=bf16", "nf4:dtype=bf16:compute=bf16"):
         torch.manual_seed(0)
@@ -404,7 +407,7 @@ def test_compute_in_bf16_changes_nothing_where_all_is_bf16(monkeypatch: pytest.M
 def test_a_weight_is_quantized_in_pieces_as_it_is_whole(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for piece in (2**18, 300):
-        monkeypatch.setattr(pieces, "PIECE", piece)
+        monkeypatch.setattr(encode, "PIECE", piece)
         torch.manual_seed(0)
         layers = quantized_layers(module.METHOD.name, module.METHOD, nn.Linear(48, 41), Conv1D(47, 48))
         found.append(layers.state_dict())
@@ -421,7 +424,7 @@ COMPILED = [absmax_int8, absmax_int8_w8a8, linear_int4, nf4, fp4]
 def test_compiled_loops_quantize_to_the_bits_of_the_definition(
     module: ModuleType, lying: torch.dtype, kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 300)  # one row
+    monkeypatch.setattr(encode, "PIECE", 300)  # one row
     weight = normal(70, 192).mul_(0.1)
     weight[3], weight[4], weight[5, ::2] = 0, 1e-45, -1e-6  # no scale, one too small to divide by, and beside zeros
     weight[6] = torch.arange(192) / 127 - 0.5  # between two levels
@@ -430,10 +433,10 @@ def test_compiled_loops_quantize_to_the_bits_of_the_definition(
     assert isinstance(layer, quantized.QuantizedLinear)
     recipe = layer.store.recipe
     assert recipe.compiled is not None
-    monkeypatch.setattr(pieces, "_in_pieces", lambda *_: pytest.fail("not by a loop"))
+    monkeypatch.setattr(encode, "_in_pieces", lambda *_: pytest.fail("not by a loop"))
     for rows in (weight.to(lying), weight.T.contiguous().to(lying).T):
         wanted = recipe.quantize(rows.to(kept).float().contiguous(), **recipe.values)
-        found = pieces.quantize(recipe, rows, kept)
+        found = encode.quantize(recipe, rows, kept)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
         assert all(found[name].shape == tensor.shape for name, tensor in wanted.items())
@@ -445,7 +448,7 @@ def test_the_first_loop_leaves_torch_its_number_of_threads() -> None:
 import torch
 torch.set_num_threads(1)
 assert torch.get_num_threads() == 1  # asked first: torch sets its own number at the first question of a thread
-from harness import fused_loops
+from harness.methods.quantizing import loops as fused_loops
 assert fused_loops.threads(1) == 1
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
@@ -458,7 +461,7 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
 def test_compiled_loops_pass_over_nothing_that_is_not_finite(
     module: ModuleType, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 300)
+    monkeypatch.setattr(encode, "PIECE", 300)
     made = nn.Linear(192, 41)
     made.weight.data[17, 100] = value
     with pytest.raises(HarnessError, match="1 non-finite values in its weight"):

@@ -11,17 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import architectures, catalog, fits, memory, published
-from harness.arguments import resolve
-from harness.commands import memory as memory_command
-from harness.commands import published as published_command
-from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness import published
+from harness.core import catalog
+from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness.core.specification import parse
+from harness.inputs.models import architectures
+from harness.inputs.models import sizes as fits
+from harness.inputs.models import sizes as memory
+from harness.methods.quantizing.arguments import resolve
 from harness.published import Claim, Finding, Judgement
 from harness.published.anatomy import anatomy, truth
 from harness.published.ratios import beside, of_baselines
 from harness.published.search import kinds, search
 from harness.report import publishing
-from harness.specifications import parse
+from harness.run.commands import memory as memory_command
+from harness.run.commands import published as published_command
 
 FOLDER = Path(__file__).parents[2] / "baselines" / "published"
 GPT2_P, GPT2_L = 124_439_808, 84_934_656  # parameters; elements of the four Conv1D weights of twelve layers

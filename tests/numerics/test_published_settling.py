@@ -9,14 +9,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
-from harness import architectures
-from harness.corpora import Corpus
-from harness.errors import MissingAsset
-from harness.options import Declared, Options
+from harness.core.errors import MissingAsset
+from harness.core.options import Declared, Options
+from harness.core.specification import Specification, parse
+from harness.inputs.models import architectures
+from harness.inputs.texts.corpora import Corpus
 from harness.published import Claim, Finding, Judgement, Report
 from harness.published.settling import settle, weights_for
 from harness.published.tries import cut_pages, text_of, tried
-from harness.specifications import Specification, parse
 
 WORDS = tuple("abcdefgh")
 TEXT = "a b c d e f g h a c e g b d f h a a b b c c d d e e"

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from harness import checkpoints, synthetic, tiny
-from harness.options import Declared
-from harness.specifications import parse
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import checkpoints, tiny
+from harness.inputs.texts import synthetic
 
 SHORT = tiny.Schedule(steps=4, tokens=512)
 HELD_OUT = 64 * tiny.CONTEXT  # tokens

@@ -25,11 +25,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from harness import architectures, catalog, checkpoints, codes, fused, gptq, int4_store, pieces, quantized
-from harness.contracts import Arguments, Method, Scope
-from harness.errors import HarnessError
+from harness.core import catalog
+from harness.core.contracts import Arguments, Method, Scope
+from harness.core.errors import HarnessError
+from harness.inputs.models import architectures, checkpoints
 from harness.methods import fp4, linear_int4, linear_int4_affine, nf4
-from harness.quantized import Recipe
+from harness.methods.quantizing import codes, encode, fused, gptq
+from harness.methods.quantizing import gptq as int4_store
+from harness.methods.quantizing import stored as quantized
+from harness.methods.quantizing.stored import Recipe
 
 Array = NDArray[Any]
 GPTQ = "gptq-int4"
@@ -238,13 +242,13 @@ def test_true_shapes_are_stored_as_predicted_and_defined(drawn: Drawn, name: str
     block = int(recipe.values.get("block", 0))
     wanted = DEFINED[name].stored(drawn.period, block)
     room = predicted(recipe, shape)
-    plain = pieces.quantize(replace(recipe, compiled=None), drawn.weight, drawn.weight.dtype)
+    plain = encode.quantize(replace(recipe, compiled=None), drawn.weight, drawn.weight.dtype)
     assert plain.keys() == room.keys() == wanted.keys()
     for key, tensor in plain.items():
         assert (tensor.shape, tensor.dtype, tensor.nbytes) == (room[key].shape, room[key].dtype, room[key].nbytes)
         assert is_repeated(tensor, wanted[key], shape[0])
     if recipe.compiled is not None:
-        found = pieces.quantize(recipe, drawn.weight, drawn.weight.dtype)
+        found = encode.quantize(recipe, drawn.weight, drawn.weight.dtype)
         assert found.keys() == plain.keys()
         assert all(same_bits(found[key], tensor) for key, tensor in plain.items())
     if math.prod(shape) > LARGE / 2:
@@ -315,8 +319,8 @@ def test_drawn_shapes_are_stored_as_predicted_and_defined(
     lies = weight.T.contiguous().T if transposed else weight
     room = predicted(recipe, shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE", piece)
-        found, plain = (pieces.quantize(each, lies, lying) for each in (recipe, replace(recipe, compiled=None)))
+        patch.setattr(encode, "PIECE", piece)
+        found, plain = (encode.quantize(each, lies, lying) for each in (recipe, replace(recipe, compiled=None)))
     assert found.keys() == plain.keys() == room.keys() == wanted.keys()
     for key, tensor in plain.items():
         assert (tensor.shape, tensor.dtype) == (room[key].shape, room[key].dtype)
@@ -341,8 +345,8 @@ def rowwise_int4(weight: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", [(40, 33), (41, 33), (3, 1), (41, 32)])
 def test_a_piece_by_rows_cuts_no_byte_of_two_codes(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(pieces, "PIECE", 1)
-    found = pieces.quantize(
+    monkeypatch.setattr(encode, "PIECE", 1)
+    found = encode.quantize(
         Recipe("mine", rowwise_int4, lambda stored, shape: weight, grain="row"), weight, weight.dtype
     )
     wanted = rowwise_int4(weight)
@@ -362,7 +366,7 @@ def test_what_is_not_made_of_pieces_is_refused(
 
     recipe = Recipe("mine", quantize, lambda stored, shape: torch.empty(shape), grain="row")
     model = nn.Sequential(nn.Linear(8, 50))
-    monkeypatch.setattr(pieces, "PIECE", 80)
+    monkeypatch.setattr(encode, "PIECE", 80)
     with pytest.raises(HarnessError, match=r"^0: mine stores no part of its extra for each piece .*: leave out grain$"):
         quantized.apply(model, recipe, ["0"])
     quantized.apply(model, replace(recipe, grain=""), ["0"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.files import cache_dir
+from harness.core.files import cache_dir
 
 pytest_plugins = ("pytester",)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.session import take
+from harness.run.session import take
 
 if TYPE_CHECKING:
     from tests.plugin.conftest import Project
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WANTED = ("--methods", "absmax-int8", "--metrics", "memory.storage,perplexity")
 FULL = """
 import errno
-from harness import collector
+from harness.plugin import collector
 
 def full(path, line, kept=collector.append_line):
     if path.read_text().count("\\n") >= 2 if path.is_file() else False:
@@ -56,7 +56,7 @@ def test_a_report_directory_in_use_is_refused(project: Project) -> None:
 
 
 def test_a_text_that_changes_is_refused_by_name(project: Project) -> None:
-    from harness import synthetic
+    from harness.inputs.texts import synthetic
 
     project.write("text.txt", synthetic.text(1200, 5))
     project.write("conftest.py", CHANGED)

@@ -19,7 +19,7 @@ FAKE = {  # a distribution that is there, though what it needs is not
 BROKEN = "llmc-gptq-int4:length=16:windows=2"
 MINE = '''
 """A quantizer of the project's own."""
-from harness.weightmethod import weight_method
+from harness.methods.quantizing.weight_method import weight_method
 
 
 def quantize(weight):
@@ -35,8 +35,8 @@ METHOD = weight_method(name="mine", summary="", bits=6, quantize=quantize, dequa
 '''
 TALLY = '''
 """A metric of the project's own: how many modules were quantized."""
-from harness.contracts import Member, Metric
-from harness.records import Figure
+from harness.core.contracts import Member, Metric
+from harness.core.records import Figure
 
 
 def measure(subject, member):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.options import SETTINGS
+from harness.core.options import SETTINGS
 
 if TYPE_CHECKING:
     import pytest

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.options import Declared, Options
-from harness.publisher import Publisher
-from harness.session import open_report
+from harness.core.options import Declared, Options
+from harness.plugin.publisher import Publisher
+from harness.run.session import open_report
 
 if TYPE_CHECKING:
     from tests.plugin.conftest import Project

@@ -176,11 +176,11 @@ SHARES = """
 import json, os, time
 from pathlib import Path
 import ray
-from harness.cluster.connection import VARIABLES
-from harness.invariants import LAYER
-from harness.options import Declared, Options
-from harness.records import Case
-from harness.runner import Runner
+from harness.run.ray.connection import VARIABLES
+from harness.metrics.measuring.invariants.checks import LAYER
+from harness.core.options import Declared, Options
+from harness.core.records import Case
+from harness.run.local import Runner
 
 
 def group(number):

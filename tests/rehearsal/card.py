@@ -17,7 +17,7 @@ What it does:
 - *Time* is made up: a launch takes the host LAUNCH seconds, a kernel the card the time of its bytes, one after another
   behind what is queued. Events, the profiler and `Card.host` tell these times, equal in every run. What the host has
   not waited for is not there: an event's time raises, a copy to the host that does not block holds GARBAGE.
-- *Values* are the host's own kernels'. Half products run through fp32 as `harness.cpu_products` runs them, so that a
+- *Values* are the host's own kernels'. Half products run through fp32 as `cpu` runs them, so that a
   figure under fp16 equals that of `dtype=fp16` on the CPU bit for bit (see `half_products`). Pieces of work that a
   pool of threads would take run one after another, since torch's modes belong to a thread.
 
@@ -44,13 +44,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from harness import bnb, cpu_products, probe
+from harness.core import gpus
+from harness.methods.quantizing import bnb
+from harness.methods.quantizing import cpu as cpu_products
 from tests.rehearsal.pool import NoRoom, Pool
 
 CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
 NAME, CAPABILITY, MEMORY = "Pretended Card", (9, 0), 80 * 2**30
 UUID = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
-ANSWER = probe.Answer((probe.Gpu(NAME, "sm_90", 0, UUID, MEMORY),))  # of the driver, where there is none
+ANSWER = gpus.Answer((gpus.Gpu(NAME, "sm_90", 0, UUID, MEMORY),))  # of the driver, where there is none
 LAUNCH = 5e-6  # seconds that the host takes to launch a kernel
 SHORTEST = 2e-6  # seconds of a kernel on the card
 BANDWIDTH = 2e12  # bytes a second that a kernel reads and writes
@@ -531,8 +533,8 @@ def pretended(total: int = MEMORY) -> Iterator[Card]:
         stack.enter_context(patch(torch.profiler, "profile", _profile(card)))
         stack.enter_context(patch(torch.version, "cuda", "13.0"))
         stack.enter_context(patch(ThreadPoolExecutor, "submit", _run_now))
-        if probe.open_library() is None:
-            stack.enter_context(patch(probe, "asked", lambda visible: ANSWER))
+        if gpus.open_library() is None:
+            stack.enter_context(patch(gpus, "asked", lambda visible: ANSWER))
         stack.enter_context(Placing(card))
         stack.enter_context(Answering(card))
         yield card

@@ -14,7 +14,9 @@ import pytest
 
 SOURCE = Path(__file__).with_name("driver.c")
 LIBRARY = "libcuda.so.1"
-HIDDEN = ("CUDA_VISIBLE_DEVICES", "STUB_CARDS", "STUB_MIG", "STUB_FAIL", "STUB_LOG")  # not taken from the caller
+# not taken from the caller, which may be a worker of xdist itself
+XDIST = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
+HIDDEN = ("CUDA_VISIBLE_DEVICES", "STUB_CARDS", "STUB_MIG", "STUB_FAIL", "STUB_LOG", *XDIST)
 
 
 class Folder:

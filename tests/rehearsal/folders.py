@@ -1,6 +1,6 @@
 """What the loopback Hub serves: one-layer models of the true widths, and a made-up text under WikiText-2's name.
 
-Widths, heads and contexts are those of `harness.architectures`; layers are one, and the vocabulary is a fiftieth, so
+Widths, heads and contexts are those of `architectures`; layers are one, and the vocabulary is a fiftieth, so
 that the head does not take most of the time. Weights are random from fixed seeds, text comes from a few lists of words.
 """
 
@@ -11,8 +11,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from harness import corpora, hubtext, models
-from harness.architectures import ARCHITECTURES
+from harness.inputs.models import names as models
+from harness.inputs.models.architectures import ARCHITECTURES
+from harness.inputs.texts import corpora, hub_texts
 from tests.rehearsal.hub import Hub, Repository
 
 SEED = 20_261_204
@@ -100,7 +101,7 @@ def text(folder: Path) -> None:
     """Write the made-up text as the dataset's parquet file of the split `test`, with the card that names it."""
     from datasets import Dataset
 
-    asked = hubtext.parse(corpora.WIKITEXT_2)
+    asked = hub_texts.parse(corpora.WIKITEXT_2)
     files = {"split": asked.split, "path": f"{asked.config}/{asked.split}-*"}
     card = {"configs": [{"config_name": asked.config, "data_files": [files]}]}
     place = f"{asked.config}/{asked.split}-00000-of-00001.parquet"
@@ -116,7 +117,7 @@ def stock(hub: Hub, folder: Path, *names: str) -> None:
             model(name, folder / name)
         source = models.KNOWN[name].removeprefix("hub:")
         hub.repositories["models"][source] = Repository.of(folder / name, COMMIT)
-    asked = hubtext.parse(corpora.WIKITEXT_2)
+    asked = hub_texts.parse(corpora.WIKITEXT_2)
     if not (folder / "text").is_dir():
         text(folder / "text")
     hub.repositories["datasets"][asked.repository] = Repository.of(folder / "text", asked.commit)

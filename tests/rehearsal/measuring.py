@@ -12,14 +12,17 @@ from unittest import mock
 
 from bitsandbytes import functional
 
-from harness import bnb, card_memory, catalog, planning
-from harness.arguments import resolve
-from harness.commands.memory import find_config
-from harness.group import Group
-from harness.messages import Job, Reply
-from harness.options import Declared, Options
-from harness.records import Row
-from harness.specifications import parse, parse_list
+from harness.core import catalog
+from harness.core.options import Declared, Options
+from harness.core.records import Row
+from harness.core.specification import parse, parse_list
+from harness.methods.quantizing import bnb
+from harness.methods.quantizing.arguments import resolve
+from harness.metrics.measuring import card_memory
+from harness.run import plan as planning
+from harness.run.commands.memory import find_config
+from harness.run.group import Group
+from harness.run.messages import Job, Reply
 from tests.rehearsal.card import MEMORY, Card, half_products, pretended
 
 CORE = (

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from harness import cpu_products, probe
-from harness.devices import Cuda
+from harness.core import gpus
+from harness.methods.quantizing import cpu as cpu_products
+from harness.metrics.measuring.devices import Cuda
 from tests.rehearsal.card import BANDWIDTH, CARD, LAUNCH, SHORTEST, Card, half_products, pretended
 from tests.rehearsal.pool import MIB, NoRoom, Pool
 
@@ -266,12 +267,12 @@ def test_half_products_leave_no_fp32_copy_in_the_peak(card: Card) -> None:
 
 
 def test_the_driver_shows_the_card(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "open_library", lambda: None)  # a machine without a driver
-    assert probe.cuda_devices() == []
+    monkeypatch.setattr(gpus, "open_library", lambda: None)  # a machine without a driver
+    assert gpus.cuda_devices() == []
     with pretended():
-        (gpu,) = probe.cuda_devices()
-        assert (gpu.name, gpu.sm, probe.smallest_card()) == ("Pretended Card", "sm_90", 80 * 2**30)
-    assert probe.cuda_devices() == []
+        (gpu,) = gpus.cuda_devices()
+        assert (gpu.name, gpu.sm, gpus.smallest_card()) == ("Pretended Card", "sm_90", 80 * 2**30)
+    assert gpus.cuda_devices() == []
 
 
 def test_nothing_is_left_of_the_pretence(one_thread: None) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from harness import child, engine, quantized, strangers
-from harness.devices import Cuda
+from harness.core import errors
+from harness.methods.quantizing import stored
 from harness.metrics import memory
-from harness.timing import Work
+from harness.metrics.measuring import engine
+from harness.metrics.measuring.devices import Cuda
+from harness.metrics.measuring.timing import Work
+from harness.run import child
 from tests.rehearsal.card import Card, pretended
 from tests.rehearsal.conftest import vocabulary
 from tests.rehearsal.measuring import Plan, group_of, hold_peaks, run
@@ -28,23 +31,23 @@ def card(one_thread: None) -> Iterator[Card]:
 
 
 def test_a_table_left_on_the_host(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = quantized.Tables.__init__
+    made = stored.Tables.__init__
 
     def on_host(self: Any, recipe: Any, device: torch.device, *rest: Any) -> None:
         made(self, recipe, torch.device("cpu"), *rest)
 
-    monkeypatch.setattr(quantized.Tables, "__init__", on_host)
+    monkeypatch.setattr(stored.Tables, "__init__", on_host)
     with pytest.raises(RuntimeError, match="same device"):
         run(plan_of(MODEL), METHOD, "cuda")
 
 
 def test_a_table_fetched_at_every_forward(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_hand = quantized.StoredWeight.dequantize
+    at_hand = stored.StoredWeight.dequantize
 
     def fetching(self: Any) -> torch.Tensor:
         return at_hand(self) * torch.ones(1).to("cuda")
 
-    monkeypatch.setattr(quantized.StoredWeight, "dequantize", fetching)
+    monkeypatch.setattr(stored.StoredWeight, "dequantize", fetching)
     assert run(plan_of(MODEL).with_metrics("memory.run_peak"), METHOD, "cuda").copies > 0
 
 
@@ -111,6 +114,6 @@ def test_a_model_that_does_not_fit(method: str, plan_of: PlanOf, monkeypatch: py
         with pytest.raises(Exception, match=r".") as caught:
             group.model  # noqa: B018
         reply = child.told(caught.value)
-    assert (reply.kind, reply.blamed) == ("error", strangers.MEMORY)
+    assert (reply.kind, reply.blamed) == ("error", errors.MEMORY)
     assert reply.text.startswith("out of memory on the card: ")
     assert group.predicted["memory.storage"] > 0  # which the controller adds to the line

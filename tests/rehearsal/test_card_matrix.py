@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from harness import catalog
+from harness.core import catalog
 from tests.rehearsal.conftest import TINY, WIDE
 from tests.rehearsal.measuring import CORE, Plan, hold_proof, on_cpu, run
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness import probe
+from harness.core import gpus
 from tests.rehearsal import driver
 
 ROOT = Path(__file__).parents[2]
@@ -21,20 +21,20 @@ NAME = "Stub H100 80GB (sm_90)"
 SLICE = "MIG-01000000-0000-0000-0000-000000000001"
 # a session that makes nothing ready and measures nothing: each case notes which worker it ran in and what that saw
 CONFTEST = """
-from harness.session import Session
+from harness.run.session import Session
 Session.prepare = lambda self, cases, say: {}
 """
 CASES = """
 import json, os, time
 from pathlib import Path
-from harness import probe
+from harness.core import gpus
 
 def test_case(harness_case):
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker == os.environ.get("DYING_WORKER"):
         os._exit(9)
     time.sleep(0.2)  # or the first worker takes them all
-    seen = [worker, harness_case.device, os.environ.get("CUDA_VISIBLE_DEVICES"), probe.cuda_devices()[0].uuid]
+    seen = [worker, harness_case.device, os.environ.get("CUDA_VISIBLE_DEVICES"), gpus.cuda_devices()[0].uuid]
     with Path("seen.jsonl").open("a") as file:
         file.write(json.dumps(seen) + "\\n")
 """
@@ -110,7 +110,7 @@ def machine(tmp_path: Path) -> Machine:
 
 LOOK = """
 import ctypes, os, sys
-from harness import probe
+from harness.core import gpus
 
 def mine():
     return ctypes.CDLL("libcuda.so.1").cuInit(0)
@@ -124,15 +124,15 @@ def forked():
 seen = []
 for visible in ("1", "0", "1,0", ""):
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    seen.append([gpu.uuid[-1] for gpu in probe.cuda_devices()])
+    seen.append([gpu.uuid[-1] for gpu in gpus.cuda_devices()])
 assert seen == [["2"], ["1"], ["2", "1"], []], seen
-assert probe.smallest_card() == 40 << 30 and probe.beside_card()
+assert gpus.smallest_card() == 40 << 30 and gpus.beside_card()
 del os.environ["CUDA_VISIBLE_DEVICES"]
 assert forked() == 0  # who looked has started nothing: a child can
 assert mine() == 0
 assert forked() == 3  # and this is what it is for
 assert mine() == 0
-assert len(probe.cuda_devices()) == 2
+assert len(gpus.cuda_devices()) == 2
 """
 
 
@@ -158,7 +158,7 @@ def test_a_look_is_of_the_moment_and_leaves_no_trace_in_the_process(machine: Mac
         (
             2,
             {"mig": True, "visible": f"{SLICE},{SLICE[:-1]}2"},
-            ["1", f"  0: Stub H100 80GB MIG 1g.10gb (sm_90), 80 GiB, {SLICE}", f"  {probe.ONE_PARTITION}"],
+            ["1", f"  0: Stub H100 80GB MIG 1g.10gb (sm_90), 80 GiB, {SLICE}", f"  {gpus.ONE_PARTITION}"],
         ),
     ],
 )
@@ -284,7 +284,7 @@ def test_listing_needs_no_card(machine: Machine) -> None:
 
 @pytest.mark.parametrize("expression", ["gpu or cpu", "not gpu", "memory and not gpu"])
 def test_where_the_processor_is_meant_too_its_cases_run(machine: Machine, expression: str) -> None:
-    cases = CASES.replace("probe.cuda_devices()[0].uuid", '""')
+    cases = CASES.replace("gpus.cuda_devices()[0].uuid", '""')
     done = machine.run("-m", expression, *PLAN, cards=0, cases=cases)
     assert done.ret == 1  # the stand-ins for cases leave no row
     assert "cases planned" in done.out

@@ -24,10 +24,10 @@ BAD = "CUDA was initialised before this process was forked: "
 ASK = """
 import json, os
 from pathlib import Path
-from harness.invariants import LAYER
-from harness.options import Declared, Options
-from harness.records import Case
-from harness.runner import Runner
+from harness.metrics.measuring.invariants.checks import LAYER
+from harness.core.options import Declared, Options
+from harness.core.records import Case
+from harness.run.local import Runner
 
 if __name__ == "__main__":
     runner = Runner(Options(Declared(Path())), threads=1, lock=Path("lock"))

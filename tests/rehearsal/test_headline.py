@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness import planning
+from harness.run import plan
 from tests.rehearsal import driver, folders
 from tests.rehearsal.hub import Hub, serving
 
@@ -93,9 +93,9 @@ def test_the_very_command(project: Project) -> None:
     assert {row["model"] for row in rows} == {"gpt2", "olmo-1b"}
     for model in ("gpt2", "olmo-1b"):
         found = {(row["method"], row["metric"]) for row in rows if row["model"] == model}
-        assert {method for method, _ in found} == set(planning.CORE)
+        assert {method for method, _ in found} == set(plan.CORE)
         for family in ("perplexity", "memory", "latency"):
-            assert {method for method, metric in found if metric.startswith(family)} == set(planning.CORE)
+            assert {method for method, metric in found if metric.startswith(family)} == set(plan.CORE)
     assert {row["dataset"] for row in rows if row["metric"].startswith("perplexity")} == {"lee"}
     assert f"{len(rows)} of {len(rows)} gpu cases ran" in result.stdout
     assert f"{len(rows)} planned, {len(rows)} ran, 0 missing" in result.stdout

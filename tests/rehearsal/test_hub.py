@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import corpora, hubtext
+from harness.inputs.texts import corpora, hub_texts
 from tests.rehearsal import folders
 from tests.rehearsal.hub import Cut, Hub, Repository, serving
 
@@ -24,10 +24,11 @@ FETCH = """
 import sys
 from pathlib import Path
 from huggingface_hub import constants, file_download
-from harness import corpora, hubmodels, models
-from harness.errors import HarnessError
-from harness.options import Declared
-from harness.specifications import parse
+from harness.inputs.models import hub_models, names
+from harness.inputs.texts import corpora
+from harness.core.errors import HarnessError
+from harness.core.options import Declared
+from harness.core.specification import parse
 
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # bytes written at once: what a resumed transfer goes on from
 file_download.time.sleep = lambda seconds: None  # the client waits a second before each of five tries
@@ -35,7 +36,7 @@ kind, name = sys.argv[1:]
 here = Declared(Path())
 try:
     if kind == "model":
-        print(hubmodels.download(models.locate(parse(name), here).snapshot))
+        print(hub_models.download(names.locate(parse(name), here).snapshot))
     else:
         corpora.check(parse(name), here)
         read = corpora.read(parse(name), here)
@@ -219,7 +220,7 @@ def test_a_hub_out_of_order_and_a_token_out_of_date(client: Client) -> None:
     assert "takes no token of yours for the model 'org/name'" in client.told("model", "hub:org/name", HF_TOKEN="hf_x")
 
 
-WIKITEXT = hubtext.parse(corpora.WIKITEXT_2)
+WIKITEXT = hub_texts.parse(corpora.WIKITEXT_2)
 
 
 def rows_of(printed: str) -> list[str]:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from harness import card_memory, catalog
-from harness.arguments import resolve
-from harness.card_memory import Prediction
-from harness.commands.memory import find_config
-from harness.specifications import parse
+from harness.core import catalog
+from harness.core.specification import parse
+from harness.methods.quantizing.arguments import resolve
+from harness.metrics.measuring import card_memory
+from harness.metrics.measuring.card_memory import Prediction
+from harness.run.commands.memory import find_config
 from tests.rehearsal import folders
 from tests.rehearsal.measuring import AGREEMENT, Plan, group_of, run
 

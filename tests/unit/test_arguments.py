@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from harness.arguments import method_id, resolve
-from harness.contracts import Arguments, Method, Parameter, Scope
-from harness.errors import BadSpecification, UnknownName
+from harness.core.contracts import Arguments, Method, Parameter, Scope
+from harness.core.errors import BadSpecification, UnknownName
+from harness.core.specification import parse
 from harness.methods import absmax_int8, nf4
+from harness.methods.quantizing.arguments import method_id, resolve
 from harness.methods.references import METHODS as REFERENCES
-from harness.specifications import parse
 
 BF16 = REFERENCES[1]
 

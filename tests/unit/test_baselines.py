@@ -14,15 +14,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import baselines, facts, nllfiles
-from harness.baselines import Baselines, overlay_path, read_overlay, record, to_record, validate
-from harness.contracts import Member
-from harness.environment import Environment
-from harness.errors import BadFile
-from harness.facts import exact_document, exact_facts, exact_path, holds, provenance, read_exact, stem
-from harness.recorded import Recorded, from_entry, reviewable, rounded, world_key
-from harness.records import Case, Row, Verdict
-from harness.wording import token_limit
+from harness.core.contracts import Member
+from harness.core.environment import Environment
+from harness.core.errors import BadFile
+from harness.core.records import Case, Row, Verdict
+from harness.judge import baselines, facts
+from harness.judge.baselines import Baselines, overlay_path, read_overlay, record, to_record, validate
+from harness.judge.facts import exact_document, exact_facts, exact_path, holds, provenance, read_exact, stem
+from harness.judge.recorded import Recorded, from_entry, reviewable, rounded, world_key
+from harness.judge.wording import token_limit
+from harness.results import losses as nllfiles
 
 WORLD = Environment(torch="2.13.0", bitsandbytes="0.50.2", instructions="avx2 avx512", threads=2, machine="a" * 16)
 PERPLEXITY = Member("perplexity", "ppl", "lower")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import bounds
-from harness.bounds import Bounds, Rule, load
-from harness.errors import BadFile
-from harness.records import Case
+from harness.core.errors import BadFile
+from harness.core.records import Case
+from harness.judge import bounds
+from harness.judge.bounds import Bounds, Rule, load
 
 
 def case(method: str = "nf4", metric: str = "perplexity.delta", device: str = "cpu", model: str = "gpt2") -> Case:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OlmoConfig
 
-from harness import memory
-from harness.census import bits_per_weight, census
-from harness.contracts import Arguments, Method, QuantizedWeight, Scope
-from harness.errors import IncompleteQuantization
-from harness.jsonvalues import digest
+from harness.core.contracts import Arguments, Method, QuantizedWeight, Scope
+from harness.core.errors import IncompleteQuantization
+from harness.core.values import digest
+from harness.inputs.models import sizes as memory
 from harness.methods import absmax_int8, nf4
+from harness.methods.quantizing.stored import Recipe, apply
 from harness.methods.references import METHODS as REFERENCES
-from harness.quantized import Recipe, apply
+from harness.metrics.measuring.census import bits_per_weight, census
 
 BLOCK = {"block": 64}
 

@@ -16,13 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OlmoConfig, Phi3Config, core_model_loading
 from transformers.utils import logging
 
-from harness import cachefolders, checkpoints, gguf_file, gguf_weights, weightfiles
-from harness.child import told
-from harness.contracts import DTYPES, Checkpoint
-from harness.errors import BadFile, HarnessError, MissingAsset
-from harness.files import sha256_file
-from harness.options import Declared
-from harness.specifications import parse
+from harness.core.contracts import DTYPES, Checkpoint
+from harness.core.errors import BadFile, HarnessError, MissingAsset
+from harness.core.files import sha256_file
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import cache as cachefolders
+from harness.inputs.models import checkpoints
+from harness.inputs.models import folder as weightfiles
+from harness.inputs.models.gguf_format import file as gguf_file
+from harness.inputs.models.gguf_format import read
+from harness.run.child import told
 
 SMALL = {
     "vocab_size": 96,
@@ -409,7 +413,7 @@ def test_the_converted_tokenizer_splits_digits(tmp_path: Path, cache: Path) -> N
 def test_other_architectures_go_through_transformers(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_weights, "family_of", lambda file: None)
+    monkeypatch.setattr(read, "family_of", lambda file: None)
     path = tmp_path / "small.gguf"
     written = write_gguf(path, "gpt2", kind="Q8_0")
     checkpoint = checkpoints.materialise(parse(f"path:{path}"), Declared(tmp_path))
@@ -422,7 +426,7 @@ def test_other_architectures_go_through_transformers(
 def test_what_transformers_reads_wrongly_is_one_line(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_weights, "family_of", lambda file: None)
+    monkeypatch.setattr(read, "family_of", lambda file: None)
     path = tmp_path / "small.gguf"
     write_gguf(path, "gpt2", whole=False)
     with pytest.raises(BadFile, match=r"have other shapes for transformer\.wpe\.weight") as caught:
@@ -433,7 +437,7 @@ def test_what_transformers_reads_wrongly_is_one_line(
 def test_rows_are_reordered_by_halves() -> None:
     # one head of four: x0 y0 x1 y1 becomes x0 x1 y0 y1; a second head follows
     rows = np.array([[10], [20], [11], [21], [30], [40], [31], [41]], dtype=np.float32)
-    assert gguf_weights.halves_apart(rows, 2)[:, 0].tolist() == [10, 11, 20, 21, 30, 31, 40, 41]
+    assert read.halves_apart(rows, 2)[:, 0].tolist() == [10, 11, 20, 21, 30, 31, 40, 41]
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])

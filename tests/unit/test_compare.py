@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from harness import catalog, judge
-from harness.bounds import Bounds, load
-from harness.environment import Environment
-from harness.recorded import Recorded
-from harness.records import Row, Verdict
+from harness import judge
+from harness.core import catalog
+from harness.core.environment import Environment
+from harness.core.records import Row, Verdict
+from harness.judge.bounds import Bounds, load
+from harness.judge.recorded import Recorded
 from harness.report import compare
 
 WORLD = Environment(torch="2.13.0", instructions="avx2 avx512", threads=2, machine="a" * 16)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from harness import corpora, hubtext, layouts
-from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
-from harness.options import Declared
-from harness.specifications import Specification, parse
+from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness.core.options import Declared
+from harness.core.specification import Specification, parse
+from harness.inputs.texts import corpora, hub_texts, joining
 
 
 def read(text: str, declared: Declared | None = None) -> corpora.Corpus:
@@ -119,7 +119,7 @@ def test_ptb_says_why_it_is_not_here_and_refuses_another_file(tmp_path: Path) ->
 
 
 def test_synthetic_is_held_out_and_the_same_every_time() -> None:
-    from harness import synthetic
+    from harness.inputs.texts import synthetic
 
     text = read("synthetic")
     assert len(text.documents[0].split()) == corpora.SYNTHETIC_TOKENS
@@ -172,11 +172,11 @@ def test_bad_names_without_touching_anything(text: str, message: str) -> None:
 
 def test_hub_grammar() -> None:
     commit = "0123456789" * 4
-    full = hubtext.parse(f"org/name/config/validation@{commit}")
-    assert full == hubtext.HubText("org/name", "config", "validation", commit)
+    full = hub_texts.parse(f"org/name/config/validation@{commit}")
+    assert full == hub_texts.HubText("org/name", "config", "validation", commit)
     assert full.commit == commit
-    assert hubtext.parse("org/name@main") == hubtext.HubText("org/name", None, "test", "main")
-    assert hubtext.parse("org/name@main").commit == ""
+    assert hub_texts.parse("org/name@main") == hub_texts.HubText("org/name", None, "test", "main")
+    assert hub_texts.parse("org/name@main").commit == ""
 
 
 class Table:
@@ -199,7 +199,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, table: Table, reason: str = "") -> li
         return table
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(hubtext, "unreachable", lambda text: reason)
+    monkeypatch.setattr(hub_texts, "unreachable", lambda text: reason)
     return asked
 
 
@@ -228,11 +228,11 @@ def test_wikitext_joins_rows_and_cuts_pages(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_detokenizer_rules_by_hand() -> None:
     page = '10 @,@ 000 , 3 @.@ 5 ; of N [ x ] : 20 \N{DEGREE SIGN} C ! it \'s { y } \n a " quoted word " ? no \n '
-    assert layouts.detokenize_wikitext(page) == (
+    assert joining.detokenize_wikitext(page) == (
         '10,000, 3.5; of 1 [x]: 20\N{DEGREE SIGN}C! it\'s {y}\na "quoted word"? no\n'
     )
-    assert layouts.detokenize_wikitext("the dogs ' tails") == "the dogs' tails"
-    assert layouts.detokenize_wikitext("say ' no ' = = = = X = = = =") == "say 'no' ==== X ===="
+    assert joining.detokenize_wikitext("the dogs ' tails") == "the dogs' tails"
+    assert joining.detokenize_wikitext("say ' no ' = = = = X = = = =") == "say 'no' ==== X ===="
 
 
 def test_hub_rows_take_the_text_column(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,16 +289,16 @@ def test_what_the_hub_answers(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         raise raised
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
-    text = hubtext.parse("org/name")
+    text = hub_texts.parse("org/name")
     if kind == "connection":
-        assert hubtext.unreachable(text) == "the Hub does not answer (ConnectError)"
+        assert hub_texts.unreachable(text) == "the Hub does not answer (ConnectError)"
     else:
         with pytest.raises(MissingAsset if kind == "unknown" else KeyError):
-            hubtext.unreachable(text)
+            hub_texts.unreachable(text)
 
 
 def test_every_protocol_reads_every_layout() -> None:
-    for layout in layouts.LAYOUTS.values():
+    for layout in joining.LAYOUTS.values():
         for protocol in ("chunk", "stride", "gptq", "half", "rolling", "sentence"):
             reading = layout.read((" = T = \n", "b"), protocol)
             assert len(reading.texts) == len(reading.originals) > 0

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from harness import cards, probe, timing
-from harness.devices import Cpu, Cuda, NoDeviceTime, open_device
-from harness.errors import HarnessError, UnknownName
-from harness.probe import Gpu
-from harness.runner import server_environment
-from harness.timing import Work
+from harness.core import gpus
+from harness.core.errors import HarnessError, UnknownName
+from harness.core.gpus import Gpu
+from harness.metrics.measuring import cards, timing
+from harness.metrics.measuring.devices import Cpu, Cuda, NoDeviceTime, open_device
+from harness.metrics.measuring.timing import Work
+from harness.run.local import server_environment
 
 MIB = 1 << 20
 
@@ -400,8 +401,8 @@ GPU = Gpu("NVIDIA H100", "sm_90", 0)
 def test_a_card_that_cannot_be_used_says_why(
     monkeypatch: pytest.MonkeyPatch, cards_there: list[Gpu], trouble: str, torch_cuda: Any, built_for: str, words: str
 ) -> None:
-    monkeypatch.setattr(probe, "cuda_devices", lambda: cards_there)
-    monkeypatch.setattr(probe, "trouble", lambda: trouble)
+    monkeypatch.setattr(gpus, "cuda_devices", lambda: cards_there)
+    monkeypatch.setattr(gpus, "trouble", lambda: trouble)
     why = cards.refusal(torch_cuda, built_for)
     assert re.search(words, why)
     assert "\n" not in why
@@ -445,7 +446,7 @@ def test_open_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SWITCHES = """
 import torch
-from harness import cards
+from harness.metrics.measuring import cards
 before = torch.backends.cuda.matmul.allow_tf32
 after = cards.full_precision()
 print(before, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, after)

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
-from harness import admission, catalog, corpora, door, models
-from harness.contracts import Member, Method, Metric, Parameter
-from harness.errors import BadFile, HarnessError
-from harness.options import Declared, read_declared
+from harness.core import catalog
+from harness.core import contracts as admission
+from harness.core.contracts import Member, Method, Metric, Parameter
+from harness.core.errors import BadFile, HarnessError
+from harness.core.options import Declared, read_declared
+from harness.inputs.models import names
+from harness.inputs.texts import corpora
+from harness.run import project
 
 METHOD = """
 import dataclasses
@@ -38,7 +42,7 @@ def declared(folder: Path, **files: str) -> Declared:
 
 
 def refused(folder: Path, **files: str) -> str:
-    door.open_to(declared(folder, **files))
+    project.open_to(declared(folder, **files))
     with pytest.raises(HarnessError) as caught:
         catalog.methods()
     assert "\n" not in str(caught.value)
@@ -46,13 +50,13 @@ def refused(folder: Path, **files: str) -> str:
 
 
 def test_a_file_adds_a_method_and_leaves_with_its_project(tmp_path: Path) -> None:
-    door.open_to(declared(tmp_path, mine=METHOD.format(name="mine")))
+    project.open_to(declared(tmp_path, mine=METHOD.format(name="mine")))
     assert catalog.methods()["mine"].summary
     assert catalog.listed_methods()["mine"].origin == str(tmp_path / "mine.py")
     before = catalog.outside_code()
     (tmp_path / "mine.py").write_text(METHOD.format(name="mine") + "# changed\n")
     assert catalog.outside_code() != before
-    door.open_to(Declared(tmp_path))
+    project.open_to(Declared(tmp_path))
     assert "mine" not in catalog.methods()
 
 
@@ -64,7 +68,7 @@ def test_files_that_fail_say_which_and_why(tmp_path: Path) -> None:
     twice = refused(tmp_path, one=METHOD.format(name="mine"), two=METHOD.format(name="mine"))
     assert twice.startswith(str(tmp_path / "two.py"))
     assert str(tmp_path / "one.py") in twice
-    door.open_to(Declared(tmp_path, methods=("none.py",)))
+    project.open_to(Declared(tmp_path, methods=("none.py",)))
     with pytest.raises(HarnessError, match=r"none\.py \(declared under \[tool\.harness\]\) is not there"):
         catalog.methods()
 
@@ -137,11 +141,11 @@ def test_entry_points_that_fail_or_clash(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_models_and_datasets_that_clash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HarnessError, match=r"\[tool\.harness\.models\] declares 'gpt2', a known name"):
-        door.open_to(Declared(tmp_path, models={"gpt2": "path:x"}))
+        project.open_to(Declared(tmp_path, models={"gpt2": "path:x"}))
     with pytest.raises(HarnessError, match=r"\[tool\.harness\.datasets\] declares 'lee', a known name"):
-        door.open_to(Declared(tmp_path, datasets={"lee": "text:x"}))
-    for module, known in ((models, "gpt2"), (corpora, "lee")):
-        kind = "models" if module is models else "datasets"
+        project.open_to(Declared(tmp_path, datasets={"lee": "text:x"}))
+    for module, known in ((names, "gpt2"), (corpora, "lee")):
+        kind = "models" if module is names else "datasets"
         monkeypatch.setattr(module, "entry_points", lambda group, known=known: [point(known, "path:x")])
         module.installed.cache_clear()
         more: dict[str, Any] = {kind: {"theirs": "path:x"}}
@@ -149,7 +153,7 @@ def test_models_and_datasets_that_clash(tmp_path: Path, monkeypatch: pytest.Monk
             module.installed()
         monkeypatch.setattr(module, "entry_points", lambda group: [point("theirs", "path:x")])
         with pytest.raises(HarnessError, match="which an installed package adds too"):
-            door.open_to(dataclasses.replace(Declared(tmp_path), **more))
+            project.open_to(dataclasses.replace(Declared(tmp_path), **more))
         monkeypatch.undo()
         module.installed.cache_clear()
 

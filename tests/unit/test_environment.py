@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import environment
-from harness.environment import CLASS_FIELDS, Environment, capture, difference
-from harness.errors import BadFile, HarnessError
-from harness.probe import Gpu
+from harness.core import environment
+from harness.core.environment import CLASS_FIELDS, Environment, capture, difference
+from harness.core.errors import BadFile, HarnessError
+from harness.core.gpus import Gpu
 
 XEON = """processor\t: 0
 model name\t: Intel(R) Xeon(R) Processor @ 2.50GHz
@@ -200,5 +200,5 @@ def test_a_field_of_the_wrong_type_is_named(data: dict[str, Any], message: str) 
 
 
 def test_capturing_imports_no_torch() -> None:
-    code = "import sys, harness.environment as e; e.capture('cpu', 2); assert 'torch' not in sys.modules"
+    code = "import sys, harness.core.environment as e; e.capture('cpu', 2); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from harness import error_rate, stats
-from harness.bounds import Bounds, load
-from harness.compare import decide
-from harness.records import Case, Row, Verdict
-from harness.stats import Estimate
+from harness.core import stats
+from harness.core.records import Case, Row, Verdict
+from harness.core.stats import Estimate
+from harness.judge import error_rate
+from harness.judge.bounds import Bounds, load
+from harness.judge.compare import decide
 
 FLOOR = 1e-4
 

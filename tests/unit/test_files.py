@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.files import append_line, cache_dir, locked, owned, replace_bytes, replace_text, rewritten, sha256_file
+from harness.core.files import (
+    append_line,
+    cache_dir,
+    locked,
+    owned,
+    replace_bytes,
+    replace_text,
+    rewritten,
+    sha256_file,
+)
 
 
 def test_replace_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import nllfiles
 from harness.__main__ import main
-from harness.records import Case, Row
+from harness.core.records import Case, Row
 from harness.report.frontier import Relation, Standing, apart, exactly, heading, points, render, standings
 from harness.report.matrix import sections
+from harness.results import losses
 
 TEXT = ("lee", "chunk:8")
 WINDOWS = 16
@@ -22,11 +22,11 @@ def rows(
     method: str, nats: np.ndarray[Any, Any], reference: np.ndarray[Any, Any], folder: Path, size: int
 ) -> list[Row]:
     """A quality and a memory row of a method whose per-token losses are given."""
-    from harness.stats import paired_delta
+    from harness.core.stats import paired_delta
 
     spans = [slice(at * 8, at * 8 + 8) for at in range(WINDOWS)]
     found = paired_delta(nats, reference, spans)
-    sha = nllfiles.save(folder / "nll", nats.astype(np.float32))
+    sha = losses.save(folder / "nll", nats.astype(np.float32))
     text: dict[str, Any] = {
         "nll": sha,
         "token_hash": "t",
@@ -48,7 +48,7 @@ def places(folder: Path, methods: dict[str, tuple[float, float, int]]) -> dict[s
     for method, (shift, noise, size) in methods.items():
         found += rows(method, reference + shift + rng.normal(0, noise, reference.size), reference, folder, size)
     (section,) = sections(found)
-    here = standings(points(section, TEXT), lambda sha: nllfiles.load(folder / "nll", sha))
+    here = standings(points(section, TEXT), lambda sha: losses.load(folder / "nll", sha))
     shown = render(heading(section, TEXT), here)
     assert "`fp32` (reference)" in shown
     for kind in ("front", "undecided", "dominated"):
@@ -95,7 +95,7 @@ def test_pairs_are_compared_token_by_token(tmp_path: Path) -> None:
     here = points(section, TEXT)
     by_name = {point.method: point for point in here}
     assert apart(by_name["a"].interval, by_name["b"].interval) is Relation.NOT_SEPARATED
-    told = {place.point.method: place for place in standings(here, lambda sha: nllfiles.load(tmp_path / "nll", sha))}
+    told = {place.point.method: place for place in standings(here, lambda sha: losses.load(tmp_path / "nll", sha))}
     assert told["b"].dominated_by == ["a"]
     blind = {place.point.method: place for place in standings(here, lambda sha: None)}
     assert blind["b"].dominated_by == []

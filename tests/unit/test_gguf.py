@@ -14,17 +14,22 @@ import pytest
 import torch
 import transformers
 
-from harness import catalog, census, checkpoints, gguf_blocks, gguf_file, gguf_tokenizers, gguf_weights, gguf_write
-from harness import memory as bytes_of
 from harness.__main__ import main
-from harness.contracts import Arguments
-from harness.errors import HarnessError
-from harness.options import Declared, build
-from harness.planning import plan
-from harness.specifications import parse, parse_list
+from harness.core import catalog
+from harness.core.contracts import Arguments
+from harness.core.errors import HarnessError
+from harness.core.options import Declared, build
+from harness.core.specification import parse, parse_list
+from harness.inputs.models import checkpoints
+from harness.inputs.models import sizes as bytes_of
+from harness.inputs.models.gguf_format import blocks, file, read
+from harness.inputs.models.gguf_format import tokenizers as gguf_tokenizers
+from harness.inputs.models.gguf_format import write as gguf_write
+from harness.metrics.measuring import census
+from harness.run.plan import plan
 from tests.gguf_models import FAMILIES, TEXT, byte_level, save, sentencepiece, word_level
 
-KINDS = tuple(gguf_blocks.FORMATS)
+KINDS = tuple(blocks.FORMATS)
 
 
 @pytest.fixture
@@ -45,10 +50,10 @@ def test_blocks_are_read_as_the_gguf_package_reads_them(kind: str) -> None:
     weights[0], weights[1, :32] = 0.0, 3.0  # empty and constant blocks
     form = gguf.GGMLQuantizationType[kind]
     raw = gguf.quantize(weights, form).reshape(6, -1).view(np.uint8)
-    found = gguf_blocks.dequantize(torch.from_numpy(raw.copy()), kind)
+    found = blocks.dequantize(torch.from_numpy(raw.copy()), kind)
     np.testing.assert_array_equal(found.numpy(), gguf.dequantize(gguf.quantize(weights, form), form).reshape(6, 96))
-    assert raw.shape[1] == gguf_blocks.row_bytes(kind, 96)
-    meta = gguf_blocks.dequantize(torch.empty(raw.shape, dtype=torch.uint8, device="meta"), kind)
+    assert raw.shape[1] == blocks.row_bytes(kind, 96)
+    meta = blocks.dequantize(torch.empty(raw.shape, dtype=torch.uint8, device="meta"), kind)
     assert (meta.shape, meta.dtype) == (found.shape, found.dtype)
 
 
@@ -57,7 +62,7 @@ def test_an_f32_file_holds_the_model_exactly(name: str, tmp_path: Path, cache: P
     before = save(name, tmp_path / "model")
     size = gguf_write.write(before, "F32", tmp_path / "x.gguf")
     assert size == (tmp_path / "x.gguf").stat().st_size
-    assert gguf_weights.family_of(gguf_file.GgufFile(tmp_path / "x.gguf")) is not None  # not through transformers
+    assert read.family_of(file.GgufFile(tmp_path / "x.gguf")) is not None  # not through transformers
     after = checkpoints.materialise(parse(f"path:{tmp_path}/x.gguf"), Declared(tmp_path))
     old, new = (checkpoints.open_model(item, "fp32", "cpu") for item in (before, after))
     assert old.state_dict().keys() == new.state_dict().keys()
@@ -104,7 +109,7 @@ def test_the_error_falls_as_bits_grow(tmp_path: Path, cache: Path) -> None:
 
 def test_embedding_and_head_have_eight_bits_at_least(tmp_path: Path, cache: Path) -> None:
     gguf_write.write(save("olmo", tmp_path / "model"), "Q4_0", tmp_path / "x.gguf")
-    kinds = {name: tensor.kind for name, tensor in gguf_file.GgufFile(tmp_path / "x.gguf").tensors.items()}
+    kinds = {name: tensor.kind for name, tensor in file.GgufFile(tmp_path / "x.gguf").tensors.items()}
     assert {name for name, kind in kinds.items() if kind == "Q8_0"} == {"token_embd.weight", "output.weight"}
     assert {kind for name, kind in kinds.items() if name.startswith("blk.")} == {"Q4_0"}
 
@@ -152,11 +157,11 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, cache: Path)
         ),
         "no GGUF is written for 'opt'": transformers.OPTConfig(),
     }
-    from harness import gguf_families
+    from harness.inputs.models.gguf_format import families
 
     for match, config in cases.items():
         with pytest.raises(HarnessError, match=match):
-            gguf_families.of_config(config)
+            families.of_config(config)
 
 
 def test_rows_that_no_block_divides_name_the_tensor(tmp_path: Path, cache: Path) -> None:
@@ -174,9 +179,9 @@ def test_non_finite_weights_name_the_tensor(tmp_path: Path, cache: Path) -> None
 def test_rotary_rows_go_there_and_back() -> None:
     rows = np.arange(24, dtype=np.float32).reshape(8, 3)
     assert gguf_write.halves_together(rows, 2)[:, 0].tolist() == [0, 6, 3, 9, 12, 18, 15, 21]
-    np.testing.assert_array_equal(gguf_weights.halves_apart(gguf_write.halves_together(rows, 2), 2), rows)
+    np.testing.assert_array_equal(read.halves_apart(gguf_write.halves_together(rows, 2), 2), rows)
     bias = np.arange(8, dtype=np.float32)
-    np.testing.assert_array_equal(gguf_weights.halves_apart(gguf_write.halves_together(bias, 2), 2), bias)
+    np.testing.assert_array_equal(read.halves_apart(gguf_write.halves_together(bias, 2), 2), bias)
 
 
 def test_the_convert_command(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +189,7 @@ def test_the_convert_command(tmp_path: Path, cache: Path, capsys: pytest.Capture
     source, target = f"path:{tmp_path}/model", tmp_path / "out.gguf"
     assert main(["convert", source, "--to", "gguf-q8_0", "-o", str(target)]) == 0
     assert f"{target.stat().st_size:,} bytes" in capsys.readouterr().out
-    assert gguf_file.GgufFile(target).tensors["blk.0.attn_q.weight"].kind == "Q8_0"
+    assert file.GgufFile(target).tensors["blk.0.attn_q.weight"].kind == "Q8_0"
     for words, match in (
         (["--to", "gguf-q9", "-o", str(target)], "gguf-q8_0"),
         (["--to", "gguf-q8_0", "-o", str(tmp_path / "out.bin")], "does not end in .gguf"),
@@ -208,12 +213,12 @@ def test_planned_when_named_and_its_file_measured(tmp_path: Path) -> None:
 
 def test_the_embedded_model_s_file_is_written_again_as_it_was(tmp_path: Path) -> None:
     """Q4_1 of weights that were stored as Q4_1: every tensor's bytes come back."""
-    from harness import models
+    from harness.inputs.models import names
 
     source = checkpoints.materialise(parse("smollm2-135m"), Declared(tmp_path))
     gguf_write.write(source, "Q4_1", tmp_path / "x.gguf")
-    old = gguf_file.GgufFile(models.locate(parse("smollm2-135m"), Declared(tmp_path)).path)
-    new = gguf_file.GgufFile(tmp_path / "x.gguf")
+    old = file.GgufFile(names.locate(parse("smollm2-135m"), Declared(tmp_path)).path)
+    new = file.GgufFile(tmp_path / "x.gguf")
     assert old.tensors.keys() == new.tensors.keys()
     for name, tensor in old.tensors.items():
         assert tensor.kind == new.tensors[name].kind, name

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from harness import catalog, census, checkpoints, memory
-from harness.environment import Environment
-from harness.errors import HarnessError
-from harness.group import Group
-from harness.records import Case, Figure
+from harness.core import catalog
+from harness.core.environment import Environment
+from harness.core.errors import HarnessError
+from harness.core.records import Case, Figure
+from harness.inputs.models import checkpoints, sizes
+from harness.metrics.measuring import census
+from harness.run.group import Group
 
 METHOD = SimpleNamespace(
     requires=(), parameters={}, calibrated=False, grid="", notes={"cuda": "in fp16"}, load=lambda *args: nn.Identity()
@@ -42,8 +44,8 @@ class Device:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Group:
-    monkeypatch.setattr(memory, "predict", lambda *args: {"memory.storage": 20})
-    monkeypatch.setattr(memory, "measure", lambda model: {"memory.storage": 20})
+    monkeypatch.setattr(sizes, "predict", lambda *args: {"memory.storage": 20})
+    monkeypatch.setattr(sizes, "measure", lambda model: {"memory.storage": 20})
     monkeypatch.setattr(checkpoints, "modules", lambda *args: {})
     monkeypatch.setattr(census, "census", lambda *args: {})
     found: Any = Group.__new__(Group)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import inputs
-from harness.contracts import Checkpoint
-from harness.errors import HarnessError
-from harness.inputs import Inputs
+from harness.core.contracts import Checkpoint
+from harness.core.errors import HarnessError
+from harness.run import fingerprints
+from harness.run.fingerprints import Inputs
 
 
 def test_an_input_that_changed_is_refused_by_name() -> None:
@@ -39,17 +39,17 @@ def test_files_that_are_written_to_are_seen(tmp_path: Path) -> None:
 
 
 def test_they_travel_through_the_report_directory(tmp_path: Path) -> None:
-    assert inputs.read(tmp_path) == {}
-    inputs.write(tmp_path, {"weights of m": "a"})
-    assert inputs.read(tmp_path) == {"weights of m": "a"}
-    (tmp_path / inputs.FILE).write_text("[" * 100_000)
-    assert inputs.read(tmp_path) == {}
+    assert fingerprints.read(tmp_path) == {}
+    fingerprints.write(tmp_path, {"weights of m": "a"})
+    assert fingerprints.read(tmp_path) == {"weights of m": "a"}
+    (tmp_path / fingerprints.FILE).write_text("[" * 100_000)
+    assert fingerprints.read(tmp_path) == {}
 
 
 def test_files_that_changed_while_they_were_hashed_are_hashed_again(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"one")
     revisions = ["a", "b"]
-    began = {"weights of m": "b", inputs.files("m"): "another stamp"}
+    began = {"weights of m": "b", fingerprints.files("m"): "another stamp"}
     found = Inputs(began).checkpoint(lambda: Checkpoint("m", tmp_path, revisions.pop(0)))
     assert found.revision == "b"
     with pytest.raises(HarnessError, match="the weights of m changed"):

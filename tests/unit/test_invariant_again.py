@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from harness.contracts import Member
-from harness.invariants import CHECKS, figures, metric, models
+from harness.core.contracts import Member
+from harness.core.records import Figure
 from harness.metrics import invariant
-from harness.records import Figure
+from harness.metrics.measuring.invariants import figures, model_checks
+from harness.metrics.measuring.invariants.checks import CHECKS, metric
 
 MEMBERS = {check.name: Member(metric(check), "", "lower", textual=False) for check in CHECKS}
 SUBJECT: Any = SimpleNamespace(case=SimpleNamespace(model="tiny-gpt2"))
@@ -25,8 +26,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, name: str, *values: float) -> Figu
         value = next(left)
         return Figure(value, "", detail={"holds": value == 0, "limit": "0"})
 
-    checks: dict[str, Callable[[Any], Figure]] = {**models.CHECKS, name: check}
-    monkeypatch.setattr(models, "CHECKS", checks)
+    checks: dict[str, Callable[[Any], Figure]] = {**model_checks.CHECKS, name: check}
+    monkeypatch.setattr(model_checks, "CHECKS", checks)
     return invariant.measure(SUBJECT, MEMBERS[name])
 
 
@@ -53,7 +54,7 @@ def test_an_exception_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(subject: Any) -> Figure:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(models, "CHECKS", {**models.CHECKS, "state_dict": check})
+    monkeypatch.setattr(model_checks, "CHECKS", {**model_checks.CHECKS, "state_dict": check})
     found = invariant.measure(SUBJECT, MEMBERS["state_dict"])
     assert found.detail == {"holds": False, "exception": "RuntimeError: no such kernel"}
 
@@ -77,7 +78,7 @@ def test_want_of_memory_or_of_a_kernel_is_no_word_on_the_library(
     def check(subject: Any) -> Figure:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(models, "CHECKS", {**models.CHECKS, "state_dict": check})
+    monkeypatch.setattr(model_checks, "CHECKS", {**model_checks.CHECKS, "state_dict": check})
     if finding:
         assert invariant.measure(SUBJECT, MEMBERS["state_dict"]).detail["exception"] == f"RuntimeError: {said}"
         return

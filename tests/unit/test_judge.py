@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 
 from harness import judge
-from harness.bounds import Bounds, load
-from harness.contracts import Member
-from harness.environment import Environment
-from harness.record import MOVERS
-from harness.recorded import Recorded
-from harness.records import Row, Verdict
+from harness.core.contracts import Member
+from harness.core.environment import Environment
+from harness.core.records import Row, Verdict
+from harness.judge.bounds import Bounds, load
+from harness.judge.record import MOVERS
+from harness.judge.recorded import Recorded
 
 PERPLEXITY = Member("perplexity", "ppl", "lower")
 DELTA = Member("perplexity.delta", "nat", "lower", paired=True)
@@ -559,7 +559,7 @@ def test_the_failure_report_of_a_bound_and_of_bytes(bounds: Bounds) -> None:
 
 
 def test_judging_and_wording_import_no_torch() -> None:
-    code = "import sys, harness.judge, harness.baselines; assert 'torch' not in sys.modules"
+    code = "import sys, harness.judge, harness.judge.baselines; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

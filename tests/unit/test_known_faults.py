@@ -12,13 +12,13 @@ import pytest
 
 from harness import __main__ as commands
 from harness import judge
-from harness.environment import Environment
-from harness.errors import BadFile
-from harness.invariants import CHECKS, LAYER, MODELS
-from harness.known_faults import NAME, Fault, applying, load
-from harness.known_faults import judge as judged
-from harness.records import Case, Row, Verdict
-from harness.report.behaviour import section
+from harness.core.environment import Environment
+from harness.core.errors import BadFile
+from harness.core.records import Case, Row, Verdict
+from harness.judge.known_faults import NAME, Fault, applying, load
+from harness.judge.known_faults import judge as judged
+from harness.metrics.measuring.invariants.checks import CHECKS, LAYER, MODELS
+from harness.report.verdicts import section
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("bnb-int8", "bnb-fp4", "bnb-nf4", "bnb-nf4-dq")
@@ -160,9 +160,9 @@ def test_the_state_dict_fault_holds_the_range_that_two_machines_saw() -> None:
 def test_doctor_names_the_faults_that_apply_here(
     world: Environment, count: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("harness.commands.doctor.capture", lambda device, threads: world)
-    monkeypatch.setattr("harness.commands.doctor.MODELS", ())
-    monkeypatch.setattr("harness.commands.doctor.DATASETS", ())
+    monkeypatch.setattr("harness.run.commands.doctor.capture", lambda device, threads: world)
+    monkeypatch.setattr("harness.run.commands.doctor.MODELS", ())
+    monkeypatch.setattr("harness.run.commands.doctor.DATASETS", ())
     assert commands.main(["doctor", "--baselines", str(ROOT / "baselines")]) == 0
     said = capsys.readouterr().out
     assert f"known faults that apply here: {count}" in said

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from harness.contracts import Subject, TokenPlan, Window
-from harness.devices import Cpu, NoDeviceTime
-from harness.jsonvalues import encode
+from harness.core.contracts import Subject, TokenPlan, Window
+from harness.core.records import Case, Figure
+from harness.core.values import encode
 from harness.metrics.latency import METRIC
-from harness.records import Case, Figure
-from harness.timing import Work
+from harness.metrics.measuring.devices import Cpu, NoDeviceTime
+from harness.metrics.measuring.timing import Work
 
 MEMBERS = {member.name: member for member in METRIC.members}
 

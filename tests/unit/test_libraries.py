@@ -12,13 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import arguments, catalog, census, checkpoints, contract, planning
 from harness.__main__ import main
-from harness.contract import Trial
-from harness.contracts import Parameter
-from harness.errors import IncompleteQuantization
-from harness.libraries import Layers, as_linear, library_method
-from harness.specifications import parse
+from harness.cases import promises
+from harness.cases.promises import Trial
+from harness.core import catalog
+from harness.core.contracts import Parameter
+from harness.core.errors import IncompleteQuantization
+from harness.core.specification import parse
+from harness.inputs.models import checkpoints
+from harness.methods.quantizing import arguments
+from harness.methods.quantizing.layers import Layers, as_linear, library_method
+from harness.metrics.measuring import census
+from harness.run import plan
 
 OPTIONAL = {
     "torchao-int8": "torchao",
@@ -53,10 +58,10 @@ LAYERS = Layers(Layer, lambda layer: [layer.codes, layer.scale], Layer.read)
 METHOD = library_method(name="made-up", summary="", bits=8, requires=("numpy",), layers=LAYERS)
 
 
-@pytest.mark.parametrize("architecture", contract.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", promises.ARCHITECTURES)
 def test_a_library_s_method_keeps_the_contract(architecture: str, tmp_path: Path) -> None:
-    trial = Trial(METHOD, contract.checkpoint(architecture, tmp_path))
-    for check in contract.CHECKS:
+    trial = Trial(METHOD, promises.checkpoint(architecture, tmp_path))
+    for check in promises.CHECKS:
         check(trial)
     kinds = {weight.kind for weight in METHOD.quantized(trial.load())}
     assert kinds == {"Conv1D" if architecture == "gpt2" else "Linear"}
@@ -70,7 +75,7 @@ def test_modules_that_a_library_leaves_out_are_an_error(tmp_path: Path) -> None:
 
     layers = Layers(lazy, LAYERS.tensors, LAYERS.read)
     method = library_method(name="lazy", summary="", bits=8, requires=(), layers=layers)
-    trial = Trial(method, contract.checkpoint("llama", tmp_path))
+    trial = Trial(method, promises.checkpoint("llama", tmp_path))
     model: Any = trial.load()
     for module in model.modules():
         if type(module) is nn.Linear and "original_kind" in vars(module):
@@ -94,7 +99,7 @@ def test_codes_that_a_library_keeps_as_parameters_are_not_counted_as_left(tmp_pa
     found = []
     for layers in (LAYERS, Layers(Kept, LAYERS.tensors, Kept.read)):
         method = library_method(name="made-up", summary="", bits=8, requires=(), layers=layers)
-        trial = Trial(method, contract.checkpoint("llama", tmp_path))
+        trial = Trial(method, promises.checkpoint("llama", tmp_path))
         original = dict(trial.sketch().named_modules())
         found.append(census.census(trial.load(), method, trial.arguments, original))
     assert found[0]["left_elements"] == found[1]["left_elements"]
@@ -102,7 +107,7 @@ def test_codes_that_a_library_keeps_as_parameters_are_not_counted_as_left(tmp_pa
 
 
 def test_a_conv1d_becomes_the_equal_linear(tmp_path: Path) -> None:
-    model: Any = checkpoints.open_model(contract.checkpoint("gpt2", tmp_path), "fp32", "cpu")
+    model: Any = checkpoints.open_model(promises.checkpoint("gpt2", tmp_path), "fp32", "cpu")
     layer = model.transformer.h[0].attn.c_attn
     x = torch.randn(3, 64)
     with torch.no_grad():
@@ -112,7 +117,7 @@ def test_a_conv1d_becomes_the_equal_linear(tmp_path: Path) -> None:
 def test_every_optional_method_is_listed_but_not_planned_by_default() -> None:
     known = catalog.methods()
     assert {name: known[name].requires for name in OPTIONAL} == {name: (needs,) for name, needs in OPTIONAL.items()}
-    assert not set(OPTIONAL) & set(planning.core_names(known.values()))
+    assert not set(OPTIONAL) & set(plan.core_names(known.values()))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed here")
@@ -127,12 +132,12 @@ def test_a_value_of_an_argument_can_need_a_distribution(monkeypatch: pytest.Monk
 
     needy = Parameter(str, "dtype", "", ("dtype", "quick"), requires={"quick": "numba"})
     method = replace(catalog.methods()["nf4"], parameters={"compute": needy})
-    assert planning.packages(method, {"compute": "quick"}) == {"numba": version("numba")}
-    monkeypatch.setattr(planning, "version", absent)
-    assert planning.missing_packages(method, {"compute": "quick"}) == ["numba"]
-    assert planning.missing_packages(method, {"compute": "dtype"}) == planning.missing_packages(method) == []
+    assert plan.packages(method, {"compute": "quick"}) == {"numba": version("numba")}
+    monkeypatch.setattr(plan, "version", absent)
+    assert plan.missing_packages(method, {"compute": "quick"}) == ["numba"]
+    assert plan.missing_packages(method, {"compute": "dtype"}) == plan.missing_packages(method) == []
 
 
 def test_our_methods_name_what_compiles_their_loops() -> None:
     for name in ("absmax-int8", "nf4", "linear-int4-affine"):
-        assert planning.packages(catalog.methods()[name], {}) == {"numba": version("numba")}
+        assert plan.packages(catalog.methods()[name], {}) == {"numba": version("numba")}

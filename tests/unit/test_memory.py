@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness import memory
+from harness.inputs.models import sizes
 from harness.metrics.memory import METRIC
 from harness.metrics.memory import __doc__ as specification
 
@@ -49,32 +49,32 @@ class State:
 def test_parameters_buffers_and_state(device: str) -> None:
     model: Any = nn.Linear(3, 4, device=device)  # 48 + 16
     model.register_buffer("table", torch.zeros(5, dtype=torch.int8, device=device))  # 5
-    assert memory.measure(model) == {"memory.parameters": 64, "memory.footprint": 69, "memory.storage": 69}
+    assert sizes.measure(model) == {"memory.parameters": 64, "memory.footprint": 69, "memory.storage": 69}
     model.weight.quant_state = State(device, nested=State(device))  # 20 + 20
     model.meta = {"scale": [torch.zeros(2, dtype=torch.float16, device=device)]}  # 4
     model.loose = torch.zeros(1, device=device)  # 4
-    assert memory.measure(model) == {"memory.parameters": 64, "memory.footprint": 69, "memory.storage": 117}
+    assert sizes.measure(model) == {"memory.parameters": 64, "memory.footprint": 69, "memory.storage": 117}
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_every_storage_counts_once(device: str) -> None:
     model: Any = nn.Sequential(nn.Embedding(6, 4, device=device), nn.Linear(4, 6, bias=False, device=device))  # 96 each
-    assert memory.storage_bytes(model) == 192
+    assert sizes.storage_bytes(model) == 192
     model[1].weight = model[0].weight
     model.alias = model[0].weight.data  # the same storage through another tensor
     model.part = model.alias[2:]  # a view keeps the whole alive, and adds nothing
-    assert memory.measure(model) == {"memory.parameters": 96, "memory.footprint": 96, "memory.storage": 96}
+    assert sizes.measure(model) == {"memory.parameters": 96, "memory.footprint": 96, "memory.storage": 96}
 
 
 def test_a_view_counts_what_it_keeps_alive() -> None:
-    assert memory.bytes_of([torch.zeros(10)[:2]]) == 40
+    assert sizes.bytes_of([torch.zeros(10)[:2]]) == 40
 
 
 def test_tensor_subclass_counts_its_parts() -> None:
     model: Any = nn.Module()
     codes, scale = torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(4)
     model.weight = nn.Parameter(Wrapped(codes, scale), requires_grad=False)
-    assert memory.storage_bytes(model) == 16 + 16
+    assert sizes.storage_bytes(model) == 16 + 16
 
 
 def test_scratch_of_the_last_input_is_not_storage() -> None:
@@ -83,9 +83,9 @@ def test_scratch_of_the_last_input_is_not_storage() -> None:
     model: Any = nn.Linear(1, 1, bias=False)
     model.state = bitsandbytes.MatmulLtState()
     model.state.idx = torch.zeros(7, dtype=torch.int64)
-    assert memory.storage_bytes(model) == 4
+    assert sizes.storage_bytes(model) == 4
     model.state.SCB = torch.zeros(2)
-    assert memory.storage_bytes(model) == 12
+    assert sizes.storage_bytes(model) == 12
 
 
 def test_walking_a_cycle_ends() -> None:
@@ -93,14 +93,14 @@ def test_walking_a_cycle_ends() -> None:
     holder: dict[str, Any] = {"model": model, "scale": torch.zeros(3)}
     holder["self"] = holder
     model.holder = holder
-    assert memory.storage_bytes(model) == 4 + 12
+    assert sizes.storage_bytes(model) == 4 + 12
 
 
 def test_the_metrics_members() -> None:
     exact = [name for name, member in MEMBERS.items() if member.exact]
-    assert exact == list(memory.EXACT)
+    assert exact == list(sizes.EXACT)
     assert list(MEMBERS) == [
-        *memory.EXACT,
+        *sizes.EXACT,
         *("memory.storage_after", "memory.load_peak", "memory.run_peak", "memory.file"),
     ]
     assert {(member.unit, member.better, member.textual) for member in METRIC.members} == {("B", "lower", False)}
@@ -154,7 +154,7 @@ def subject(context: int = 2048, note: str = "", **peak: int) -> Any:
 
 
 def test_exact_members_say_whether_the_prediction_held() -> None:
-    figures = {name: METRIC.measure(subject(), MEMBERS[name]) for name in memory.EXACT}
+    figures = {name: METRIC.measure(subject(), MEMBERS[name]) for name in sizes.EXACT}
     assert [figure.value for figure in figures.values()] == [10, 12, 20]
     assert {figure.unit for figure in figures.values()} == {"B"}
     assert figures["memory.footprint"].detail == {"predicted": 12, "predicted_equal": True}

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import nllfiles
 from harness.__main__ import main
-from harness.errors import BadFile
-from harness.merging import merge, merged_command, write_shard
-from harness.options import Shard
-from harness.records import Case, Row, Verdict
-from harness.report.reading import plan_text, read_report
-from harness.sharding import partition
+from harness.core.errors import BadFile
+from harness.core.options import Shard
+from harness.core.records import Case, Row, Verdict
+from harness.results import losses
+from harness.results.reading import plan_text, read_report
+from harness.run.merge import merge, merged_command, write_shard
+from harness.run.shards import partition
 
 PLAN = [Case("m", method, "", "", metric, "cpu") for method in ("fp32", "a", "b") for metric in ("memory.storage", "x")]
 
@@ -116,11 +116,11 @@ def test_plain_sessions_merge_too(tmp_path: Path) -> None:
 def test_losses_come_along(tmp_path: Path) -> None:
     nll = np.arange(4, dtype=np.float32)
     folders = shards(tmp_path)
-    sha = nllfiles.save(folders[0] / "nll", nll)
+    sha = losses.save(folders[0] / "nll", nll)
     rows = [a_row(case, nll=sha) for case in partition(PLAN, 3)[0]]
     (folders[0] / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     merge(folders, tmp_path / "out")
-    kept = nllfiles.load(tmp_path / "out" / "nll", sha)
+    kept = losses.load(tmp_path / "out" / "nll", sha)
     assert kept is not None
     assert kept.tolist() == nll.tolist()
 

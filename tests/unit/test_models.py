@@ -14,11 +14,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from harness import hubmodels, models
-from harness.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
-from harness.files import sha256_file
-from harness.options import Declared
-from harness.specifications import parse
+from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness.core.files import sha256_file
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import hub_models
+from harness.inputs.models import names as models
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -27,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    hubmodels._ask.cache_clear()
+    hub_models._ask.cache_clear()
     models.installed.cache_clear()
 
 
@@ -271,8 +272,8 @@ def test_a_cached_copy_serves_without_network(tmp_path: Path, monkeypatch: pytes
     directory = cached(tmp_path)
     asked = hub(monkeypatch, Refused("no route"))
     found = models.locate(parse("hub:org/name"), declared(tmp_path)).snapshot
-    assert found == hubmodels.Snapshot("org/name", COMMIT, directory)
-    assert hubmodels.download(found) == directory
+    assert found == hub_models.Snapshot("org/name", COMMIT, directory)
+    assert hub_models.download(found) == directory
     assert asked == ["org/name@main"]
     models.check(parse(f"hub:org/name@{COMMIT}"), declared(tmp_path))
     assert asked == ["org/name@main"]  # a cached commit is never asked for
@@ -298,10 +299,10 @@ def test_the_hub_resolves_a_revision_to_a_commit(tmp_path: Path, monkeypatch: py
         return str(config.parent)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert hubmodels.download(found) == config.parent
+    assert hub_models.download(found) == config.parent
     assert fetched == [{"revision": COMMIT, "allow_patterns": list(found.names)}]
     info.siblings = [sibling for sibling in info.siblings if sibling.rfilename != "model.safetensors"]
-    hubmodels._ask.cache_clear()
+    hub_models._ask.cache_clear()
     assert "only pickled weights" in complaint(MissingAsset, "hub:org/name@v1", declared(tmp_path))
 
 
@@ -315,7 +316,7 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(MissingAsset, match=rf"the download of 'org/name' broke off \({why}\): run again"):
-        hubmodels.download(hubmodels.Snapshot("org/name", COMMIT, names=("config.json",)))
+        hub_models.download(hub_models.Snapshot("org/name", COMMIT, names=("config.json",)))
 
 
 @pytest.mark.parametrize(
@@ -337,9 +338,10 @@ def test_a_bug_in_the_client_keeps_its_traceback(tmp_path: Path, monkeypatch: py
 def test_checking_imports_no_torch(tmp_path: Path) -> None:
     path = folder(tmp_path / "model")
     code = (
-        "import sys; from pathlib import Path; from harness import models; from harness.options import Declared; "
-        "from harness.specifications import parse; here = Declared(Path('.')); "
-        f"models.check(parse('path:{path}'), here); models.check(parse('tiny-gpt2'), here); "
+        "import sys; from pathlib import Path; from harness.inputs.models import names; "
+        "from harness.core.options import Declared; "
+        "from harness.core.specification import parse; here = Declared(Path('.')); "
+        f"names.check(parse('path:{path}'), here); names.check(parse('tiny-gpt2'), here); "
         "print([name for name in ('torch', 'transformers', 'gguf') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

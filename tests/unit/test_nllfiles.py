@@ -9,33 +9,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import nllfiles
-from harness.errors import BadFile
+from harness.core.errors import BadFile
+from harness.results import losses
 
 VALUES = np.linspace(0, 4, 100, dtype=np.float32)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    sha = nllfiles.save(tmp_path, VALUES)
-    found = nllfiles.load(tmp_path, sha)
+    sha = losses.save(tmp_path, VALUES)
+    found = losses.load(tmp_path, sha)
     assert found is not None
     assert (found == VALUES).all()
-    assert nllfiles.load(tmp_path, "0" * 64) is None
+    assert losses.load(tmp_path, "0" * 64) is None
 
 
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("torn", [True, False])
 def test_damage_is_one_line_and_saving_again_repairs_it(tmp_path: Path, place: float, torn: bool) -> None:
-    sha = nllfiles.save(tmp_path, VALUES)
+    sha = losses.save(tmp_path, VALUES)
     path = tmp_path / f"{sha}.npz"
     data = bytearray(path.read_bytes())
     at = int(place * len(data))
     path.write_bytes(data[:at] if torn else data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :])
-    if not nllfiles.holds(tmp_path, sha):  # zip's own dates and flags hold nothing
+    if not losses.holds(tmp_path, sha):  # zip's own dates and flags hold nothing
         with pytest.raises(BadFile, match="delete it and measure again"):
-            nllfiles.load(tmp_path, sha)
-    assert nllfiles.save(tmp_path, VALUES) == sha
-    found = nllfiles.load(tmp_path, sha)
+            losses.load(tmp_path, sha)
+    assert losses.save(tmp_path, VALUES) == sha
+    found = losses.load(tmp_path, sha)
     assert found is not None
     assert (found == VALUES).all()
 
@@ -45,7 +45,7 @@ def test_a_name_that_is_no_sha_has_no_file(tmp_path: Path, sha: str) -> None:
     inside = tmp_path / "nll"
     inside.mkdir()
     np.savez(tmp_path / "secret.npz", nll=VALUES)
-    assert nllfiles.load(inside, sha) is None
+    assert losses.load(inside, sha) is None
 
 
 def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused(tmp_path: Pa
                 file.write(bytes(2**20))
     (tmp_path / f"{sha}.npz").write_bytes(buffer.getvalue())
     with pytest.raises(BadFile, match="unpacks to more"):
-        nllfiles.load(tmp_path, sha)
+        losses.load(tmp_path, sha)
 
 
 def test_pickled_arrays_are_not_unpickled(tmp_path: Path) -> None:
@@ -64,4 +64,4 @@ def test_pickled_arrays_are_not_unpickled(tmp_path: Path) -> None:
     np.savez(buffer, nll=np.array([print], dtype=object))
     (tmp_path / f"{sha}.npz").write_bytes(buffer.getvalue())
     with pytest.raises(BadFile):
-        nllfiles.load(tmp_path, sha)
+        losses.load(tmp_path, sha)

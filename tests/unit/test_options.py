@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import BadFile, BadSpecification
-from harness.options import SETTINGS, Options, batch, build, device_name, positive, read_declared
+from harness.core.errors import BadFile, BadSpecification
+from harness.core.options import SETTINGS, Options, batch, build, device_name, positive, read_declared
 
 
 def project(folder: Path, text: str) -> Path:

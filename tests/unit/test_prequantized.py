@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from harness import catalog, checkpoints, contract, models, prequantized
-from harness.arguments import resolve
-from harness.contracts import Checkpoint
-from harness.errors import HarnessError, MissingPackage
-from harness.options import Declared
-from harness.specifications import parse
+from harness.cases import promises
+from harness.core import catalog
+from harness.core.contracts import Checkpoint
+from harness.core.errors import HarnessError, MissingPackage
+from harness.core.options import Declared
+from harness.core.specification import parse
+from harness.inputs.models import checkpoints, names, prequantized
+from harness.methods.quantizing.arguments import resolve
 
 
 @pytest.fixture
@@ -25,13 +27,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logits(checkpoint: Checkpoint) -> torch.Tensor:
-    return contract.logits(checkpoints.open_model(checkpoint, "fp32", "cpu"))
+    return promises.logits(checkpoints.open_model(checkpoint, "fp32", "cpu"))
 
 
 @pytest.mark.parametrize("method", ["bnb-nf4", "bnb-int8"])
 def test_bitsandbytes_serialized(method: str, tmp_path: Path, cache: Path) -> None:
     """Saved by transformers, read back as the fp32 numbers that the library's codes stand for."""
-    plain = contract.checkpoint("llama", tmp_path / "plain")
+    plain = promises.checkpoint("llama", tmp_path / "plain")
     chosen = catalog.methods()[method]
     arguments = resolve(parse(method), chosen, "cpu")
     model: Any = chosen.load(plain, arguments, "cpu")
@@ -58,7 +60,7 @@ def test_bitsandbytes_serialized(method: str, tmp_path: Path, cache: Path) -> No
 def test_other_kinds_are_refused_and_a_missing_library_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contract.checkpoint("llama", tmp_path)
+    promises.checkpoint("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
 
     def write(kind: str) -> None:
@@ -66,7 +68,7 @@ def test_other_kinds_are_refused_and_a_missing_library_is_named(
 
     write("awq")
     with pytest.raises(HarnessError, match="quantized already, by 'awq', which is not read here"):
-        models.check(parse(f"path:{tmp_path}"), Declared(tmp_path))
+        names.check(parse(f"path:{tmp_path}"), Declared(tmp_path))
     write("compressed-tensors")
 
     def absent(name: str) -> None:
@@ -74,13 +76,13 @@ def test_other_kinds_are_refused_and_a_missing_library_is_named(
 
     monkeypatch.setattr(prequantized, "distribution", absent)
     with pytest.raises(MissingPackage, match="pip install compressed-tensors"):
-        models.check(parse(f"path:{tmp_path}"), Declared(tmp_path))
+        names.check(parse(f"path:{tmp_path}"), Declared(tmp_path))
 
 
 def test_compressed_tensors(tmp_path: Path, cache: Path) -> None:
     """Int4 in groups, packed by the library itself."""
     compressed_tensors = pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
-    plain = contract.checkpoint("llama", tmp_path / "plain")
+    plain = promises.checkpoint("llama", tmp_path / "plain")
     model: Any = checkpoints.open_model(plain, "fp32", "cpu")
     weights = compressed_tensors.quantization.QuantizationArgs(
         num_bits=4, strategy="group", group_size=32, symmetric=True

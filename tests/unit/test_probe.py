@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from harness import probe
-from harness.errors import HarnessError
-from harness.probe import NO_DEVICE, Answer, Gpu, entry, look, refuse_crowd
+from harness.core import gpus as probe
+from harness.core.errors import HarnessError
+from harness.core.gpus import NO_DEVICE, Answer, Gpu, entry, look, refuse_crowd
 
 CARDS = [("NVIDIA H100 80GB HBM3", 9, 0), ("NVIDIA A10G", 8, 6)]
 FULL = [Gpu("H100", "sm_90", 0, "GPU-1"), Gpu("H100", "sm_90", 1, "GPU-2")]
@@ -143,5 +143,5 @@ def test_more_workers_than_cards_is_refused(gpus: list[Gpu], message: str) -> No
 
 
 def test_looking_imports_no_torch() -> None:
-    code = "import sys, harness.probe as p; p.cuda_devices(); assert 'torch' not in sys.modules"
+    code = "import sys, harness.core.gpus as p; p.cuda_devices(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

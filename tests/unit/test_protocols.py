@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import protocols, windows
-from harness.contracts import TokenPlan, Window
-from harness.corpora import Corpus
-from harness.errors import BadSpecification, HarnessError, TextTooShort, UnknownName
-from harness.specifications import parse
+from harness.core.contracts import TokenPlan, Window
+from harness.core.errors import BadSpecification, HarnessError, TextTooShort, UnknownName
+from harness.core.specification import parse
+from harness.inputs.texts import protocols, windows
+from harness.inputs.texts.corpora import Corpus
 
 BOS, EOS = 1, 2
 
@@ -342,7 +342,7 @@ def test_half_leaves_the_plan_of_others_alone() -> None:
 def test_without_torch() -> None:
     import subprocess
 
-    names = "sys, harness.protocols, harness.corpora, harness.metrics.perplexity"
+    names = "sys, harness.inputs.texts.protocols, harness.inputs.texts.corpora, harness.metrics.perplexity"
     code = f"import {names}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

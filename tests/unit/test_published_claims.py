@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from harness import published
-from harness.contracts import TokenPlan, Window
-from harness.corpora import Corpus
-from harness.errors import BadFile, MissingAsset
+from harness.core.contracts import TokenPlan, Window
+from harness.core.errors import BadFile, MissingAsset
+from harness.core.records import Row
+from harness.inputs.texts.corpora import Corpus
 from harness.published import Claim, Finding, Judgement, Report
 from harness.published.anatomy import Anatomy, Tensor
 from harness.published.claims import Convention, Group
 from harness.published.conventions import count, describe, layer_of, read_by_a_pass
 from harness.published.ratios import beside, of_baselines, of_rows
 from harness.published.settling import as_port, led_by, within
-from harness.records import Row
-from harness.report.reading import keep_published, published_json, published_of
+from harness.results.reading import keep_published, published_json, published_of
 
 FOLDER = Path(__file__).parents[2] / "baselines" / "published"
 REPORT = Report("r", "gpt2", "some text", "some protocol", {"latency": "the card", "perplexity": "the text"})

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-import harness
-from harness import cpu_products, memory, quantized
-from harness.contracts import Arguments, Checkpoint, Method, Scope
-from harness.errors import HarnessError
+from harness.core.contracts import Arguments, Checkpoint, Method, Scope
+from harness.core.errors import HarnessError
+from harness.inputs import models
+from harness.inputs.models import sizes
 from harness.methods import absmax_int8, linear_int4_affine, nf4, zeropoint_int8
+from harness.methods.quantizing import cpu
+from harness.methods.quantizing import stored as quantized
+from harness.methods.quantizing.stored import KeepsDtype, QuantizedLinear, Recipe, StoredWeight
+from harness.methods.quantizing.weight_method import weight_method
 from harness.methods.references import METHODS as REFERENCES
-from harness.quantized import KeepsDtype, QuantizedLinear, Recipe, StoredWeight
-from harness.weightmethod import weight_method
 
 IDS = torch.arange(2, 12)[None]
 
@@ -29,7 +31,7 @@ IDS = torch.arange(2, 12)[None]
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose products are those with the dequantized weight (others: tests/numerics/test_products.py)."""
-    monkeypatch.setattr(cpu_products, "cpu_flags", lambda: frozenset({"avx512f"}))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx512f"}))
 
 
 def llama() -> Any:
@@ -89,7 +91,7 @@ def test_sketched_bytes_are_loaded_bytes(build: Any, method: Method, part: str) 
     with torch.device("meta"):
         sketch = AutoModelForCausalLM.from_config(model.config)
     sketched(sketch, method, part)
-    assert memory.measure(sketch) == memory.measure(model)
+    assert sizes.measure(sketch) == sizes.measure(model)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in sketch.state_dict().items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()
     }
@@ -109,7 +111,7 @@ def test_bytes_counted_by_hand() -> None:
     ]
     table = 16 * 4  # one fp32 table a model, with the first weight
     assert [w.storage for w in found] == [table + 3072 // 2 + 48 * 4, 512 + 16 * 4, 3072 // 2 + 48 * 4, 512 + 16 * 4]
-    assert memory.measure(gpt2())["memory.storage"] - memory.measure(model)["memory.storage"] == 4 * 8192 - sum(
+    assert sizes.measure(gpt2())["memory.storage"] - sizes.measure(model)["memory.storage"] == 4 * 8192 - sum(
         w.storage for w in found
     )
 
@@ -124,14 +126,14 @@ def test_tied_weights_stay_tied_and_count_once(method: Method) -> None:
     assert "model.embed_tokens" in names
     assert "lm_head" not in names
     stored = sum(weight.storage for weight in method.quantized(model))
-    assert memory.measure(model)["memory.storage"] == stored + sum(
+    assert sizes.measure(model)["memory.storage"] == stored + sum(
         buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name
     )
 
 
 def test_tables_are_one_tensor_for_the_whole_model_after_a_move_too() -> None:
     model = sketched(llama(), nf4.METHOD)
-    before = memory.measure(model)
+    before = sizes.measure(model)
     model.to("cpu").to(torch.float64)
     levels = [module.levels for module in model.modules() if isinstance(module, quantized.Tables)]
     assert len(levels) == 1
@@ -288,7 +290,7 @@ def test_stored_views_are_cut_to_their_own_bytes() -> None:
 
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
     quantized.apply(model, Recipe("views", quantize, dequantize), ["0"])
-    assert memory.storage_bytes(model) == 6 + 4
+    assert sizes.storage_bytes(model) == 6 + 4
 
 
 def test_a_product_serves_the_forward_where_a_method_has_one() -> None:
@@ -312,14 +314,14 @@ def test_a_product_serves_the_forward_where_a_method_has_one() -> None:
 
 
 def test_load_opens_and_quantizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("harness.streaming.quantized_model", lambda *given: None)
+    monkeypatch.setattr("harness.methods.quantizing.streaming.quantized_model", lambda *given: None)
     asked: list[tuple[Any, ...]] = []
 
     def open_model(*given: Any) -> Any:
         asked.append(given)
         return llama()
 
-    monkeypatch.setattr(harness, "checkpoints", SimpleNamespace(open_model=open_model), raising=False)
+    monkeypatch.setattr(models, "checkpoints", SimpleNamespace(open_model=open_model), raising=False)
     checkpoint = Checkpoint("path:x", tmp_path, "0")
     model = nf4.METHOD.load(checkpoint, arguments(dtype="bf16", block=64), "cpu")
     assert sum(1 for module in model.modules() if isinstance(module, StoredWeight)) == 14

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import cachefolders, placing
-from harness.cluster import connection, depot, driver
-from harness.cluster.depot import Depot, bring
-from harness.cluster.driver import RayRunner, Task
-from harness.cluster.errand import Came, own_folder
-from harness.cluster.requests import PROCESS_BYTES, Node, Request, request
-from harness.errors import HarnessError, MissingPackage
-from harness.options import Declared, Options
-from harness.records import Case, Row
+from harness.core.errors import HarnessError, MissingPackage
+from harness.core.options import Declared, Options
+from harness.core.records import Case, Row
+from harness.inputs.models import cache
+from harness.run import engines
+from harness.run.ray import connection, depot, ray_runner
+from harness.run.ray.depot import Depot, bring
+from harness.run.ray.errand import Came, own_folder
+from harness.run.ray.ray_runner import RayRunner, Task
+from harness.run.ray.requests import PROCESS_BYTES, Node, Request, request
 
 GIB = 1 << 30
 SMALL, LARGE = Node(4, 16 * GIB), Node(64, 256 * GIB)
@@ -76,25 +77,25 @@ def test_ray_that_is_not_installed_is_one_line_with_the_pip_command(monkeypatch:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     options = Options(Declared(Path()), engine="ray")
     with pytest.raises(MissingPackage, match=r"--engine ray needs the package 'ray': pip install ray"):
-        placing.check(options, workers=0)
+        engines.check(options, workers=0)
     with pytest.raises(HarnessError, match="-n starts workers"):
-        placing.check(options, workers=2)
-    placing.check(Options(Declared(Path())), workers=2)
+        engines.check(options, workers=2)
+    engines.check(Options(Declared(Path())), workers=2)
 
 
 def test_cards_that_nobody_has_are_one_line_that_names_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.probe.LIBRARY", "libcuda-that-is-not-there.so.1")
+    monkeypatch.setattr("harness.core.gpus.LIBRARY", "libcuda-that-is-not-there.so.1")
     on_card = [Case("m", "nf4", "", "", "memory.storage", "cuda")]
     options = Options(Declared(Path()), engine="ray", ray_address="head:6379")
     line = (
         r"^no CUDA device: no NVIDIA driver \(.*, and no node of the Ray cluster at head:6379 has one; use --device cpu"
     )
     with pytest.raises(HarnessError, match=line):
-        placing.check_cards(on_card, options, usable=False, workers=0)
-    placing.check_cards(on_card, options, usable=True, workers=0)
-    placing.check_cards([*on_card, *CASES], options, usable=False, workers=0)
-    placing.check_cards(on_card, replace(options, allow_missing=True), usable=False, workers=2)
-    placing.check_cards([], options, usable=False, workers=2)
+        engines.check_cards(on_card, options, usable=False, workers=0)
+    engines.check_cards(on_card, options, usable=True, workers=0)
+    engines.check_cards([*on_card, *CASES], options, usable=False, workers=0)
+    engines.check_cards(on_card, replace(options, allow_missing=True), usable=False, workers=2)
+    engines.check_cards([], options, usable=False, workers=2)
 
 
 def test_an_address_at_which_nothing_listens_is_one_line() -> None:
@@ -181,11 +182,11 @@ def test_what_no_node_can_hold_is_given_up_after_a_while(tmp_path: Path, monkeyp
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 1.0, "memory": 64.0 * GIB}}]
     runner = a_runner(tmp_path, nodes=lambda: nodes, cancel=cancelled.append)
     now = [0.0]
-    monkeypatch.setattr("harness.cluster.driver.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("harness.run.ray.ray_runner.time.monotonic", lambda: now[0])
     task = a_task()
     runner.tasks = [task]
     runner._give_up()
-    now[0] = driver.PATIENCE_SECONDS - 1
+    now[0] = ray_runner.PATIENCE_SECONDS - 1
     runner._give_up()
     assert runner.tasks == [task]
     nodes[0]["Resources"]["CPU"] = 2.0  # a node came: the wait starts anew
@@ -202,7 +203,7 @@ def test_what_no_node_can_hold_is_given_up_after_a_while(tmp_path: Path, monkeyp
 
 
 def test_a_built_folder_is_brought_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert depot.RECORD == cachefolders.RECORD
+    assert depot.RECORD == cache.RECORD
     built = tmp_path / "driver" / "checkpoints" / "tiny-x"
     built.mkdir(parents=True)
     (built / "model.safetensors").write_bytes(bytes(range(256)))

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import nllfiles, rebaselining
 from harness.__main__ import main
-from harness.baselines import Baselines
-from harness.environment import Environment
-from harness.errors import HarnessError, MissingAsset
-from harness.records import Row
+from harness.core.environment import Environment
+from harness.core.errors import HarnessError, MissingAsset
+from harness.core.records import Row
+from harness.judge.baselines import Baselines
+from harness.results import losses
+from harness.run import rebaseline
 
 HERE = Environment(torch="2.13.0", instructions="avx2 avx512", threads=2, machine="a" * 16)
 LATER = replace(HERE, torch="2.14.0", threads=4)
@@ -26,7 +27,7 @@ PROTOCOL = "text: lee, revision abc; tokens: the first 40, tokenizer x, bos=0; w
 def report(folder: Path, shift: float, world: Environment, *, storage: int = 1000, method: str = "nf4") -> Path:
     """A finished session of one method: a perplexity whose losses lie `shift` above BASE, and exact bytes."""
     nll = BASE + np.float32(shift) + np.tile(np.array([0.001, -0.001], dtype=np.float32), 20)
-    sha = nllfiles.save(folder / "nll", nll)
+    sha = losses.save(folder / "nll", nll)
     facts = {"model": "m", "method": method, "device": "cpu", "reference": "fp32", "environment": world.id}
     text = {"dataset": "lee", "protocol": "chunk:4", "protocol_id": PROTOCOL, "token_hash": "f" * 64, "revision": "r"}
     detail = {"window_counts": COUNTS, "tokens": 40}
@@ -70,17 +71,17 @@ def test_nothing_is_written_until_told(folders: tuple[Path, Path], capsys: pytes
 
 def test_the_diff_says_old_new_change_interval_environment_and_repeats(folders: tuple[Path, Path]) -> None:
     made, home = report(folders[0], 0.0, HERE), folders[1]
-    rebaselining.write(rebaselining.propose(made, home), home)
+    rebaseline.write(rebaseline.propose(made, home), home)
     moved = report(folders[0].with_name("later"), 0.01, LATER, storage=1048)
-    proposal = rebaselining.propose(moved, home)
-    told = rebaselining.render(proposal)
+    proposal = rebaseline.propose(moved, home)
+    told = rebaseline.render(proposal)
     assert "1 figure would change, 0 would be new, 0 stay as recorded; 1 file of exact facts would change." in told
     line = next(line for line in told.splitlines() if "`perplexity` `lee` `chunk:4`" in line)
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[3:] == ["20.0855 ppl", "20.2874 ppl", "+1.01% [+1.01%, +1.01%]", "worse", "1 → 1"]
     assert "Environment difference of 1 figure:\n\n- torch: 2.13.0 -> 2.14.0\n- threads: 2 -> 4\n" in told
     assert "- memory.storage on cpu: 1000 -" in told
-    rebaselining.write(proposal, home)
+    rebaseline.write(proposal, home)
     found = Baselines(home).find(proposal.figures[0].row.case, LATER)
     assert found is not None
     assert found.value == pytest.approx(20.2874, abs=1e-4)
@@ -89,13 +90,13 @@ def test_the_diff_says_old_new_change_interval_environment_and_repeats(folders: 
 
 def test_a_record_of_another_device_class_stays_beside_the_new_one(folders: tuple[Path, Path]) -> None:
     made, home = report(folders[0], 0.0, HERE), folders[1]
-    rebaselining.write(rebaselining.propose(made, home), home)
+    rebaseline.write(rebaseline.propose(made, home), home)
     elsewhere = report(folders[0].with_name("later"), 0.01, replace(HERE, instructions="avx2 avx512 avx512_bf16"))
-    proposal = rebaselining.propose(elsewhere, home)
-    told = rebaselining.render(proposal)
+    proposal = rebaseline.propose(elsewhere, home)
+    told = rebaseline.render(proposal)
     assert "0 figures would change, 1 would be new" in told
     assert "new beside m/nf4@cpu+avx512.yaml" in told
-    rebaselining.write(proposal, home)
+    rebaseline.write(proposal, home)
     assert {path.name for path in (home / "m").glob("*@*.yaml")} == {
         "nf4@cpu+avx512.yaml", "nf4@cpu+avx512_bf16.yaml",
     }  # fmt: skip
@@ -104,22 +105,22 @@ def test_a_record_of_another_device_class_stays_beside_the_new_one(folders: tupl
 
 def test_what_cannot_be_recorded_is_said(folders: tuple[Path, Path]) -> None:
     made, home = report(folders[0], float("inf"), HERE), folders[1]
-    told = rebaselining.render(rebaselining.propose(made, home))
+    told = rebaseline.render(rebaseline.propose(made, home))
     assert "Not recorded, and why:" in told
     assert "m/nf4/lee/chunk:4/perplexity/cpu" in told
 
 
 def test_a_folder_without_measurements_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingAsset, match="holds no measurements"):
-        rebaselining.propose(tmp_path, tmp_path)
+        rebaseline.propose(tmp_path, tmp_path)
     (tmp_path / "measurements.jsonl").write_text("")
     with pytest.raises(HarnessError, match="holds no measured case: nothing to record"):
-        rebaselining.propose(tmp_path, tmp_path)
+        rebaseline.propose(tmp_path, tmp_path)
 
 
 def test_a_write_that_fails_leaves_the_files_whole(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made, home = report(folders[0], 0.0, HERE), folders[1]
-    rebaselining.write(rebaselining.propose(made, home), home)
+    rebaseline.write(rebaseline.propose(made, home), home)
     before = files(home)
     moved = report(folders[0].with_name("later"), 0.01, HERE)
 
@@ -128,6 +129,6 @@ def test_a_write_that_fails_leaves_the_files_whole(folders: tuple[Path, Path], m
 
     monkeypatch.setattr("os.replace", torn)
     with pytest.raises(OSError, match="No space left"):
-        rebaselining.write(rebaselining.propose(moved, home), home)
+        rebaseline.write(rebaseline.propose(moved, home), home)
     after = {name: data for name, data in files(home).items() if name in before}
     assert after == before

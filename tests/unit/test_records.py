@@ -3,9 +3,8 @@ import math
 
 import pytest
 
-from harness.jsonvalues import digest
-from harness.records import SCHEMA, Case, Row, Verdict
-from harness.rowlines import Censuses
+from harness.core.records import SCHEMA, Case, Censuses, Row, Verdict
+from harness.core.values import digest
 
 CASE = Case("path:/tmp/a b", "nf4:block=64", "text:/x/y.txt", "chunk:512", "perplexity", "cpu")
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from pytest_regressions.file_regression import FileRegressionFixture
 
-from harness.errors import BadFile, MissingAsset
-from harness.jsonvalues import digest
-from harness.records import Case, Row, Verdict
+from harness.core.errors import BadFile, MissingAsset
+from harness.core.records import Case, Row, Verdict
+from harness.core.values import digest
 from harness.report import read_report, render, rewrite, write
 from harness.report.matrix import NEVER, complete, sections
-from harness.report.reading import nll_reader
+from harness.results.reading import nll_reader
 
 DATA = Path(__file__).parent / "data"
 MADE = DATA / "made-session"  # figures made up by hand: five methods, one killed, one case never reached

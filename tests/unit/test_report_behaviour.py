@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from harness.records import Case, Row, Verdict
+from harness.core.records import Case, Row, Verdict
 from harness.report import compare
 
 CASE = Case("layer", "bnb-nf4", "", "", "invariant.state_dict", "cpu")

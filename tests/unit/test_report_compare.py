@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from harness.bounds import Bounds, load
-from harness.contracts import Member
-from harness.errors import BadFile, HarnessError, MissingAsset
-from harness.jsonvalues import digest
-from harness.records import Case, Row, Verdict
+from harness.core.contracts import Member
+from harness.core.errors import BadFile, HarnessError, MissingAsset
+from harness.core.records import Case, Row, Verdict
+from harness.core.stats import student_quantile
+from harness.core.values import digest
+from harness.judge.bounds import Bounds, load
 from harness.report import Comparison, Entry, compare, compare_paths, render_comparison
-from harness.report.reading import Nll
-from harness.stats import student_quantile
+from harness.results.reading import Nll
 
 COUNTS = [4] * 10  # ten windows of four tokens
 MEMBERS = {

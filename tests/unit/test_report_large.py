@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from harness.__main__ import main
-from harness.records import Case, Row, Verdict
+from harness.core.records import Case, Row, Verdict
 from harness.report import render
-from harness.report.large import MOST_CASES
-from harness.report.plots import svgs
-from harness.report.reading import plan_text
+from harness.report.document import MOST_CASES
+from harness.report.plots.draw import svgs
+from harness.results.reading import plan_text
 
 METHODS = ("fp32", "nf4")
 

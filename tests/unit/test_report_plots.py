@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from harness.records import Case, Row, Verdict
+from harness.core.records import Case, Row, Verdict
 from harness.report import read_report
-from harness.report.figures import figures, filename
-from harness.report.labels import Box, place
 from harness.report.matrix import Section, complete, sections
-from harness.report.plots import canvas_of, label, pareto, plain, png, quartiles, style, svgs
+from harness.report.plots.chosen import figures, filename
+from harness.report.plots.draw import canvas_of, label, pareto, plain, png, quartiles, style, svgs
+from harness.report.plots.labels import Box, place
 
 MADE = Path(__file__).parent / "data" / "made-session"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.record import MOVERS
-from harness.records import Case, Row, Verdict
+from harness.core.records import Case, Row, Verdict
+from harness.judge.record import MOVERS
 from harness.report import render
 from harness.report.verdicts import verdicts
 

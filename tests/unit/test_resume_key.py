@@ -13,10 +13,11 @@ from unittest import mock
 
 import pytest
 
-from harness import catalog, group
-from harness.environment import Environment
-from harness.messages import Stop
-from harness.records import Case
+from harness.core import catalog
+from harness.core.environment import Environment
+from harness.core.records import Case
+from harness.run import group
+from harness.run.messages import Stop
 
 HERE = Environment(python="3.11", torch="2.13.0", threads=2, machine="m", instructions="avx2 avx512")
 ON_CARD = dataclasses.replace(HERE, device="cuda", gpu="NVIDIA H100", sm="sm_90", machine="m0")

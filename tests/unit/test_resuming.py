@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import nllfiles
-from harness.environment import Environment
-from harness.errors import HarnessError
-from harness.files import append_line, replace_text
-from harness.jsonvalues import encode
-from harness.records import Case, Row
-from harness.session import known_environments, open_report, read_rows, take, writing
+from harness.core.environment import Environment
+from harness.core.errors import HarnessError
+from harness.core.files import append_line, replace_text
+from harness.core.records import Case, Row
+from harness.core.values import encode
+from harness.results import losses
+from harness.run.session import known_environments, open_report, read_rows, take, writing
 
 WORLD = Environment(device="cpu", cpu="some")
 
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     open_report(tmp_path, keep=False)
     replace_text(tmp_path / "environments.json", json.dumps(encode({WORLD.id: WORLD.to_dict()})))
     for number in range(3):
-        sha = nllfiles.save(tmp_path / "nll", np.full(4, number, np.float32))
+        sha = losses.save(tmp_path / "nll", np.full(4, number, np.float32))
         case = Case("m", f"method-{number}", "t", "chunk:4", "perplexity", "cpu")
         append_line(tmp_path / "measurements.jsonl", Row.of(case, value=1.0, nll=sha, environment=WORLD.id).to_json())
     return tmp_path

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from harness import runner as runners
-from harness.child import told
-from harness.environment import Environment
-from harness.errors import HarnessError
-from harness.messages import Reply
-from harness.options import Declared, Options
-from harness.records import Case, Row
-from harness.runner import Died, Process, Runner
+from harness.core.environment import Environment
+from harness.core.errors import HarnessError
+from harness.core.options import Declared, Options
+from harness.core.records import Case, Row
+from harness.run import local as runners
+from harness.run.child import told
+from harness.run.local import Died, Process, Runner
+from harness.run.messages import Reply
 
 if TYPE_CHECKING:
-    from harness.messages import Job
+    from harness.run.messages import Job
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
@@ -147,7 +147,7 @@ class Scripted:
 
 def scripted(job: Job, connection: Any) -> None:
     """The child's entry, its group replaced."""
-    from harness import child
+    from harness.run import child
 
     vars(child)["Group"] = Scripted
     child.serve(job, connection)

@@ -18,10 +18,10 @@ from transformers import (
     Phi3Config,
 )
 
-from harness.contracts import Scope
-from harness.errors import BadSpecification, HarnessError, UnknownName
+from harness.core.contracts import Scope
+from harness.core.errors import BadSpecification, HarnessError, UnknownName
 from harness.methods import nf4
-from harness.scopes import parse_scope, scope_text, select
+from harness.methods.quantizing.scopes import parse_scope, scope_text, select
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -93,7 +93,7 @@ def test_a_tied_weight_answers_to_both_its_names() -> None:
 
 @pytest.mark.parametrize("part", ["linear", "all", "mlp"])
 def test_a_quantized_model_gives_the_same_answer(part: str) -> None:
-    from harness.contracts import Arguments
+    from harness.core.contracts import Arguments
 
     for family in ("gpt2", "llama"):
         model = build(family)

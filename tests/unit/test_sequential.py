@@ -12,9 +12,10 @@ import scipy.optimize
 import scipy.stats
 from numpy.typing import NDArray
 
-from harness import sequential, stats
-from harness.sequential import Sequential, State
-from harness.stats import FEWEST_WINDOWS
+from harness.core import stats
+from harness.core.stats import FEWEST_WINDOWS
+from harness.metrics.measuring import sequential
+from harness.metrics.measuring.sequential import Sequential, State
 
 HASH = "ab" * 32
 TEXT = ((0.4, 7), (-1.0, 7), (2.5, 7), (0.1, 7), (0.3, 2))  # d_w and its tokens: a short tail

@@ -12,19 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import BadSpecification
-from harness.options import Shard, parse_shard
-from harness.records import Case
-from harness.sharding import (
-    METHODS,
-    OTHER_METHOD,
-    billions,
-    costs,
-    cut,
-    longest_first,
-    partition,
-    plan_digest,
-)
+from harness.core.errors import BadSpecification
+from harness.core.options import Shard, parse_shard
+from harness.core.records import Case
+from harness.run.shards import METHODS, OTHER_METHOD, billions, costs, cut, longest_first, partition, plan_digest
 
 METRICS = ("memory.storage", "perplexity", "perplexity.delta", "latency.prefill")
 MODELS = ("gpt2", "olmo-1b", "hub:org/Big-8B", "path:mine")

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import BadSpecification
-from harness.specifications import Specification, parse, parse_list
+from harness.core.errors import BadSpecification
+from harness.core.specification import Specification, parse, parse_list
 
 
 @pytest.mark.parametrize(

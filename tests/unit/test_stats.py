@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from harness import stats
+from harness.core import stats
 
 
 def windows(sizes: list[int]) -> list[slice]:

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from harness import checkpoints, memory, quantized, streaming
-from harness.contracts import Arguments, Checkpoint, Method, Scope
-from harness.errors import BadFile
+from harness.core.contracts import Arguments, Checkpoint, Method, Scope
+from harness.core.errors import BadFile
+from harness.inputs.models import checkpoints, sizes
 from harness.methods import absmax_int8, nf4
+from harness.methods.quantizing import stored, streaming
 
 IDS = torch.arange(2, 12)[None]
 LLAMA: dict[str, Any] = {
@@ -67,14 +68,14 @@ def test_streamed_is_loaded_and_then_quantized(
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
     buffers = dict(whole.named_buffers())
     assert all(torch.equal(buffer, buffers[key]) for key, buffer in streamed.named_buffers())
-    assert memory.measure(streamed) == memory.measure(whole)
+    assert sizes.measure(streamed) == sizes.measure(whole)
     assert torch.equal(streamed(IDS).logits, whole(IDS).logits)
     assert not streamed.training
     assert not any(parameter.requires_grad for parameter in streamed.parameters())
 
 
 def test_one_weight_at_a_time_is_unquantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, most, kept = saved("llama", tmp_path), [], quantized.StoredWeight.__init__
+    checkpoint, most, kept = saved("llama", tmp_path), [], stored.StoredWeight.__init__
 
     def counting(self: Any, module: Any, recipe: Any, tables: Any) -> None:
         linear = [child for child in built[0].modules() if isinstance(child, torch.nn.Linear)]
@@ -89,7 +90,7 @@ def test_one_weight_at_a_time_is_unquantized(tmp_path: Path, monkeypatch: pytest
         return built[-1]
 
     monkeypatch.setattr(checkpoints, "empty_model", building)
-    monkeypatch.setattr(quantized.StoredWeight, "__init__", counting)
+    monkeypatch.setattr(stored.StoredWeight, "__init__", counting)
     absmax_int8.METHOD.load(checkpoint, Arguments("fp32", Scope(), {}), "cpu")
     assert most == [1] * 14
 
@@ -108,7 +109,7 @@ def test_what_is_not_the_architectures_own_layout_is_left_to_transformers(change
     elif change == "unknown dtype":
         tensors[name] = tensor.to(torch.float8_e5m2)
     save_file(tensors, file, metadata={"format": "pt"})
-    recipe = quantized.Recipe("absmax-int8", absmax_int8.quantize, absmax_int8.dequantize)
+    recipe = stored.Recipe("absmax-int8", absmax_int8.quantize, absmax_int8.dequantize)
     assert streaming.quantized_model(checkpoint, "fp32", recipe, lambda model: []) is None
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from harness import synthetic
+from harness.inputs.texts import synthetic
 
 
 def test_the_text_is_the_same_on_every_machine() -> None:

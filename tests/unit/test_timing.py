@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.timing import Warmup, Work, aa_floor, interleave, measure, warm_up
+from harness.metrics.measuring.timing import Warmup, Work, aa_floor, interleave, measure, warm_up
 
 
 class Scripted:

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from harness import __main__ as commands
-from harness import nllfiles, report
-from harness.errors import HarnessError
-from harness.messages import Turn
-from harness.options import Options
-from harness.records import Case, Row, Verdict
-from harness.upgrade import answering, driver
-from harness.upgrade.environments import Built, Unbuilt
-from harness.upgrade.remote import SideFailed, SideGone
+from harness import report
+from harness.core.errors import HarnessError
+from harness.core.options import Options
+from harness.core.records import Case, Row, Verdict
+from harness.results import losses as nllfiles
+from harness.run.messages import Turn
+from harness.run.upgrade import answering, steps
+from harness.run.upgrade.environments import Built, Unbuilt
+from harness.run.upgrade.remote import SideFailed, SideGone
 
 WINDOWS = [8] * 12
 TOKENS = np.random.default_rng(0).gamma(2.0, 1.0, sum(WINDOWS)).astype(np.float32)
@@ -80,10 +81,10 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
         def close(self) -> None:
             told.closed.append(self.label)
 
-    monkeypatch.setattr("harness.upgrade.driver.environments.build", build)
-    monkeypatch.setattr(driver, "Remote", Remote)
+    monkeypatch.setattr("harness.run.upgrade.steps.environments.build", build)
+    monkeypatch.setattr(steps, "Remote", Remote)
     monkeypatch.setattr("harness.report.publishing.svgs", lambda rows, planned: {})  # slow, and tested elsewhere
-    monkeypatch.setattr("harness.probe.cuda_devices", lambda: [])
+    monkeypatch.setattr("harness.core.gpus.cuda_devices", lambda: [])
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return told
@@ -166,7 +167,7 @@ def test_no_side_at_all_is_a_users_mistake(world: World, capsys: pytest.CaptureF
 def test_no_card_is_one_line_before_any_side_is_built(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("harness.environment.cuda_devices", lambda: [])
+    monkeypatch.setattr("harness.core.environment.cuda_devices", lambda: [])
     world.unbuilt = {A: "no wheel", C: "no wheel either"}
     arguments = ["upgrade", A, C, "--models", "tiny-gpt2", "--metrics", "memory.storage", "--device", "cuda"]
     assert commands.main([*arguments, "--report-dir", "out"]) == 2

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from harness.errors import BadSpecification, HarnessError, MissingAsset
-from harness.upgrade import environments
-from harness.upgrade.environments import Unbuilt, reason_of
-from harness.upgrade.sides import parse, parse_all
+from harness.core.errors import BadSpecification, HarnessError, MissingAsset
+from harness.run.upgrade import environments
+from harness.run.upgrade.environments import Unbuilt, reason_of
+from harness.run.upgrade.sides import parse, parse_all
 
 
 def test_a_release() -> None:
@@ -109,13 +109,13 @@ class Pip:
 def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
     found = Pip()
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
-    monkeypatch.setattr("harness.upgrade.environments.subprocess.run", found)
+    monkeypatch.setattr("harness.run.upgrade.environments.subprocess.run", found)
 
     def create(folder: Path, **_: Any) -> None:
         (folder / "bin").mkdir(parents=True)
         environments._own_packages(folder).mkdir(parents=True)
 
-    monkeypatch.setattr("harness.upgrade.environments.venv.create", create)
+    monkeypatch.setattr("harness.run.upgrade.environments.venv.create", create)
     return found
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from harness.errors import HarnessError
-from harness.messages import Turn
-from harness.records import Case, Figure, Row, Verdict
+from harness.core.errors import HarnessError
+from harness.core.records import Case, Figure, Row, Verdict
+from harness.metrics.measuring.timing import FEWEST_BLOCKS
 from harness.report import Entry, compare
-from harness.timing import FEWEST_BLOCKS
-from harness.upgrade.timed import take_turns
+from harness.run.messages import Turn
+from harness.run.upgrade.timed import take_turns
 
 CASE = Case("m", "bnb-nf4", "", "", "latency.decode", "cpu")
 

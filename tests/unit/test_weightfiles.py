@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from harness import weightfiles
-from harness.errors import BadFile
+from harness.core.errors import BadFile
+from harness.inputs.models import folder as weightfiles
 
 
 @pytest.fixture

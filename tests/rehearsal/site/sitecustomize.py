@@ -5,7 +5,7 @@
 
 The session's own processes ask the driver for cards: give them the stub driver as well
 (`tests.rehearsal.driver.variables`).
-Nothing is imported or changed here but `harness.child.serve`, once somebody imports it: in the process of a group that
+Nothing is imported or changed here but `child.serve`, once somebody imports it: in the process of a group that
 runs on a card it is called within `tests.rehearsal.card.pretended`.
 """
 
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-CHILD = "harness.child"
+CHILD = "harness.run.child"
 
 
 def on_the_pretended_card(serve: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -43,7 +43,7 @@ def on_the_pretended_card(serve: Callable[[Any, Any], None]) -> Callable[[Any, A
 
 
 class Loader(importlib.abc.Loader):
-    """Loads `harness.child` as its own loader does, then wraps its `serve`."""
+    """Loads `child` as its own loader does, then wraps its `serve`."""
 
     def __init__(self, own: importlib.abc.Loader) -> None:
         self.own = own
@@ -57,7 +57,7 @@ class Loader(importlib.abc.Loader):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds `harness.child`, where the other finders find it."""
+    """Finds `child`, where the other finders find it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,0 +1,199 @@
+"""Lists methods and metrics: of the harness's own folders, of files that a project declares, of installed packages.
+
+In the folders a file's existence is the registration: METHOD is one method, METHODS are a library's. A project adds
+files of its own under `[tool.harness]` (`methods = ["quant/mine.py"]`, `metrics = [...]`), a package through the entry
+points `harness.methods` and `harness.metrics`. Whatever fails to import, breaks a contract or takes a name that is
+taken stops the run in one line that says where it comes from. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from harness.core import contracts as admission
+from harness.core.contracts import Member, Method, Metric
+from harness.core.errors import HarnessError, UnknownName
+from harness.core.files import sha256_file
+from harness.core.options import Declared
+from harness.core.records import Case
+from harness.core.values import digest
+
+GROUPS = ("harness.methods", "harness.metrics")
+T = TypeVar("T", Method, Metric)
+_declared: dict[str, tuple[Path, ...]] = {"METHOD": (), "METRIC": ()}
+
+
+@dataclass(frozen=True)
+class Listed(Generic[T]):
+    """One catalogued thing and where it comes from, in words."""
+
+    value: T
+    origin: str
+    own: bool = False  # of the harness itself
+
+
+def declare(declared: Declared) -> None:
+    """Take the files that a project declares into the catalogue of this process, in place of those before."""
+    before = dict(_declared)
+    _declared["METHOD"] = tuple(declared.root / path for path in declared.methods)
+    _declared["METRIC"] = tuple(declared.root / path for path in declared.metrics)
+    if _declared != before:
+        listed_methods.cache_clear()
+        listed_metrics.cache_clear()
+        member.cache_clear()
+
+
+def outside_code() -> str:
+    """A digest of the declared files, '' where there are none (`installed_sources` has the packages)."""
+    files = {str(path): sha256_file(path) for paths in _declared.values() for path in paths if path.is_file()}
+    return digest(files) if files else ""
+
+
+def _held(module: ModuleType, name: str, kind: type[T]) -> tuple[T, ...]:
+    """What a file registers: METHOD, one of the kind, or else METHODS, several; METRIC and METRICS alike."""
+    found = (getattr(module, name),) if hasattr(module, name) else getattr(module, f"{name}S", ())
+    if not isinstance(found, tuple | list) or not found or not all(isinstance(value, kind) for value in found):
+        raise HarnessError(f"{module.__file__} holds no {name} of type {kind.__name__}")
+    return tuple(found)
+
+
+def _folder(package: str, attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
+    home = importlib.import_module(package)
+    for info in sorted(pkgutil.iter_modules(home.__path__), key=lambda info: info.name):
+        if info.ispkg:
+            continue  # a workshop
+        origin = f"{home.__path__[0]}/{info.name}.py"
+        try:
+            module = importlib.import_module(f"{package}.{info.name}")
+        except Exception as error:
+            raise HarnessError(f"{origin} fails to import: {error!r}") from error
+        yield from (Listed(value, origin, own=True) for value in _held(module, attribute, kind))
+
+
+def _files(attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
+    for path in _declared[attribute]:
+        where = f"{path} (declared under [tool.harness])"
+        if not path.is_file():
+            raise HarnessError(f"{where} is not there")
+        name = f"harness_declared_{digest(str(path))[:12]}"  # two files of one name stay apart
+        specification = importlib.util.spec_from_file_location(name, path)
+        if specification is None or specification.loader is None:
+            raise HarnessError(f"{where} is no Python file")
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[name] = module  # dataclasses and pickles look their module up
+        try:
+            specification.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise HarnessError(f"{where} fails to import: {error!r}") from error
+        yield from (Listed(value, str(path)) for value in _held(module, attribute, kind))
+
+
+def _installed(group: str, kind: type[T]) -> Iterator[Listed[T]]:
+    for point in entry_points(group=group):
+        where = f"entry point {group}: {point.name} = {point.value}"
+        try:
+            value = point.load()
+        except Exception as error:
+            raise HarnessError(f"{where} fails: {error!r}") from error
+        if not isinstance(value, kind):
+            raise HarnessError(f"{where} is no {kind.__name__}")
+        yield Listed(value, where)
+
+
+def _joined(found: Iterable[Listed[T]], kind: str, name_of: str) -> dict[str, Listed[T]]:
+    """By name; each held to its contract, no name twice."""
+    names: dict[str, Listed[T]] = {}
+    for item in found:
+        for fault in admission.faults(item.value):
+            raise HarnessError(f"{item.origin} breaks its contract: {fault}")
+        name = getattr(item.value, name_of)
+        if name in names:
+            raise HarnessError(f"{item.origin}: '{name}' is already a {kind} of the harness ({names[name].origin})")
+        names[name] = item
+    return names
+
+
+def installed_sources() -> dict[str, str]:
+    """Source files of every installed package that brings methods or metrics, by path: sha256."""
+    found = {}
+    for point in sorted({point.module.partition(".")[0] for group in GROUPS for point in entry_points(group=group)}):
+        spec = importlib.util.find_spec(point)
+        homes = list(spec.submodule_search_locations or ()) if spec else []
+        single = [Path(spec.origin)] if spec and spec.origin and not homes else []
+        for path in [*single, *(path for home in homes for path in sorted(Path(home).rglob("*.py")))]:
+            found[str(path)] = sha256_file(path)
+    return found
+
+
+@functools.cache
+def listed_methods() -> dict[str, Listed[Method]]:
+    """Every method by name, with where it comes from: the folder's, then declared files', then installed ones."""
+    return _joined(
+        (
+            *_folder("harness.methods", "METHOD", Method),
+            *_files("METHOD", Method),
+            *_installed("harness.methods", Method),
+        ),
+        "method",
+        "name",
+    )
+
+
+@functools.cache
+def listed_metrics() -> dict[str, Listed[Metric]]:
+    """Every metric by family, with where it comes from."""
+    found = _joined(
+        (
+            *_folder("harness.metrics", "METRIC", Metric),
+            *_files("METRIC", Metric),
+            *_installed("harness.metrics", Metric),
+        ),
+        "metric",
+        "family",
+    )
+    return found
+
+
+def methods() -> dict[str, Method]:
+    """Every method by name."""
+    return {name: item.value for name, item in listed_methods().items()}
+
+
+def metrics() -> dict[str, Metric]:
+    """Every metric family by name."""
+    return {name: item.value for name, item in listed_metrics().items()}
+
+
+@functools.cache
+def member(name: str) -> Member | None:
+    """The metric of a full name, if there is one; for a family of the harness's own, its file alone is imported."""
+    family = name.partition(".")[0]
+    own = {info.name for info in pkgutil.iter_modules([str(Path(__file__).parents[1] / "metrics")])}
+    asked = [importlib.import_module(f"harness.metrics.{family}").METRIC] if family in own else metrics().values()
+    return {one.name: one for metric in asked for one in metric.members}.get(name)
+
+
+def member_of(case: Case) -> Member:
+    """The member that a case measures; UnknownName where no metric brings it."""
+    found = member(case.metric)
+    if found is None:
+        raise UnknownName("metric", case.metric, metrics())
+    return found
+
+
+def code_version() -> str:
+    """sha256 over the source of the harness and of packages that bring methods or metrics: a change measures anew."""
+    home = Path(__file__).parents[1]
+    own = {str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))}
+    return digest([own, installed_sources()])

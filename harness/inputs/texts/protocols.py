@@ -1,0 +1,242 @@
+"""Perplexity protocols: what is fed, what is scored, how it becomes one number, and the id that says so. numpy only.
+
+The six protocols stand in the table `windows.FORMS`. BOS: a tokenizer "adds one of itself" if it puts a token
+before a plain word. Then `chunk` and `sentence` begin every window with it; `stride` and `gptq` have it once before
+the text; `half` has it there too and over the first token of every window (llama.cpp); `rolling` begins each document
+with BOS, else EOS, whatever the tokenizer adds.
+
+The token hash is over the planned ids of the text alone, after the limit, documents one after another: two tokenizers
+that cut a text alike agree, whatever their BOS. The BOS rule and its id stand in the protocol id.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.core.contracts import TokenPlan
+from harness.core.errors import BadSpecification, HarnessError, TextTooShort, UnknownName, reading
+from harness.core.specification import Specification
+from harness.core.values import digest
+from harness.inputs.texts import windows
+from harness.inputs.texts.corpora import Corpus
+from harness.inputs.texts.joining import Reading
+from harness.inputs.texts.windows import FORMS, Form, Ids
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A parsed protocol; `width` is None for `sentence` (the model's context), `step` is set for `stride` only."""
+
+    name: str
+    width: int | None = None
+    step: int | None = None
+
+    def __str__(self) -> str:
+        """The short name, 'stride:512:256'."""
+        return ":".join(str(part) for part in (self.name, self.width, self.step) if part is not None)
+
+
+AGGREGATES = {"token": "exp(sum NLL / count)", "window": "exp(mean over windows of the window's mean NLL)"}
+WORD_SEPARATOR = r"\s+"  # lm-evaluation-harness splits at it; empty strings at the ends of a page count
+NUMBER = re.compile(r"[1-9][0-9]*")
+
+
+def parse(specification: Specification) -> Protocol:
+    """Read `chunk:512`, `stride:512:256`, ...; widths default to 512 (gptq 2048) and a step to half the width."""
+    if specification.name not in FORMS:
+        raise UnknownName("protocol", specification.name, FORMS)
+    form, words = FORMS[specification.name], specification.words
+    places = 0 if form.width is None else 2 if specification.name == "stride" else 1
+    usage = specification.name + (":W:S" if places == 2 else ":W" if places else "")
+    if specification.arguments or len(words) > places or not all(NUMBER.fullmatch(word) for word in words):
+        raise BadSpecification(f"'{specification}' is no protocol: write {usage}" + (" in whole tokens" * bool(places)))
+    width = int(words[0]) if words else form.width
+    if width is None:
+        return Protocol(specification.name)
+    if width < form.least_width:
+        raise BadSpecification(f"'{specification}' scores nothing: W must be at least {form.least_width}")
+    if specification.name != "stride":
+        return Protocol(specification.name, width)
+    step = int(words[1]) if len(words) > 1 else width // 2
+    if step > width:
+        raise BadSpecification(f"'{specification}' leaves tokens out: S must not exceed W")
+    return Protocol("stride", width, step)
+
+
+def fitted(protocol: Protocol, context: int) -> Protocol:
+    """The protocol with its width (and step) capped by the model's context, in tokens."""
+    form = FORMS[protocol.name]
+    if context < form.least_width:
+        raise BadSpecification(f"{protocol} cannot score under a model's context of {context} tokens")
+    if protocol.width is None:
+        return protocol
+    width = min(protocol.width, context)
+    return Protocol(protocol.name, width, None if protocol.step is None else min(protocol.step, width))
+
+
+def encode(tokenizer: Any, text: str) -> Ids:
+    """Token ids of a text without special tokens: (T,); BadFile where the tokenizer cannot."""
+    with reading(f"the tokenizer in {getattr(tokenizer, 'name_or_path', '')}"):
+        return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=4)
+def leading_token(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before a plain word of itself (BOS), or None."""
+    word = "harness"
+    plain = list(tokenizer(word, add_special_tokens=False)["input_ids"])
+    full = list(tokenizer(word)["input_ids"])
+    begins = [at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain]
+    if not begins or begins[0] > 1:
+        raise HarnessError(f"the tokenizer reads '{word}' as {full}, alone as {plain}: there is no rule for such a BOS")
+    return int(full[0]) if begins[0] else None
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """The token that `rolling` puts before a document: BOS, else EOS."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise HarnessError("rolling needs a tokenizer with a BOS or EOS token, and this one has neither: use chunk:W")
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_identity(tokenizer: Any) -> str:
+    """12 hex digits over the vocabulary and, where it has them, merges or piece scores.
+
+    Not over tokenizer.json as it lies: releases of the library write the same tokenizer differently.
+    """
+    parts: list[Any] = [sorted((piece, int(number)) for piece, number in tokenizer.get_vocab().items())]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())["model"]
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
+        parts += [merges, model["vocab"] if isinstance(model.get("vocab"), list) else ()]
+    return digest(parts)[:12]
+
+
+def planned(texts: Sequence[str], tokenizer: Any, limit: int) -> tuple[list[Ids], bool]:
+    """Ids of the texts up to `limit` tokens in all, and whether the limit left anything out."""
+    documents: list[Ids] = []
+    room = limit
+    for text in texts:
+        if not room:
+            return documents, True
+        ids = encode(tokenizer, text)
+        documents.append(ids[:room])
+        if len(ids) > room:
+            return documents, True
+        room -= len(ids)
+    return documents, False
+
+
+def normalisers(reading: Reading, documents: Sequence[Ids], cut: bool, tokenizer: Any) -> dict[str, int]:
+    """Words and bytes of the pages planned; of a page that the limit cut, those of the text as far as it is fed.
+
+    Empty where the tokenizer cannot say how far that is (no offsets).
+    """
+    pages = list(reading.originals[: len(documents)])
+    if cut and documents:
+        text = reading.texts[len(documents) - 1]
+        count = len(documents[-1])
+        if not getattr(tokenizer, "is_fast", False):
+            return {}
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        if count < len(offsets):
+            pages[-1] = text[: offsets[count - 1][1]]
+    words = sum(len(re.split(WORD_SEPARATOR, page)) for page in pages)
+    return {"word": words, "byte": sum(len(page.encode()) for page in pages)}
+
+
+def plan(corpus: Corpus, protocol: Protocol, tokenizer: Any, *, context: int, max_tokens: int | None) -> TokenPlan:
+    """The windows of a text under a protocol and tokenizer.
+
+    Args:
+        corpus: the text.
+        protocol: from `parse`.
+        tokenizer: of transformers, or one that answers alike.
+        context: tokens that the model can read at once; caps the width.
+        max_tokens: read the first so many tokens (document by document where those stand alone); None for all.
+
+    Raises:
+        TextTooShort: where no token would be scored.
+    """
+    used, form, reading = fitted(protocol, context), FORMS[protocol.name], corpus.joined(protocol.name)
+    documents, cut = planned(reading.texts, tokenizer, max_tokens or sys.maxsize)
+    bos = prefix_token(tokenizer) if used.name == "rolling" else leading_token(tokenizer)
+    fed = [windows.led(documents[0], bos)] if form.bos_once else documents
+    width = used.width or context
+    built = form.build(fed, width, used.step or width, bos)
+    if not any(window.scored for window in built):
+        raise TextTooShort(
+            f"the text '{corpus.name}' gives {sum(map(len, documents)):,} tokens, of which {used} scores none: "
+            f"take a longer text{', raise --max-tokens' if cut else ''} or choose a shorter window"
+        )
+    counts = normalisers(reading, documents, cut, tokenizer) if used.name == "rolling" else {}
+    ids = np.concatenate(documents)
+    return TokenPlan(
+        protocol=str(used),
+        protocol_id="; ".join(
+            (
+                text_words(corpus, reading),
+                token_words(form, tokenizer, bos, len(ids) if cut else None),
+                f"windows: {form.windows.format(width=width, step=used.step)}",
+                f"scored: {form.scored}",
+                f"aggregate: {AGGREGATES[form.aggregate]}",
+                f"normaliser: {', '.join(('token', *counts))}",
+            )
+        ),
+        token_hash=hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
+        tokens=len(ids),
+        windows=tuple(built),
+        aggregate=form.aggregate,
+        normalisers=counts,
+    )
+
+
+def text_words(corpus: Corpus, reading: Reading) -> str:
+    """The part of a protocol id that names the text, its split, revision and join."""
+    split = f" {corpus.split}" if corpus.split else ""
+    return f"text: {corpus.name}{split}, revision {corpus.revision[:12]}, {reading.how}"
+
+
+def token_words(form: Form, tokenizer: Any, bos: int | None, limit: int | None) -> str:
+    """The part of a protocol id that names the limit in tokens, the tokenizer and the BOS rule."""
+    if not form.bos:
+        rule = f"prefix {bos} before every document"
+    else:
+        rule = "bos=0" if bos is None else f"bos=1 (id {bos}) {form.bos}"
+    read = "all" if limit is None else f"the first {limit}"
+    return f"tokens: {read}, tokenizer {tokenizer_identity(tokenizer)}, {rule}"
+
+
+def window_slices(plan: TokenPlan) -> list[slice]:
+    """Where each window that scores anything lies in the flat array of scored tokens' NLL."""
+    ends = np.cumsum([0, *(window.scored for window in plan.windows if window.scored)]).tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def mean_nll(nll: NDArray[np.float32], plan: TokenPlan) -> float:
+    """The mean NLL in nats by the plan's aggregate, summed in float64; not finite where any token's is not."""
+    values = nll.astype(np.float64)
+    if plan.aggregate == "window":
+        return float(np.mean([values[place].mean() for place in window_slices(plan)]))
+    return float(values.mean())
+
+
+def aggregate(nll: NDArray[np.float32], plan: TokenPlan) -> float:
+    """Perplexity a token from the NLL of the scored tokens (in window order, nats); inf or nan where any is."""
+    with np.errstate(over="ignore"):  # exp of more than 709 nats is infinite, and says so
+        return float(np.exp(mean_nll(nll, plan)))

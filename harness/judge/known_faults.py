@@ -1,0 +1,184 @@
+"""Known faults of libraries, as data: where one applies, what it looks like, and what that makes of an invariant's row.
+
+`known_faults.toml` of the baselines folder holds one [[fault]] each:
+
+    id = "name"                       reference = "address or file where it is told"
+    invariant = ["state_dict"]        patterns of the invariant's name
+    on = ["layer", "tiny-*"]          patterns of what it was run on; everything where absent
+    methods = ["bnb-nf4"]             patterns of the method's name
+    package = "bitsandbytes"          versions = ">=0.49.0,<=0.50.2"
+    class = ["avx512_bf16"]           instruction sets or GPU classes (sm_90), one of which it needs; any where absent
+    exception = "Type: first line"    exactly; or figure = [low, high], both ends included
+    summary = "one line"              property = true where it is no bug but what the method is
+
+An invariant that does not hold is green where a fault says so and looks as it says (`same`, the fault named), and
+fails where it looks different or no fault speaks of it (`out of bound`). One that holds although a fault applies is
+`better`, and its reason says that the fault is gone. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from harness.core.environment import Environment
+from harness.core.errors import BadFile
+from harness.core.records import SCHEMA, Case, Row, Verdict
+from harness.core.values import decode_number
+
+NAME = "known_faults.toml"
+TEXTS = ("id", "package", "versions", "reference", "summary")
+LISTS = ("invariant", "methods")
+OPTIONAL = ("on", "class", "exception", "figure", "property")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One known fault."""
+
+    id: str
+    invariant: tuple[str, ...]
+    methods: tuple[str, ...]
+    package: str
+    versions: SpecifierSet
+    reference: str
+    summary: str
+    on: tuple[str, ...] = ("*",)
+    classes: tuple[str, ...] = ()
+    exception: str = ""
+    figure: tuple[float, float] | None = None
+    is_property: bool = False
+
+    def reaches(self, environment: Environment) -> bool:
+        """Whether the package's version and the processor or card are those that have it."""
+        version = getattr(environment, self.package, "")
+        here = {*environment.instructions.split(), environment.sm}
+        fits = bool(version) and self.versions.contains(version, prereleases=True)
+        return fits and (not self.classes or bool(here & set(self.classes)))
+
+    def speaks_of(self, case: Case) -> bool:
+        """Whether it is about this case."""
+        named = (
+            (case.metric.partition(".")[2], self.invariant),
+            (case.method.partition(":")[0], self.methods),
+            (case.model, self.on),
+        )
+        return all(any(fnmatchcase(name, pattern) for pattern in patterns) for name, patterns in named)
+
+    def looks_like(self, row: Row) -> bool:
+        """Whether the row shows exactly this."""
+        if self.exception or row.detail.get("exception"):
+            return bool(self.exception == row.detail.get("exception"))
+        low, high = self.figure or (math.nan, math.nan)
+        return row.value is not None and low <= row.value <= high
+
+    def __str__(self) -> str:
+        """'state-dict-after-forward (reference)'."""
+        return f"{self.id} ({self.reference})"
+
+    @property
+    def looks(self) -> str:
+        """What it looks like, in words."""
+        return self.exception or (f"a figure of {self.figure[0]:g} to {self.figure[1]:g}" if self.figure else "nothing")
+
+
+def load(folder: Path) -> tuple[Fault, ...]:
+    """The faults of a baselines folder, () where it lists none.
+
+    BadFile, one line with the file and the entry: no TOML, an unknown key, a missing one, a newer schema.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return ()
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path} cannot be read as TOML: {error}") from error
+    if type(data.get("schema")) is not int or data["schema"] > SCHEMA:
+        raise BadFile(f"{path} must begin with 'schema = {SCHEMA}' (or needs a newer harness)")
+    entries = data.get("fault", [])
+    if set(data) - {"schema", "fault"} or not isinstance(entries, list):
+        raise BadFile(f"{path} holds a schema and [[fault]] entries, nothing else")
+    found = tuple(_fault(f"{path}: [[fault]] {number}", entry) for number, entry in enumerate(entries, 1))
+    if len({fault.id for fault in found}) < len(found):
+        raise BadFile(f"{path}: two faults have one id")
+    return found
+
+
+def _fault(where: str, entry: dict[str, Any]) -> Fault:
+    known = (*TEXTS, *LISTS, *OPTIONAL)
+    for key in entry:
+        if key not in known:
+            raise BadFile(f"{where} has no place for '{key}' (known: {', '.join(known)})")
+    for key in (*TEXTS, *LISTS):
+        if not entry.get(key):
+            raise BadFile(f"{where} needs '{key}'")
+    for key in (*LISTS, "on", "class"):
+        value = entry.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise BadFile(f'{where}: {key} must be a list of patterns, such as {key} = ["*"]')
+    figure = entry.get("figure")
+    if bool(entry.get("exception")) == (figure is not None):
+        raise BadFile(f"{where} needs one of exception and figure: what it looks like")
+    if figure is not None and not (isinstance(figure, list) and len(figure) == 2 and figure[0] <= figure[1]):
+        raise BadFile(f"{where}: figure must be [low, high]")
+    try:
+        versions = SpecifierSet(str(entry["versions"]))
+    except InvalidSpecifier as error:
+        raise BadFile(f"{where}: versions must be such as '>=0.49.0,<=0.50.2', not '{entry['versions']}'") from error
+    return Fault(
+        id=str(entry["id"]),
+        invariant=tuple(entry["invariant"]),
+        methods=tuple(entry["methods"]),
+        package=str(entry["package"]),
+        versions=versions,
+        reference=str(entry["reference"]),
+        summary=str(entry["summary"]),
+        on=tuple(entry.get("on", ("*",))),
+        classes=tuple(entry.get("class", ())),
+        exception=str(entry.get("exception", "")),
+        figure=(float(figure[0]), float(figure[1])) if figure is not None else None,
+        is_property=bool(entry.get("property", False)),
+    )
+
+
+def judge(row: Row, faults: Iterable[Fault], environment: Environment) -> Row:
+    """The row of an invariant with its verdict; `detail["fault"]` names a known fault that it shows."""
+    if row.value is None:
+        return replace(row, verdict=Verdict.MISSING)
+    applying = [fault for fault in faults if fault.speaks_of(row.case) and fault.reaches(environment)]
+    detail = {key: value for key, value in row.detail.items() if key != "fault"}
+    if row.detail.get("holds"):
+        gone = [fault for fault in applying if not fault.is_property]
+        verdict = Verdict.BETTER if gone else Verdict.WITHIN_BOUND
+        reason = f"holds: the known fault {gone[0]} is gone here, take it off {NAME}" if gone else "holds"
+        return replace(row, verdict=verdict, verdict_reference=verdict, reason=reason, detail=detail)
+    seen = row.detail.get("exception") or f"{decode_number(row.value):.4g}, not {row.detail.get('limit', '')}"
+    shown = next((fault for fault in applying if fault.looks_like(row)), None)
+    if shown is not None:
+        kind = "a stated property" if shown.is_property else "the known fault"
+        detail |= {"fault": shown.id, "reference": shown.reference}
+        return replace(
+            row,
+            verdict=Verdict.SAME,
+            verdict_reference=Verdict.SAME,
+            reason=f"{kind} {shown}: {shown.summary} ({seen})",
+            detail=detail,
+        )
+    other = f"; the known fault {applying[0]} looks different: {applying[0].looks}" if applying else ""
+    reason = f"does not hold: {seen}{other}"
+    return replace(
+        row, verdict=Verdict.OUT_OF_BOUND, verdict_reference=Verdict.OUT_OF_BOUND, reason=reason, detail=detail
+    )
+
+
+def applying(folder: Path, environment: Environment) -> list[Fault]:
+    """The faults that this world has, stated properties of methods left out."""
+    return [fault for fault in load(folder) if fault.reaches(environment) and not fault.is_property]

@@ -1,0 +1,300 @@
+"""Two reports case by case: what is same, within noise, better or worse, and by how much. No torch.
+
+The rules are `compare`'s. That of environments and weights is lifted (their difference is what a comparison
+asks about); that of protocol id and token hash never is. A is the earlier side, B the later: `worse` says that B is
+worse. Each case is decided at 95% by itself: unlike a session's verdicts (`error_rate`), a comparison of many
+cases has no error rate as a whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from harness.core import catalog
+from harness.core.contracts import Member
+from harness.core.errors import HarnessError
+from harness.core.records import Case, Row, Verdict
+from harness.core.text import number, percent
+from harness.core.values import flatten
+from harness.judge import compare as rules
+from harness.judge.bounds import DEFAULTS, Bounds
+from harness.judge.bounds import read as read_bounds
+from harness.judge.question import Losses, Outcome, Question
+
+HARM = (Verdict.MISSING, Verdict.WORSE)
+UNDECIDED = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE)
+PAIRED = (rules.PAIRED_LOSSES, rules.THIS_TEXT)
+TIMES = (rules.RATIO, rules.TURNS)
+INVARIANT = "invariant"
+FACTOR = 2.0  # of two figures that both break a limit: less apart is the same break under other rounding
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One case on both sides.
+
+    `change` with `low` and `high` is ln(B / A), or B - A where `is_ratio` is False; None where nothing was computed.
+    `verdict` is None for what is never judged (the reference's own time).
+    """
+
+    case: Case
+    a: Row
+    b: Row
+    verdict: Verdict | None
+    reason: str
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    is_ratio: bool = True
+    paired: bool = False  # token by token
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every shared case, what only one side has, and how the environments differ."""
+
+    entries: tuple[Entry, ...]
+    only_a: tuple[Case, ...] = ()
+    only_b: tuple[Case, ...] = ()
+    environment: tuple[str, ...] = ()  # 'torch: 2.8.0 -> 2.9.0'
+    notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 harm, 3 undecided, 0 fine."""
+        verdicts = {entry.verdict for entry in self.entries}
+        return 1 if verdicts & set(HARM) else 3 if verdicts & set(UNDECIDED) else 0
+
+    @property
+    def paired(self) -> int:
+        """How many cases were compared token by token."""
+        return sum(entry.paired for entry in self.entries)
+
+
+def compare(
+    rows_a: Sequence[Row],
+    rows_b: Sequence[Row],
+    nll_a: Losses,
+    nll_b: Losses,
+    *,
+    environments_a: Mapping[str, Mapping[str, Any]] | None = None,
+    environments_b: Mapping[str, Mapping[str, Any]] | None = None,
+    members: Mapping[str, Member] | None = None,
+    bounds: Bounds | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Compare two sessions.
+
+    Args:
+        rows_a: of the earlier side; for one case the last stands.
+        rows_b: of the later side.
+        nll_a: per-token NLL in nats by its sha, None where there is none (a bare measurements.jsonl).
+        nll_b: the same for B.
+        environments_a: by id, for the printed difference.
+        environments_b: the same for B.
+        members: metrics by full name; those of the catalogue by default.
+        bounds: below what a change is noise; the package's own by default.
+        notes: carried into the comparison.
+
+    Raises:
+        HarnessError: the sides share no case.
+    """
+    a, b = ({row.case: row for row in rows} for rows in (rows_a, rows_b))
+    shared = [case for case in a if case in b]
+    if not shared:
+        raise HarnessError(
+            f"nothing to compare: A has {len(a)} cases, B has {len(b)}, and none is in both "
+            "(model, method, dataset, protocol, metric, device, reference)"
+        )
+    judge = _Judge(
+        lambda sha: nll_b(sha) if (found := nll_a(sha)) is None else found,  # a sha names the same bytes on both sides
+        members.get if members else catalog.member,
+        bounds or Bounds(read_bounds(DEFAULTS)),
+    )
+    return Comparison(
+        tuple(judge.entry(a[case], b[case]) for case in shared),
+        tuple(case for case in a if case not in b),
+        tuple(case for case in b if case not in a),
+        environment_difference(
+            [a[case] for case in shared], environments_a or {}, [b[case] for case in shared], environments_b or {}
+        ),
+        (*notes, *identity_notes([(a[case], b[case]) for case in shared])),
+    )
+
+
+def identity_notes(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    """Weights and written-out methods that are not the same on both sides: comparable, but a reader must know."""
+    kinds = (("weights", "model", "revision"), ("arguments", "method", "method_id"))
+    found = {
+        f"{kind} of {getattr(a, owner)} differ: {getattr(a, name)} -> {getattr(b, name)}": None
+        for kind, owner, name in kinds
+        for a, b in pairs
+        if getattr(a, name) and getattr(b, name) and getattr(a, name) != getattr(b, name)
+    }
+    return list(found)
+
+
+def environment_difference(
+    rows_a: Sequence[Row],
+    known_a: Mapping[str, Mapping[str, Any]],
+    rows_b: Sequence[Row],
+    known_b: Mapping[str, Mapping[str, Any]],
+) -> tuple[str, ...]:
+    """One line a field that differs: every value it had on A, an arrow, every value on B."""
+    sides = [_fields(rows, known) for rows, known in ((rows_a, known_a), (rows_b, known_b))]
+    names = dict.fromkeys(itertools.chain(*sides))
+    texts = [[" or ".join(side.get(name, {})) or "(none)" for side in sides] for name in names]
+    return tuple(f"{name}: {a} -> {b}" for name, (a, b) in zip(names, texts, strict=True) if a != b)
+
+
+def _fields(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, None]]:
+    found: dict[str, dict[str, None]] = {}
+    for environment in dict.fromkeys(row.environment for row in rows):
+        for name, value in flatten(known.get(environment, {})).items():
+            found.setdefault(name, {})[value] = None
+    return found
+
+
+@dataclass(frozen=True)
+class _Judge:
+    nll: Losses
+    member: Callable[[str], Member | None]
+    bounds: Bounds
+
+    def entry(self, a: Row, b: Row) -> Entry:
+        """A case's verdict, and its change where one can be had."""
+        blank = Entry(a.case, a, b, None, "")
+        if a.value is None or b.value is None:
+            return absent(blank)
+        known = self.member(a.metric)
+        question = Question(b, known or Member(a.metric, a.unit, "neither"), self.bounds, a, self.nll)
+        if found := rules.obstacle(question, a):
+            field, before, now = found
+            reason = str(before) if now is None else f"{field} differs: '{before}' -> '{now}'"
+            return replace(blank, verdict=Verdict.NOT_COMPARABLE, reason=reason)
+        if a.case.family == INVARIANT:
+            return behaved(blank)
+        if question.member.timed and a.method == a.reference and not rules.in_turn(b, a):
+            shown = replace(blank, reason="the reference's own time is shown, not judged")
+            return _with_values(shown, a.value, b.value)
+        outcome = rules.outcome(question, a, a.value, b.value)
+        if known is None and outcome.verdict is not Verdict.SAME:
+            outcome = replace(outcome, verdict=Verdict.UNUSABLE)
+        entry = replace(blank, verdict=outcome.verdict, reason=_reason(question, outcome, a.value, b.value))
+        return _with_change(entry, outcome, a.value, b.value)
+
+
+def _with_change(entry: Entry, outcome: Outcome, a: float, b: float) -> Entry:
+    """The change that was judged where it is that of the two values, else the values' own."""
+    change = outcome.change
+    entry = replace(entry, paired=outcome.ground in PAIRED)
+    judged = outcome.ground in TIMES or entry.case.metric in ("perplexity", "perplexity.delta")
+    if change is not None and judged:
+        return replace(entry, change=change.value, low=change.low, high=change.high)
+    if outcome.ground in (*TIMES, rules.NOT_FINITE):
+        return entry
+    return _with_values(entry, a, b)
+
+
+def _with_values(entry: Entry, a: float, b: float) -> Entry:
+    is_ratio = entry.case.family in rules.RATIOS
+    return replace(entry, change=rules.value_change(entry.case.metric, a, b), is_ratio=is_ratio)
+
+
+def _reason(question: Question, outcome: Outcome, a: float, b: float) -> str:
+    """What a case was decided by, in words."""
+    undecided = outcome.verdict is Verdict.UNUSABLE
+    if outcome.ground == rules.NOT_FINITE:
+        sides = (("A", question.before, a), ("B", question.row, b))
+        lost = [name for name, side, value in sides if side is not None and not rules.sound(side, value)]
+        fault = ": its reference's losses are not" if undecided and len(lost) == 1 else ""
+        return "not finite on both sides" if len(lost) == 2 else f"not finite in {lost[0]}{fault}"
+    if outcome.ground == rules.EQUAL_LOSSES:
+        same = outcome.verdict is Verdict.SAME
+        return "bit-identical losses" if same else "bit-identical losses, but what is made of them changed"
+    if outcome.ground == rules.VALUES:
+        return "values only, nothing was paired" + (": no interval" if undecided else "")
+    if outcome.ground == rules.FIGURE:
+        return _figure(question, outcome, a, b)
+    return _interval(question, outcome)
+
+
+def _figure(question: Question, outcome: Outcome, a: float, b: float) -> str:
+    row, member, limit = question.row, question.member, outcome.floor
+    if outcome.verdict is Verdict.SAME:
+        return "equal values"
+    if member.better not in ("lower", "higher") and outcome.verdict is not Verdict.WITHIN_NOISE:
+        return "values differ and no direction is better"
+    if member.exact or (row.case.family == "memory" and not limit):
+        return f"{b - a:+,.0f} {row.unit}, exact"
+    if row.case.family == "memory":
+        return f"observed once; noise up to {100 * (question.allowance - 1):.3g}%"
+    return "exact on this text" + (f"; noise up to {number(limit)} {row.unit}" if limit else "")
+
+
+def _interval(question: Question, outcome: Outcome) -> str:
+    change, undecided = outcome.change, outcome.verdict is Verdict.UNUSABLE
+    if outcome.ground in PAIRED and change is not None:
+        windows = f"over {change.count} windows; floor {outcome.floor:g} nats"
+        beyond = outcome.ground == rules.THIS_TEXT
+        more = f"; beyond {percent(question.room)} on this very text, where it is exact" if beyond else ""
+        return ("no interval " if undecided else "paired ") + windows + more
+    noise = f"noise up to {percent(outcome.floor, sign='')}"
+    if outcome.ground == rules.RATIO:
+        if change is None:
+            return "no usable ratio to the reference on both sides"
+        return (
+            f"the ratio's interval is too wide to decide; {noise}" if undecided else f"ratio to the reference; {noise}"
+        )
+    if change is None:
+        return "the two sides have not equally many repetitions"
+    blocks = f"over {change.count} blocks; {noise}"
+    if not change.usable:
+        return f"no interval {blocks}"
+    return f"the interval is too wide to decide {blocks}" if undecided else f"taken in turn {blocks}"
+
+
+def absent(blank: Entry) -> Entry:
+    """A case without a number on at least one side."""
+    a, b = blank.a, blank.b
+    if b.value is None and a.value is not None:
+        return replace(blank, verdict=Verdict.MISSING, reason=f"missing in B: {b.reason or 'no reason was given'}")
+    where = "both" if b.value is None else "A"
+    return replace(blank, verdict=Verdict.UNUSABLE, reason=f"missing in {where}: {a.reason or 'no reason was given'}")
+
+
+def holds(row: Row) -> bool:
+    """Whether the invariant held."""
+    return row.detail.get("holds") is True
+
+
+def seen(row: Row) -> str:
+    """What was seen, in a few words: 'holds', the exception, or the figure."""
+    if row.value is None:
+        return str(Verdict.MISSING)
+    exception = str(row.detail.get("exception", ""))
+    return "holds" if holds(row) else exception or number(row.value, 3)
+
+
+def behaved(blank: Entry) -> Entry:
+    """An invariant on both sides: kept, lost, regained, or broken on both alike or otherwise."""
+    a, b = blank.a, blank.b
+    fault = f"; known as {b.detail['fault']} ({b.detail.get('reference', '')})" if b.detail.get("fault") else ""
+    if holds(a) and holds(b):
+        return replace(blank, verdict=Verdict.SAME, reason="holds on both sides")
+    if holds(a) or holds(b):
+        verdict, words = (Verdict.WORSE, "no longer holds") if holds(a) else (Verdict.BETTER, "holds again")
+        return replace(blank, verdict=verdict, reason=f"{words}: {seen(a)} -> {seen(b)}{fault}")
+    raised = [bool(row.detail.get("exception")) for row in (a, b)]
+    told = f"holds on neither side: {seen(a)} -> {seen(b)}{fault}"
+    if raised[0] != raised[1]:
+        return replace(blank, verdict=Verdict.BETTER if raised[0] else Verdict.WORSE, reason=told)
+    if raised[0] or a.value is None or b.value is None or a.value == b.value:
+        return replace(blank, verdict=Verdict.SAME, reason=told)
+    if a.detail.get("fault") and a.detail.get("fault") == b.detail.get("fault"):  # both within the range that is listed
+        return replace(blank, verdict=Verdict.WITHIN_NOISE, reason=told)
+    apart = Verdict.WORSE if b.value > FACTOR * a.value else Verdict.BETTER if a.value > FACTOR * b.value else None
+    return replace(blank, verdict=apart or Verdict.WITHIN_NOISE, reason=told)

@@ -1,0 +1,191 @@
+"""Quantizing from safetensors tensor by tensor: no unquantized model is ever whole in memory.
+
+The model is built without weights; what stays unquantized is read into its place, then each weight to be quantized is
+mapped, turned into codes piece by piece and unmapped before the next. The peak is the quantized model and one tensor as
+it lies in the file. Folders whose names are not the architecture's own, one for
+one (older layouts, merged experts), are left to `checkpoints.open_model`, which knows how to convert.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.core.contracts import Checkpoint
+from harness.core.errors import BadFile
+from harness.inputs.models import checkpoints, folder
+from harness.methods.quantizing import stored
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}  # as safetensors writes them
+AHEAD = 2**28  # bytes that are on their way while a tensor is worked on
+LONGEST_HEADER = 100_000_000  # bytes: the format's own limit
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor's bytes lie."""
+
+    file: Path
+    offset: int  # from the file's beginning, bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def mapped(self) -> Tensor:
+        """The tensor as it lies in the file, in pages that go when it goes; in memory of its own where it cannot."""
+        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        if self.offset % self.dtype.itemsize:
+            return self.read()
+        with self.file.open("rb") as file:
+            if self.file.stat().st_size < self.offset + self.nbytes:  # reading past a mapping's end is a bus error
+                raise self._cut_short()
+            pages = mmap.mmap(file.fileno(), self.offset - start + self.nbytes, access=mmap.ACCESS_COPY, offset=start)
+        flat = torch.frombuffer(pages, dtype=self.dtype, count=math.prod(self.shape), offset=self.offset - start)
+        return flat.view(self.shape)
+
+    def expect(self) -> None:
+        """Have the system begin to read it, where it takes such advice."""
+        if hasattr(os, "posix_fadvise"):
+            with self.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while len(room):
+                count = file.readinto(room)
+                if not count:
+                    raise self._cut_short()
+                room = room[count:]
+        return tensor
+
+    def _cut_short(self) -> BadFile:
+        return BadFile(f"{self.file} ends before its last tensor: fetch it again")
+
+
+class Queue:
+    """Tensors in the order in which they are wanted; the system reads those to come while one is worked on."""
+
+    def __init__(self, wanted: Iterable[Place]) -> None:
+        self._coming = deque(wanted)
+        self._ahead = deque[Place]()
+
+    def next(self) -> Place:
+        """The next one, AHEAD bytes behind it on their way."""
+        while self._coming and (not self._ahead or sum(place.nbytes for place in self._ahead) < AHEAD):
+            self._coming[0].expect()
+            self._ahead.append(self._coming.popleft())
+        return self._ahead.popleft()
+
+
+def places(files: Iterable[Path]) -> dict[str, Place] | None:
+    """Every tensor of some safetensors files by name; None where a header is not understood."""
+    found: dict[str, Place] = {}
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LONGEST_HEADER:
+                return None
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES or not math.prod(entry["shape"]):
+                return None
+            start = 8 + length + entry["data_offsets"][0]
+            found[name] = Place(path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return found
+
+
+def quantized_model(
+    checkpoint: Checkpoint,
+    dtype: str,
+    recipe: stored.Recipe,
+    targets: Callable[[nn.Module], list[str]],
+) -> nn.Module | None:
+    """The quantized model on the CPU; None where the folder is not streamable.
+
+    Args:
+        checkpoint: the plain folder.
+        dtype: 'fp32', 'bf16' or 'fp16', of everything that is not quantized.
+        recipe: the method.
+        targets: names of the modules to quantize, asked of the model without weights.
+    """
+    files = folder.weights_files(
+        checkpoint.directory, f"model '{checkpoint.specification}'", allow_pickle=checkpoint.allow_pickle
+    )
+    shards = [path for path in files if path.suffix == ".safetensors"]
+    there = places(shards) if shards else None
+    if there is None:
+        return None
+    model = checkpoints.empty_model(checkpoints.read_config(checkpoint), dtype)
+    if getattr(model, "_keep_in_fp32_modules", None) or not _match(model, there):
+        return None
+    names, owners = targets(model), stored.weight_owners(model)
+    later = {f"{owner}.weight" for name in names for owner in owners[name]}
+    kept = checkpoints.TORCH_DTYPES[dtype]
+    alike = {f"{name}.weight": [f"{owner}.weight" for owner in group] for name, group in owners.items()}
+    whole = [name for name in there if name not in later]
+    sources = {name: next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there) for name in names}
+    queue = Queue(there[name] for name in (*whole, *sources.values()))
+    for name in whole:
+        group = alike.get(name) or next((group for group in alike.values() if name in group), [name])
+        _put(model, group, queue.next().read(), kept)
+
+    def read(name: str) -> None:
+        place = queue.next()
+        assert place is there[sources[name]], "weights are quantized in another order than they are read in"
+        _put(model, [f"{name}.weight"], place.mapped())
+
+    stored.apply(model, recipe, names, read=read, dtype=kept)
+    return model
+
+
+def _match(model: nn.Module, there: dict[str, Place]) -> bool:
+    """Whether the files hold exactly the model's tensors, tied ones at least once, in its shapes."""
+    state = model.state_dict(keep_vars=True)
+    held = {id(state[name]) for name in there if name in state}
+    return (
+        there.keys() <= state.keys()
+        and all(name in there or id(tensor) in held for name, tensor in state.items())
+        and all(state[name].shape == place.shape for name, place in there.items())
+    )
+
+
+def _put(model: nn.Module, names: Iterable[str], tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Put a tensor, floating point ones in a dtype, into every place that shares it."""
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype or tensor.dtype)
+    parameter = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else None
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = parameter

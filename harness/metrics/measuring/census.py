@@ -1,0 +1,137 @@
+"""What a quantized model is made of: which modules were quantized and which were left, and the bits they take."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.core.contracts import Arguments, Method, QuantizedWeight
+from harness.core.errors import IncompleteQuantization
+from harness.core.values import digest
+from harness.inputs.models import sizes
+
+NAMED = 3  # modules that an error names: enough to recognise the layer, short enough for a line
+
+
+def census(
+    model: nn.Module, method: Method, arguments: Arguments, original_modules: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """Count a loaded or sketched model, and hold it to what the method was asked.
+
+    Args:
+        model: under the method.
+        method: whose `quantized` and `targets` are compared.
+        arguments: with which it was loaded.
+        original_modules: dict(named_modules()) of the unquantized model, "" its root; a meta sketch will do.
+
+    Returns:
+        JSON: `quantized` and `left` lists of {modules, class, count, elements}, layer numbers folded to '*' (a tied
+        weight once, under its first name; `left` counts biases and other parameters too); `quantized_modules`,
+        `quantized_elements`, `left_elements`, `elements`; `bytes_by_dtype` over parameters, buffers and quantization
+        state, each storage once; `bits_per_weight`, 8 * stored bytes / elements over the quantized weights (of a
+        reference its dtype's bits); `names`, sha256 over the sorted names of the quantized modules.
+
+    Raises:
+        IncompleteQuantization: modules quantized are not the targets; names the first ones.
+    """
+    weights = list(method.quantized(model))
+    names = sorted(weight.name for weight in weights)
+    _hold(method.name, names, method.targets(original_modules[""], arguments))
+    quantized = _folded((weight.name, weight.kind, weight.elements) for weight in weights)
+    left = _folded(_left(model, weights, original_modules))
+    quantized_elements, left_elements = (sum(entry["elements"] for entry in part) for part in (quantized, left))
+    return {
+        "quantized": quantized,
+        "left": left,
+        "quantized_modules": len(weights),
+        "quantized_elements": quantized_elements,
+        "left_elements": left_elements,
+        "elements": quantized_elements + left_elements,
+        "bytes_by_dtype": _bytes_by_dtype(model),
+        "bits_per_weight": bits_per_weight(weights, arguments.dtype),
+        "names": digest(names),
+    }
+
+
+def bits_per_weight(weights: Iterable[QuantizedWeight], dtype: str) -> float:
+    """8 * bytes of codes, scales and tables / elements; of an unquantized model the bits of its dtype."""
+    elements, stored = 0, 0
+    for weight in weights:
+        elements, stored = elements + weight.elements, stored + weight.storage
+    return 8 * stored / elements if elements else sizes.BITS[dtype]
+
+
+def _hold(method: str, names: list[str], targets: list[str]) -> None:
+    missing = sorted(set(targets) - set(names))
+    extra = sorted(set(names) - set(targets))
+    if missing:
+        raise IncompleteQuantization(
+            f"{method} left {len(missing)} of {len(targets)} modules unquantized: {_first(missing)}"
+        )
+    if extra:
+        raise IncompleteQuantization(f"{method} quantized {len(extra)} modules it was not asked to: {_first(extra)}")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def _left(
+    model: nn.Module, weights: Iterable[QuantizedWeight], original_modules: Mapping[str, nn.Module]
+) -> list[tuple[str, str, int]]:
+    """(module, class, elements) of every parameter that is not a quantized weight, tied ones once."""
+    quantized = {weight.name for weight in weights}
+    seen: set[int] = set()
+    found: Counter[tuple[str, str]] = Counter()
+    for name, module in model.named_modules():
+        original = original_modules.get(name, module)
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            if name in quantized and (
+                key == "weight" or key not in original._parameters
+            ):  # codes under a library's name
+                continue
+            seen.add(id(parameter))
+            found[name, type(original).__name__] += parameter.numel()
+    return [(name, kind, elements) for (name, kind), elements in found.items() if elements]
+
+
+def _folded(entries: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:
+    """Entries that differ in numbers of the name only, counted together; sorted by name and class."""
+    counts: Counter[tuple[str, str]] = Counter()
+    elements: Counter[tuple[str, str]] = Counter()
+    for name, kind, size in entries:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), kind
+        counts[pattern] += 1
+        elements[pattern] += size
+    return [
+        {"modules": pattern, "class": kind, "count": counts[pattern, kind], "elements": elements[pattern, kind]}
+        for pattern, kind in sorted(counts)
+    ]
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and the quantization state that libraries hang on their modules."""
+    state = (
+        {name: value for name, value in vars(module).items() if name not in sizes.REGISTERED}
+        for module in model.modules()
+    )
+    return sizes.tensors(*model.parameters(), *model.buffers(), *state)
+
+
+def _bytes_by_dtype(model: nn.Module) -> dict[str, int]:
+    """Bytes of each storage once, under the dtype of the first tensor that looks into it: {'uint8': 1024, ...}."""
+    seen: set[int] = set()
+    found: Counter[str] = Counter()
+    for tensor in _tensors(model):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            found[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
+    return dict(sorted(found.items()))

@@ -1,0 +1,285 @@
+"""The one place with CUDA-specific code: a clock, a memory peak, a proof of work, alike for CPU and CUDA.
+
+`Cuda` reaches the driver only through the two objects it is given (`torch.cuda` and `torch.profiler` unless told
+otherwise), so its logic is tested through fakes on a machine without a card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from harness.core.errors import HarnessError, UnknownName
+from harness.metrics.measuring import cards
+from harness.metrics.measuring.timing import Work
+
+PROC = Path("/proc/self")
+NAMES = ("cpu", "cuda")
+RESET_HIGH_WATER = "5"  # proc(5), clear_refs: sets VmHWM back to what is resident now
+COPIES = ("Memcpy", "Memset")  # the profiler's names of device events that are no kernel
+
+
+class NoDeviceTime(HarnessError):
+    """The profiler cannot look at the device, or saw no kernel, which it reports as zero seconds and no error."""
+
+
+class Device(Protocol):
+    """Where a model runs. Seconds are floats, memory is bytes."""
+
+    name: str  # 'cpu' or 'cuda'
+    torch_device: torch.device
+    peak_note: str  # '' or what is wrong with peak() here
+    precision: Mapping[str, Any]  # switches that the harness has set, for the row; {} where there are none
+
+    def synchronize(self) -> None:
+        """Wait until all work given so far is done."""
+
+    def time(self, *works: Work | Callable[[], object]) -> list[float]:
+        """Seconds of each work, run in order, none beside another; `Work.prepare` is not counted."""
+
+    def device_seconds(self, work: Callable[[], object]) -> float | None:
+        """Seconds the accelerator itself was busy, by the profiler; None where the host is the device."""
+
+    def reset_peak(self) -> None:
+        """Begin a phase: from here on `peak` is of this phase."""
+
+    def peak(self) -> dict[str, int]:
+        """Highest memory since `reset_peak`, what was already held then included."""
+
+    def release(self) -> None:
+        """Give unused memory back, so that the next phase starts from what is really held."""
+
+    def proof(self, work: Callable[[], object]) -> Mapping[str, float | int | str]:
+        """Evidence that the device did the work; HarnessError where there is none."""
+
+
+def open_device(name: str) -> Device:
+    """The device of that name; UnknownName, or HarnessError where no CUDA device can be used.
+
+    A card is opened at full precision (`cards.full_precision`), whatever the environment says.
+    """
+    if name == "cpu":
+        return Cpu()
+    if name != "cuda":
+        raise UnknownName("device", name, NAMES)
+    if why := cards.refusal():
+        raise HarnessError(why)
+    device = Cuda()
+    device.precision = cards.full_precision()
+    return device
+
+
+class Cpu:
+    """The host: wall time, and the resident set of this process."""
+
+    name = "cpu"
+
+    def __init__(self, proc: Path = PROC) -> None:
+        self.torch_device = torch.device("cpu")
+        self.peak_note = ""
+        self.precision: Mapping[str, Any] = {}
+        self._proc = proc
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: CPU operations are done when they return."""
+
+    def time(self, *works: Work | Callable[[], object]) -> list[float]:
+        """Wall seconds of each, by `perf_counter_ns`, the garbage collector off."""
+        seconds = []
+        with _no_collection():
+            for work in map(_as_work, works):
+                work.prepare()
+                start = time.perf_counter_ns()
+                work.run()
+                seconds.append((time.perf_counter_ns() - start) / 1e9)
+        return seconds
+
+    def device_seconds(self, work: Callable[[], object]) -> None:
+        """None: no device apart from the host."""
+
+    def reset_peak(self) -> None:
+        """Set the kernel's high-water mark of the resident set to what is resident now, after `release`.
+
+        Where /proc/self/clear_refs cannot be written, or is written without effect, `peak_note` says so and
+        `peak` is that of the whole process.
+        """
+        self.release()
+        self.peak_note = ""
+        try:
+            (self._proc / "clear_refs").write_text(RESET_HIGH_WATER)
+            resident, high = self._status("VmRSS"), self._status("VmHWM")
+        except OSError as error:
+            self.peak_note = f"not resettable ({error.strerror}): peak of the whole process"
+            return
+        if high > resident + (1 << 20):  # 1 MiB: threads may touch memory between the two readings
+            self.peak_note = "not resettable (no effect): peak of the whole process"
+
+    def peak(self) -> dict[str, int]:
+        """{"resident": bytes}: VmHWM since `reset_peak`, else `ru_maxrss`, which counts from the process's start."""
+        try:
+            return {"resident": self._status("VmHWM")}
+        except OSError:
+            return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+
+    def release(self) -> None:
+        """Collect garbage and hand free heap pages back to the kernel, where the C library can (glibc)."""
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+    def proof(self, work: Callable[[], object]) -> dict[str, float | int]:
+        """{"wall_seconds", "resident"}: the host always does its own work."""
+        (seconds,) = self.time(work)
+        return {"wall_seconds": seconds, "resident": self._status("VmRSS")}
+
+    def _status(self, field: str) -> int:
+        """Bytes of one line of /proc/self/status, 'VmHWM:   1234 kB'."""
+        for line in (self._proc / "status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise OSError(0, f"no {field} in {self._proc / 'status'}")
+
+
+class Cuda:
+    """The current CUDA device, which the caller's CUDA_VISIBLE_DEVICES has chosen."""
+
+    name = "cuda"
+    peak_note = ""  # the allocator's marks can always be reset
+
+    def __init__(self, cuda: Any = torch.cuda, profiler: Any = torch.profiler) -> None:
+        self.torch_device = torch.device("cuda")
+        self.precision: Mapping[str, Any] = {}
+        self._cuda = cuda
+        self._profiler = profiler
+
+    def synchronize(self) -> None:
+        """Wait for every stream of the device."""
+        self._cuda.synchronize()
+
+    def time(self, *works: Work | Callable[[], object]) -> list[float]:
+        """Seconds between two events on the current stream around each work, which begins on an idle device.
+
+        The host waits for the device before and after each work. Without that, kernels queue behind the work before,
+        and a work of many small kernels hides the launches that it waits for by itself. Gaps in which the device waits
+        for the host to launch are part of the time; see `device_seconds` for the rest.
+        """
+        with _no_collection():
+            return [self._timed(work) for work in map(_as_work, works)]
+
+    def _timed(self, work: Work) -> float:
+        start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
+        work.prepare()
+        self._cuda.synchronize()
+        start.record()
+        work.run()
+        end.record()
+        self._cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3  # events count milliseconds
+
+    def device_seconds(self, work: Callable[[], object]) -> float:
+        """Seconds of kernels and copies under the profiler, summed over streams; NoDeviceTime without a kernel."""
+        seconds, _ = self._profiled(work)
+        return seconds
+
+    def reset_peak(self) -> None:
+        """Release, wait, and set the allocator's marks to what is held now."""
+        self.release()
+        self._cuda.synchronize()
+        self._cuda.reset_peak_memory_stats()
+
+    def peak(self) -> dict[str, int]:
+        """{"allocated": bytes of tensors, "requested": the same before the pool rounds, "reserved": the pool's}.
+
+        Each is its own highest.
+        What was held at `reset_peak` is not subtracted. Contexts, cuBLAS workspaces and a library's own cudaMalloc
+        lie outside torch's allocator and are not seen.
+        """
+        self._cuda.synchronize()
+        return {
+            "allocated": int(self._cuda.max_memory_allocated()),
+            "requested": int(self._cuda.memory_stats().get("requested_bytes.all.peak", 0)),
+            "reserved": int(self._cuda.max_memory_reserved()),
+        }
+
+    def release(self) -> None:
+        """Collect garbage and empty torch's pool."""
+        gc.collect()
+        self._cuda.empty_cache()
+
+    def proof(self, work: Callable[[], object]) -> dict[str, float | int | str]:
+        """{"kernel_seconds", "kernels", "allocated"}: kernels that ran, and bytes of tensors on the device.
+
+        Where the profiler sees no kernel: {"event_seconds", "allocated", "note"}, the time between two events on the
+        device's stream and why there is no more. HarnessError where no tensor lies on the device or no time passed.
+        """
+        found: dict[str, float | int | str]
+        try:
+            seconds, kernels = self._profiled(work)
+            found = {"kernel_seconds": seconds, "kernels": kernels}
+        except NoDeviceTime as error:
+            (seconds,) = self.time(work)
+            found = {"event_seconds": seconds, "note": str(error)}
+        allocated = int(self._cuda.memory_allocated())
+        if allocated <= 0:
+            raise HarnessError("no bytes on the CUDA device: the model was not moved there (use --device cuda)")
+        if seconds <= 0:
+            raise HarnessError("no time passed on the CUDA device: nothing was run there (use --device cuda)")
+        return {**found, "allocated": allocated}
+
+    def _profiled(self, work: Callable[[], object]) -> tuple[float, int]:
+        """Device seconds and number of kernels of one run. The first profile pays for starting CUPTI: thrown away."""
+        for _ in range(2):
+            with contextlib.ExitStack() as stack:
+                try:
+                    activities = [self._profiler.ProfilerActivity.CUDA]
+                    profile = stack.enter_context(self._profiler.profile(activities=activities))
+                except AssertionError as error:  # torch's word where it was built without CUPTI
+                    raise NoDeviceTime(
+                        f"this torch cannot profile a CUDA device ({error}): take its own wheel"
+                    ) from error
+                work()
+                self._cuda.synchronize()
+        events = [event for event in profile.key_averages() if _on_device(event)]
+        kernels = [event for event in events if not event.key.startswith(COPIES)]
+        if sum(map(_microseconds, kernels)) <= 0:
+            raise NoDeviceTime(
+                "the profiler saw no CUDA kernel: let this user read performance counters (CUPTI), "
+                "and run nothing else that profiles"
+            )
+        return sum(map(_microseconds, events)) / 1e6, sum(event.count for event in kernels)
+
+
+def _on_device(event: Any) -> bool:
+    """Whether a profiler event ran on the accelerator; a host event repeats the time of what it launched."""
+    return event.device_type.name != "CPU" and not getattr(event, "is_user_annotation", False)
+
+
+def _microseconds(event: Any) -> float:
+    """An event's own device time; torch before its rename of 2024 has only the old name, and newer ones warn at it."""
+    value = getattr(event, "self_device_time_total", None)
+    return float(event.self_cuda_time_total if value is None else value)
+
+
+def _as_work(work: Work | Callable[[], object]) -> Work:
+    return work if isinstance(work, Work) else Work(work)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out of the timed region: with torch loaded, a full pass takes tenths of a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,192 @@
+"""The hot path: the NLL of every scored token of a list of windows under a causal model.
+
+The backbone gives hidden states; the head runs on scored positions alone, in slices of at most 32 MiB of fp32 logits,
+so the memory of an evaluation does not grow with vocabulary times window. Softmax is in fp32. A model whose logits are
+not `head(hidden)` (scaled, soft-capped) is found by a probe, and then asked for whole logits, a window at a time.
+
+Short windows of a text may run two at a time, each on half of a CPU's cores: threads that split a small product wait
+for each other at every operation, two forwards beside each other do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from harness.core.contracts import Window
+from harness.methods.quantizing.cpu import quick_int8_products, quick_products
+
+LOGITS_BYTES = 32 * 2**20  # fp32 logits held at once: fills the cores, and glibc keeps blocks up to this for reuse
+PROBE_TOKENS = 16  # enough to show a scaled or capped head, and no work
+PASS_TOKENS = 512  # of one forward where the batch is chosen: fills two cores, and a window of it runs alone
+STREAMS = 2  # forwards at once where a method allows it: more would hold more activations
+_splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def score(
+    model: nn.Module,
+    windows: Sequence[Window],
+    *,
+    device: str,
+    batch_size: int = 1,
+    padding_id: int = 0,
+    concurrent: bool = False,
+) -> NDArray[np.float32]:
+    """NLL of every scored token.
+
+    Args:
+        model: causal, in eval mode, on `device`; a model of transformers, or one that answers alike.
+        windows: what to feed and score; those that score nothing are not run.
+        device: "cpu" or "cuda".
+        batch_size: windows in one forward pass; 0 chooses: as many as PASS_TOKENS holds.
+        padding_id: any id of the vocabulary; padding is masked, never attended to, never scored.
+        concurrent: a forward of this model changes nothing of it, so that STREAMS of them may run at once on a CPU.
+
+    Returns:
+        (scored tokens,) nats, float32, in window order and left to right within a window.
+    """
+    ends = np.cumsum([window.scored for window in windows], dtype=np.int64)
+    nll = np.empty(int(ends[-1]) if len(windows) else 0, dtype=np.float32)
+    order = sorted(  # longest first, so that the largest batch comes at once; equal lengths share batches
+        (index for index, window in enumerate(windows) if window.scored), key=lambda index: -len(windows[index].ids)
+    )
+    if not order:
+        return nll
+    with torch.inference_mode(), quick_products(model), quick_int8_products():
+        split = splits(model, windows[order[0]].ids[:PROBE_TOKENS], device)
+        lengths = [len(windows[index].ids) - 1 for index in order]
+        parts = list(batches(lengths, batch_size if split else 1))
+
+        def run(part: slice) -> None:
+            chosen = order[part]
+            scored = batch_nll(model, [windows[index] for index in chosen], device, padding_id, split)
+            pieces = np.split(scored, np.cumsum([windows[index].scored for index in chosen])[:-1])
+            for index, piece in zip(chosen, pieces, strict=True):
+                nll[ends[index] - windows[index].scored : ends[index]] = piece
+
+        beside: list[slice] = []
+        if concurrent and device == "cpu" and torch.get_num_threads() >= STREAMS:
+            beside = [part for part in parts if lengths[part][0] * len(lengths[part]) <= PASS_TOKENS]
+        for part in parts[: len(parts) - len(beside)]:  # the longer ones come first
+            run(part)
+        in_streams(run, beside)
+    return nll
+
+
+def in_streams(run: Callable[[slice], None], parts: Sequence[slice]) -> None:
+    """Run every part, STREAMS at a time, each with its share of this thread's threads; the first error is raised.
+
+    A part that is alone gets no more than its share either: some processors' products differ in the last bits by the
+    number of threads, and a window's losses must not depend on what it was scored with.
+    """
+    threads = torch.get_num_threads()
+
+    def enter() -> None:
+        torch.set_num_threads(threads // STREAMS)  # of this worker; torch keeps a number a thread
+
+    def within(part: slice) -> None:
+        with torch.inference_mode():  # this too is a thread's own
+            run(part)
+
+    if not parts:
+        return
+    try:
+        with ThreadPoolExecutor(STREAMS, "window", initializer=enter) as pool:
+            waiting = [pool.submit(within, part) for part in parts]
+            try:
+                for one in waiting:
+                    one.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[slice]:
+    """Windows that run together, of those in falling order of length: `size` at a time, or by PASS_TOKENS where 0."""
+    start = 0
+    while start < len(lengths):
+        step = size or max(1, PASS_TOKENS // lengths[start])
+        yield slice(start, start + step)
+        start += step
+
+
+def batch_nll(
+    model: nn.Module, windows: Sequence[Window], device: str, padding_id: int, split: bool
+) -> NDArray[np.float32]:
+    """NLL of the scored tokens of windows run together: (sum of scored,), window after window."""
+    longest = max(len(window.ids) for window in windows) - 1  # the last id is only predicted
+    fed = np.full((len(windows), longest), padding_id, dtype=np.int64)  # (B, L)
+    mask = np.zeros((len(windows), longest), dtype=np.int64)  # (B, L)
+    scored = np.zeros((len(windows), longest), dtype=bool)  # (B, L)
+    for row, window in enumerate(windows):
+        length = len(window.ids) - 1
+        fed[row, :length] = window.ids[:-1]
+        mask[row, :length] = 1
+        scored[row, length - window.scored : length] = True
+    targets = torch.from_numpy(np.concatenate([window.ids[-window.scored :] for window in windows])).to(device)  # (N,)
+    arguments: dict[str, Any] = {"input_ids": torch.from_numpy(fed).to(device), "use_cache": False}
+    if not mask.all():
+        arguments["attention_mask"] = torch.from_numpy(mask).to(device)
+    places = torch.from_numpy(scored).to(device)
+    if split:
+        hidden = backbone(model)(**arguments).last_hidden_state[places]  # (N, H)
+        return sliced_nll(hidden, targets, model.get_output_embeddings())  # type: ignore[operator]
+    return sliced_nll(model(**arguments).logits[places], targets, None)
+
+
+def sliced_nll(rows: Tensor, targets: Tensor, head: Any) -> NDArray[np.float32]:
+    """-ln softmax(logits)[target] for each row: (N, H) hidden states and their head, or (N, V) logits and None."""
+    width = rows.shape[-1] if head is None else vocabulary(head, rows)
+    step = max(1, LOGITS_BYTES // (4 * width))  # 4 bytes an fp32 logit
+    found = []
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        logits = (piece if head is None else head(piece)).float()  # (n, V)
+        picked = logits.gather(-1, targets[start : start + step, None])[:, 0]  # (n,)
+        found.append((_logsumexp(logits, spent=head is not None) - picked).cpu())
+    return torch.cat(found).numpy()
+
+
+def _logsumexp(logits: Tensor, *, spent: bool) -> Tensor:
+    """Compute `logits.logsumexp(-1)`, to the bit, in the logits' own memory where they are `spent`: (n, V) -> (n,)."""
+    if not spent:
+        return logits.logsumexp(-1)
+    largest = logits.amax(-1, keepdim=True)  # (n, 1)
+    offset = largest.masked_fill(largest.abs() == torch.inf, 0.0)  # as torch has it: no inf - inf
+    return logits.sub_(offset).exp_().sum(-1).log_().add_(offset[:, 0])
+
+
+def vocabulary(head: Any, rows: Tensor) -> int:
+    """Logits a position: what the head declares, else what it gives for one."""
+    return int(getattr(head, "out_features", 0) or head(rows[:1]).shape[-1])
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its head, by transformers' convention; the model itself where it follows none."""
+    inner = getattr(model, "base_model", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def splits(model: nn.Module, ids: NDArray[np.int64], device: str) -> bool:
+    """Whether head(backbone(ids)) is model(ids).logits, bit for bit; asked once a model."""
+    if model not in _splits:
+        _splits[model] = _splits_now(model, torch.from_numpy(ids[None].copy()).to(device))
+    return _splits[model]
+
+
+def _splits_now(model: nn.Module, ids: Tensor) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or backbone(model) is model:
+        return False
+    whole = model(input_ids=ids, use_cache=False).logits  # (1, L, V)
+    output = backbone(model)(input_ids=ids, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)  # (1, L, H)
+    return hidden is not None and torch.equal(head(hidden), whole)

@@ -1,0 +1,268 @@
+"""A CUDA card that is not there: tensors without values that say they lie on it, and a count of their bytes.
+
+A model on the meta device is put on the card; from then on its tensors answer `cuda:0` when asked for their device, so
+that code takes the way that it takes on a card, and every storage made there is counted for as long as it lives. No
+build of torch with CUDA, no driver and no compiler is needed.
+
+What depends on no weight keeps its values: token ids, positions and masks are computed on the host and only marked, so
+that code that looks at them (is this mask all true?) decides as it does on a card. Code that looks at a value that is
+not there gets `Valueless`, and tensors of host and card that meet in one operation raise as on a card.
+
+Attention, and kernels that are no operations of torch, are counted as what they hold while they run: see
+`card_kernels`. Made for `torch.no_grad()`: in inference mode torch hands over composite operations whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from harness.metrics.measuring import card_kernels
+
+PLACE = torch.device("cuda", 0)
+CAPABILITY = (9, 0)  # of the card that is assumed: a data-centre card of 2022, with int8 and bf16 products
+SMALL = 2**10  # elements of inputs whose outcome is small too
+LARGEST = 2**24  # elements up to which what needs no weight keeps its values: a mask of 4096 x 4096
+BETWEEN = frozenset(
+    {"aten::copy_", "aten::_to_copy"}
+)  # operations that may take a tensor of the host and one of a card
+ROOM = frozenset(  # made to be written into: no values, but for the dtypes of masks and ids
+    f"aten::{name}" for name in "empty empty_like empty_strided new_empty zeros zeros_like new_zeros".split()
+)
+LOOKED_AT = frozenset({torch.bool, torch.int64})
+INDEXED = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
+
+
+class Valueless(Exception):
+    """Code looked at the value of a tensor that has none: what it would do next cannot be told."""
+
+
+class Card(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs operations on the card's tensors and counts the bytes of every storage there.
+
+    Attributes:
+        now: bytes of all storages alive.
+        peak: the most there were since `reset`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.asked = ""  # the place that Python named for what is made now; '' where it named none
+        self._held: set[int] = set()
+
+    def on(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies on the card."""
+        return tensor.untyped_storage()._cdata in self._held
+
+    def take(self, tensor: Tensor) -> None:
+        """Put a tensor on the card: its storage is counted, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held:
+            return
+        self._held.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._held.discard(key)
+        self.now -= size
+
+    def reset(self) -> None:
+        """Begin a new peak."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation where it belongs."""
+        kwargs = dict(kwargs or {})
+        given = _tensors((*args, *kwargs.values()))
+        here = [tensor for tensor in given if self.on(tensor)]
+        # a device that C++ names is that of a tensor without values: the same place
+        if not (given or self.asked) and getattr(kwargs.get("device"), "type", "") == "meta":
+            return self._taken(func(*args, **kwargs))
+        name = func._schema.name
+        to_host = self.asked == "host" or (name == "aten::copy_" and not self.on(args[0]))
+        if to_host or not (here or self.asked):
+            if any(tensor.is_meta for tensor in here):
+                raise Valueless(f"{func} copies a tensor to the host")
+            return func(*args, **kwargs)
+        _check_places(name, args, given, self.on)
+        kernel = card_kernels.KERNELS.get(name)
+        if kernel is not None:
+            with self:
+                return kernel(*args, **kwargs)
+        return self._taken(self._run(func, args, kwargs, given))
+
+    def _taken(self, found: Any) -> Any:
+        """What an operation made, on the card."""
+        for tensor in _tensors(found if isinstance(found, (tuple, list)) else (found,)):
+            self.take(tensor)
+        return found
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
+        """With values where all inputs have some and the outcome is not large, else without."""
+        if given and all(tensor.is_meta for tensor in given) and "device" not in kwargs:
+            return func(*args, **kwargs)
+        valued = not any(tensor.is_meta for tensor in given)
+        if valued and given and all(tensor.numel() <= SMALL for tensor in given):
+            return func(*args, **kwargs)
+        shapes = tree_map(_without_values, (args, kwargs))
+        if kwargs.get("device") is not None:
+            shapes[1]["device"] = "meta"
+        if not valued:
+            _check_writes(func, args, kwargs)
+            return func(*shapes[0], **shapes[1])
+        try:
+            outcome = func(*shapes[0], **shapes[1])
+        except (RuntimeError, NotImplementedError):  # its shape depends on values: they are there
+            return func(*args, **kwargs)
+        made = _tensors(outcome if isinstance(outcome, (tuple, list)) else (outcome,))
+        large = any(tensor.numel() > LARGEST for tensor in made)
+        room = func._schema.name in ROOM and made[0].dtype not in LOOKED_AT
+        return outcome if large or room else func(*args, **kwargs)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among an operation's arguments or results, which nest no deeper than a list."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [one for one in value if isinstance(one, Tensor)]
+    return found
+
+
+def _without_values(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.is_meta:
+        return leaf
+    return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
+
+
+def _check_places(name: str, args: tuple[Any, ...], given: list[Tensor], on: Callable[[Tensor], bool]) -> None:
+    """Tensors of both places may meet in copies alone, numbers without a dimension and indices left out."""
+    if name in BETWEEN:
+        return
+    met = [args[0]] if name in INDEXED else [tensor for tensor in given if tensor.dim()]
+    if len({on(tensor) for tensor in met}) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
+
+
+def _check_writes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """What has values cannot be written into from what has none."""
+    for place, argument in enumerate(func._schema.arguments):
+        written = args[place] if place < len(args) else kwargs.get(argument.name)
+        into = argument.alias_info is not None and argument.alias_info.is_write
+        if into and isinstance(written, Tensor) and not written.is_meta:
+            raise Valueless(f"{func} writes a computed value into a tensor that the model looks at")
+
+
+class Asked(TorchFunctionMode):
+    """Answers what Python asks of a tensor of the card, and turns requests for `cuda` into tensors there."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer, or call the function."""
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and func in ANSWERS and self.card.on(args[0]):
+            return ANSWERS[func]
+        if func in MOVES and isinstance(args[0], Tensor):
+            return self._moved(func, args, kwargs)
+        if func is F.scaled_dot_product_attention and self.card.on(args[0]):
+            return card_kernels.attention(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is None:
+            return func(*args, **kwargs)
+        if torch.device(device).type != "cuda":
+            with self._asked("host"):
+                return func(*args, **kwargs)
+        kwargs["device"] = torch.device("cpu")
+        if func in FROM_DATA:
+            return self._placed(func(*args, **kwargs), None)
+        with self._asked("card"):
+            return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _asked(self, place: str) -> Iterator[None]:
+        before, self.card.asked = self.card.asked, place
+        try:
+            yield
+        finally:
+            self.card.asked = before
+
+    def _placed(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """A copy on the card of a tensor of the host."""
+        with self._asked("card"):
+            return _copy(tensor, dtype, torch.device("cpu"))
+
+    def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        tensor: Tensor = args[0]
+        if func is not Tensor.to:
+            device, dtype, copy = torch.device("cuda" if func is Tensor.cuda else "cpu"), None, False
+        elif len(args) > 1 and isinstance(args[1], Tensor):
+            device, dtype, copy = PLACE if self.card.on(args[1]) else args[1].device, args[1].dtype, False
+        else:
+            copy = kwargs.pop("copy", False)
+            device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
+        here = self.card.on(tensor)
+        there = here if device is None else device.type == "cuda"
+        if there and not here and not tensor.is_meta:
+            return self._placed(tensor, dtype)
+        if here and not there:
+            with self._asked("host"):
+                return _copy(tensor, dtype, device)
+        if here:
+            return tensor if not copy and dtype in (None, tensor.dtype) else _copy(tensor, dtype)
+        return func(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None = None) -> Tensor:
+    named = {} if device is None else {"device": device}
+    found: Tensor = torch.ops.aten._to_copy.default(tensor, dtype=dtype or tensor.dtype, **named)
+    return found
+
+
+ANSWERS = {
+    Tensor.device.__get__: PLACE,
+    Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
+    Tensor.get_device: PLACE.index,
+}
+MOVES = frozenset({Tensor.to, Tensor.cpu, Tensor.cuda})
+FROM_DATA = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
+
+
+@contextlib.contextmanager
+def present() -> Iterator[Card]:
+    """A card for as long as this lasts; `take` puts tensors on it."""
+    card, known = Card(), torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = functools.partial(_capability, known)  # the one question that asks no tensor
+    try:
+        with card, Asked(card), torch.no_grad():
+            yield card
+    finally:
+        torch.cuda.get_device_capability = known
+
+
+def _capability(known: Callable[[Any], tuple[int, int]], device: Any = None) -> tuple[int, int]:
+    """Compute capability of the card that is assumed."""
+    return CAPABILITY

@@ -1,0 +1,1 @@
+"""What must hold of a method whatever the version of its library."""

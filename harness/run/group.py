@@ -1,0 +1,326 @@
+"""One model under one method in a process of its own: what metrics measure, and the row that comes of it.
+
+The process of the invariants on one layer: in a `Group`'s place where no model is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from harness.core import catalog, environment
+from harness.core.contracts import Member, Method, TokenPlan, Window
+from harness.core.errors import MissingPackage
+from harness.core.files import locked, replace_text, sha256_file
+from harness.core.records import Case, Figure, Row
+from harness.core.specification import parse
+from harness.core.values import digest
+from harness.inputs.models import checkpoints, sizes
+from harness.inputs.texts import corpora, protocols
+from harness.methods.quantizing import arguments, bnb, calibration
+from harness.metrics.measuring import census, engine, sequential
+from harness.metrics.measuring.devices import open_device
+from harness.results import losses as nllfiles
+from harness.run import project
+from harness.run.fingerprints import Inputs
+from harness.run.messages import Job, Reply, Stop
+from harness.run.plan import method_of, missing_packages, packages
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Losses = NDArray[np.float32]
+    from torch import nn
+
+RESOLUTION_NATS = 0.005  # half-width at which an undecided, early-stopped delta is known well enough: 0.5% perplexity
+
+
+class Group:
+    """One model under one method in this process: the `Subject` that metrics measure."""
+
+    def __init__(self, job: Job, connection: Connection) -> None:
+        self.job, self.connection, options = job, connection, job.options
+        project.open_to(options.declared)
+        self.method: Method = method_of(parse(job.method), catalog.methods())
+        self.arguments = arguments.resolve(parse(job.method), self.method, job.device)
+        self.batch_size = options.batch_size if self.method.batch_invariant else 1
+        self.method_id = arguments.method_id(self.method, self.arguments, self.batch_size)
+        every = packages(self.method, self.arguments.values)
+        self.libraries = {name: version for name, version in every.items() if name not in environment.LIBRARIES}
+        self.reference_method = method_of(parse(job.reference), catalog.methods())
+        self.reference_arguments = arguments.resolve(parse(job.reference), self.reference_method, job.device)
+        self.reference_batch = options.batch_size if self.reference_method.batch_invariant else 1
+        self.reference_id = arguments.method_id(self.reference_method, self.reference_arguments, self.reference_batch)
+        self.inputs = Inputs(job.inputs)
+        self.checkpoint = self.inputs.checkpoint(lambda: checkpoints.of_session(job.model, options))
+        self.repetitions = options.repetitions
+        self.device = open_device(job.device)
+        self.environment = environment.capture(job.device, job.threads, loaded_facts(job.device))
+        self._model: nn.Module | None = None
+        self._reference: nn.Module | None = None
+        self._nll: dict[str, NDArray[np.float32]] = {}
+        self.predicted: dict[str, int] = {}
+        self.before: dict[str, int] = {}
+        self.census: dict[str, Any] = {}
+        self.proof: Mapping[str, Any] = {}
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return checkpoints.tokenizer(self.checkpoint)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The checkpoint's configuration."""
+        return checkpoints.read_config(self.checkpoint)
+
+    @functools.cached_property
+    def world(self) -> tuple[str, ...]:
+        """What a number depends on beside weights, method and tokens: a hit under equal worlds is never stale."""
+        here, config = self.environment, sha256_file(self.checkpoint.directory / "config.json")
+        chip = here.gpu or here.machine  # losses are shared by equal cards, wherever they are
+        return config, here.environment_class, chip, str(here.threads), here.wait_policy, CODE
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019  the group lives as long as its process
+    def plan_of(self, dataset: str, protocol: str) -> TokenPlan:
+        """The token plan of a text under a protocol."""
+        options = self.job.options
+        plan = protocols.plan(
+            corpora.read(parse(dataset), options.declared),
+            protocols.parse(parse(protocol)),
+            self.tokenizer,
+            context=getattr(self.config, "max_position_embeddings", None) or sys.maxsize,
+            max_tokens=options.max_tokens,
+        )
+        self.inputs.hold(f"tokens of {dataset} under {protocol} for {self.job.model}", plan.token_hash)
+        return plan
+
+    @property
+    def plan(self) -> TokenPlan:
+        """The plan of the case in hand."""
+        return self.plan_of(self.case.dataset, self.case.protocol)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under the method; predicted first, so that a death while loading can say what it needed."""
+        if self._model is None:
+            for name in missing_packages(self.method, self.arguments.values):
+                raise MissingPackage(name, f"the method '{self.job.method}'")
+            predicted = sizes.predict(self.config, self.method, self.arguments)
+            self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
+            self.connection.send(Reply("predicted", data=self.predicted))
+            original = checkpoints.modules(self.checkpoint, self.config, self.arguments.dtype)
+            self.device.reset_peak()
+            model = self.method.load(self.checkpoint, self.arguments, self.job.device)
+            self.before = {**self.device.peak(), **sizes.measure(model)}
+            self.census = census.census(model, self.method, self.arguments, original)
+            if self.job.device != "cpu":  # evidence that the device did the work, kept with every row; else no row
+                ids = torch.ones((1, 8), dtype=torch.long, device=self.job.device)
+                self.proof = self.device.proof(lambda: model(input_ids=ids))
+            self._model = model
+        return self._model
+
+    @property
+    def reference(self) -> nn.Module:
+        """The unquantized model, loaded apart: it shares nothing mutable with the candidate."""
+        if self._reference is None:
+            self._reference = self.reference_method.load(self.checkpoint, self.reference_arguments, self.job.device)
+        return self._reference
+
+    def release_reference(self) -> None:
+        """Drop the reference and give its memory back."""
+        self._reference = None
+        self.device.release()
+
+    def nll(self) -> NDArray[np.float32]:
+        """Per-token NLL of the case in hand under the model, nats, computed once a plan."""
+        if self.case.method == self.case.reference:
+            return self.reference_nll()
+        key = self.plan.token_hash + self.plan.protocol_id
+        if key not in self._nll:
+            self._nll[key] = self.score(self.model, self.method, self.batch_size)
+        return self._nll[key]
+
+    def reference_nll(self) -> NDArray[np.float32]:
+        """The reference's, once a session: the first process to need it computes it, the others wait and read."""
+        plan = (self.plan.protocol_id, self.plan.token_hash)
+        key = digest([self.checkpoint.revision, self.reference_id, *plan, *self.world])
+        folder = self.job.options.report_dir / "nll"
+        index = folder / f"reference-{key[:32]}"
+        with locked(folder / f".{key[:32]}.lock"):
+            sha = index.read_text(errors="replace") if index.is_file() else ""
+            if not nllfiles.holds(folder, sha):  # nobody computed it yet, or what was kept is damaged
+                model = self.model if self.case.method == self.case.reference else self.reference
+                sha = nllfiles.save(folder, self.score(model, self.reference_method, self.reference_batch))
+                self.inputs.untouched(self.checkpoint)
+                replace_text(index, sha)
+            nll = nllfiles.load(folder, sha)
+            assert nll is not None
+            return nll
+
+    def compute_reference(self, cases: Sequence[Case]) -> None:
+        """The reference's losses on every text of the cases, where they are not there yet."""
+        for case in cases:
+            self.case = case
+            self.reference_nll()
+
+    def score(self, model: nn.Module, method: Method, batch_size: int, some: Sequence[Window] = ()) -> Losses:
+        """Run the engine over the plan's windows, or over some of them."""
+        return engine.score(
+            model,
+            some or self.plan.windows,
+            device=self.job.device,
+            batch_size=batch_size,
+            padding_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
+            concurrent=method.concurrent and not self.checkpoint.trust_remote_code,  # whose forward may keep a state
+        )
+
+    def key(self, case: Case, stop: Stop | None = None) -> str:
+        """What --resume compares: equal keys mean that measuring again would repeat the same work."""
+        self.case = case
+        plan = (self.plan.protocol_id, self.plan.token_hash) if case.dataset else ()
+        early = asdict(stop) if stop else {}  # an early-stopped delta is another figure than that of every token
+        code = (catalog.outside_code(), self.libraries)
+        known = [self.checkpoint.revision, self.method_id, *plan, *self.world, *code, early]
+        timed = [self.repetitions, self.environment.machine] if catalog.member_of(case).timed else []
+        return digest([case.id, case.reference, *known, *timed])
+
+    def measure(self, case: Case, stop: Stop | None = None) -> Row:
+        """Measure one case, no further than `stop` asks; no verdict yet."""
+        self.case = case
+        member = catalog.member_of(case)
+        started = time.perf_counter()
+        assert self.model is not None  # load outside the metric, so that a failure to load reads as one
+        figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
+        texts = self._text_facts(member, figure.detail.get("whole", True)) if case.dataset else {}
+        calibrated = self._calibration(case)
+        aligned = bool(self.method.grid) and self.method.grid == self.checkpoint.grid
+        told = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": aligned}
+        told |= {"libraries": self.libraries, "precision": self.device.precision}
+        told |= {"method_note": self.method.notes.get(case.device, "")}
+        if member.timed and case.method != case.reference:
+            told |= {"reference_id": self.reference_id}  # its dtype may be another: a ratio of times holds both
+        notes = {name: value for name, value in told.items() if value}
+        detail = {**figure.detail, **calibrated, **notes, **texts.pop("detail", {})}
+        self.inputs.untouched(self.checkpoint)
+        return Row.of(
+            case,
+            revision=self.checkpoint.revision,
+            method_id=self.method_id,
+            value=float(figure.value),
+            detail=detail,
+            census=self.census,
+            bits_per_weight=self.census.get("bits_per_weight"),
+            environment=self.environment.id,
+            seconds=round(time.perf_counter() - started, 3),
+            key=self.key(case, stop),
+            **{name: getattr(figure, name) for name in ("unit", "count", "spread", "interval", "samples")},
+            **texts,
+        )
+
+    def _calibration(self, case: Case) -> dict[str, Any]:
+        """What a calibrated method looked at, for the row; never the text that is measured on."""
+        if not self.method.calibrated:
+            return {}
+        facts: Any = self.model.calibration
+        if case.dataset:
+            declared = self.job.options.declared
+            calibration.refuse_shared_lines(facts, corpora.read(parse(case.dataset), declared), declared, case.method)
+        return {"calibration": facts}
+
+    def stopped(self, stop: Stop) -> Figure:
+        """The paired delta over as many windows, in their seeded order, as decide it against its bound."""
+        windows = [window for window in self.plan.windows if window.scored]
+        counts, spans = [window.scored for window in windows], protocols.window_slices(self.plan)
+        reference = self.reference_nll().astype(np.float64)
+        known = stop.variance if stop.token_hash == self.plan.token_hash else None
+        sequence = sequential.Sequential(known, stop.bound, RESOLUTION_NATS, counts=counts, alpha=stop.alpha)
+
+        losses: dict[int, NDArray[np.float32]] = {}  # of the windows read, by their place in the text
+        order = sequential.order(self.plan.token_hash, counts).tolist()
+
+        def difference(index: int) -> tuple[float, int]:
+            if index not in losses:  # as many as run at once: the next one is hardly ever read in vain
+                ahead = order[order.index(index) :][: engine.STREAMS]
+                found = self.score(self.model, self.method, 1, [windows[place] for place in ahead])
+                ends = np.cumsum([counts[place] for place in ahead])
+                losses.update(zip(ahead, np.split(found, ends[:-1]), strict=True))
+            return float((losses[index] - reference[spans[index]]).mean()), counts[index]
+
+        state = sequential.read(sequence, order, difference)
+        told = {"decided": state.decided, "tokens_used": state.tokens_used, "tokens_available": state.tokens_available}
+        detail = {**told, "whole": state.decided == "end", "why_whole": state.whole, "usable": True}
+        if detail["whole"]:  # every token was read: the ordinary figure, with its losses
+            key = self.plan.token_hash + self.plan.protocol_id
+            self._nll[key] = np.concatenate([losses[index] for index in range(len(windows))])
+            figure = catalog.metrics()[self.case.family].measure(self, catalog.member_of(self.case))
+            return replace(figure, detail=detail | dict(figure.detail))
+        return Figure(state.value, "nat", state.windows, interval=(state.low, state.high), detail=detail)
+
+    def _text_facts(self, member: Member, whole: bool) -> dict[str, Any]:
+        plan = self.plan
+        facts: dict[str, Any] = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash}
+        if not member.timed and whole:
+            counts = [window.scored for window in plan.windows if window.scored]
+            folder = self.job.options.report_dir / "nll"
+            facts["nll"] = nllfiles.save(folder, self.nll())
+            facts["detail"] = {"window_counts": counts, "tokens": plan.tokens, "protocol": plan.protocol}
+            if self.case.method != self.case.reference:
+                facts["detail"]["reference_nll"] = nllfiles.save(folder, self.reference_nll())
+        return facts
+
+
+CODE = catalog.code_version()  # of what this process runs: taken at import, in the fork server, once a session
+
+
+def loaded_facts(device: str) -> dict[str, str]:
+    """What only the loaded libraries know."""
+    bnb.preload()  # beside a card the fork server has left it to this process
+    library = getattr(getattr(sys.modules["bitsandbytes.cextension"], "lib", None), "_lib", None)
+    name = Path(getattr(library, "_name", "") or "").name
+    return {"cuda": str(torch.version.cuda or ""), "bitsandbytes_library": name}
+
+
+class LayerGroup:
+    """One method's layers in this process: the `Subject` of checks, as far as they ask."""
+
+    case: Case
+    checkpoint: Any = None  # no model
+
+    def __init__(self, job: Job) -> None:
+        self.method: Method = method_of(parse(job.method), catalog.methods())
+        self.arguments = arguments.resolve(parse(job.method), self.method, job.device)
+        self.method_id = arguments.method_id(self.method, self.arguments, 1)
+        self.device = open_device(job.device)
+        self.environment = environment.capture(job.device, job.threads, loaded_facts(job.device))
+
+    def key(self, case: Case, stop: Stop | None = None) -> str:
+        """What --resume compares."""
+        return digest([case.id, self.method_id, self.environment.id, CODE])
+
+    def measure(self, case: Case, stop: Stop | None = None) -> Row:
+        """Run one check; no verdict yet."""
+        self.case = case
+        started = time.perf_counter()
+        subject: Any = self  # a Subject without model, plan and reference
+        figure = catalog.metrics()[case.family].measure(subject, catalog.member_of(case))
+        return Row.of(
+            case,
+            method_id=self.method_id,
+            value=float(figure.value),
+            unit=figure.unit,
+            count=figure.count,
+            detail={**figure.detail, **({"precision": self.device.precision} if self.device.precision else {})},
+            environment=self.environment.id,
+            seconds=round(time.perf_counter() - started, 3),
+            key=self.key(case),
+        )

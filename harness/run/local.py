@@ -1,0 +1,277 @@
+"""Runs groups in child processes and turns what comes back, or does not, into rows. No pytest, no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.core import gpus
+from harness.core.catalog import member_of
+from harness.core.errors import DEVICE, HarnessError
+from harness.core.files import locked
+from harness.core.records import Case, Row, Verdict
+from harness.run import fingerprints
+from harness.run.messages import Asked, Job, Reply, Stop
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerProcess
+
+    from harness.core.options import Options
+
+BESIDE_CARD = "HARNESS_BESIDE_CARD"  # tells the fork server that this machine has a card, which it must not ask about
+DEATHS = 2  # a group whose process died this often is given up: the machine cannot carry it
+
+
+Arrived = Callable[[Row, Mapping[str, Any]], None]
+
+
+class Died(Exception):
+    """The group's process ended without an answer."""
+
+
+@dataclass
+class Process:
+    """One group's process and the pipe to it."""
+
+    process: ForkServerProcess
+    connection: Any
+    log: Path
+    predicted: Mapping[str, int] = field(default_factory=dict)
+    ended: bool = False  # by itself, behind its last answer
+
+    def ask(self, verb: str, argument: Any, say: Callable[[str], None] = lambda line: None) -> Reply:
+        """Send a request and wait for its answer; `Died` when the process ends instead."""
+        try:
+            self.connection.send((verb, argument))
+            while True:
+                reply: Reply = self.connection.recv()
+                if reply.kind == "predicted":
+                    self.predicted = dict(reply.data or {})
+                elif reply.kind == "said":
+                    say(reply.text)
+                else:
+                    self.ended = reply.blamed == DEVICE
+                    return reply
+        except (EOFError, OSError) as error:
+            raise Died(self.obituary()) from error
+
+    def obituary(self) -> str:
+        """How the process ended and what it needed by prediction."""
+        self.process.join(10)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            cause = {"SIGKILL": "killed (SIGKILL: out of memory?)", "SIGSEGV": "segmentation fault (SIGSEGV)"}
+            how = cause.get(name, f"died of {name}")
+        else:
+            lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+            how = f"ended with exit status {code}" + (f" ({lines[-1][:200]})" if lines else "")
+        return f"the group's process was {how}" if how.startswith("killed") else f"the group's process: {how}"
+
+    def close(self) -> None:
+        """End the process, gently first."""
+        with contextlib.suppress(OSError):
+            self.connection.send(("close", None))
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+
+class Runner:
+    """Measures cases one after another, keeping one group's process alive while its cases last."""
+
+    def __init__(self, options: Options, *, threads: int, lock: Path) -> None:
+        self.options, self.threads, self.lock = options, threads, lock
+        self.environments: dict[str, dict[str, Any]] = {}
+        self.arrived: Arrived = lambda row, world: None  # told of rows that were measured ahead
+        self._group = ""
+        self._process: Process | None = None
+        self._deaths: dict[str, str] = {}
+        self._died: dict[str, int] = {}
+        self._logs = Path(tempfile.mkdtemp(prefix="harness-logs-"))
+        weakref.finalize(self, shutil.rmtree, self._logs, ignore_errors=True)
+
+    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
+        """Make checkpoints and token plans; a HarnessError here is the user's to act on, before anything ran.
+
+        Returns what identifies the weights and texts (`child.prepare`).
+        """
+        return self.consult("prepare", cases, say).data or {}
+
+    def consult(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
+        """Ask about all cases, in a process that loads no model; its failure is the session's, its death is not yet."""
+        for tries in range(DEATHS):
+            try:
+                reply = self._consulted(verb, cases, say)
+                break
+            except Died as error:
+                if tries + 1 == DEATHS:
+                    raise HarnessError(f"preparing {cases[0].model} failed: {error}") from error
+        if reply.kind == "error":
+            raise HarnessError(reply.text)
+        if reply.kind == "bug":
+            raise RuntimeError(reply.text)
+        return reply
+
+    def _consulted(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
+        process = self._start(cases[0], {})
+        try:
+            return process.ask(verb, list(cases), say)
+        finally:
+            process.close()
+
+    def begin(self, cases: Sequence[Case], ask: Callable[[Case], Asked]) -> None:
+        """Every case that will be measured, before the first is: for an engine that works ahead. This one does not."""
+
+    def ahead(self) -> list[Row]:
+        """Rows without verdict that came in and that nobody has asked for yet; none where nothing works ahead."""
+        return []
+
+    def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
+        """One row without verdict, and a traceback where a bug was met; timed cases run with nothing beside them."""
+        exclusive = member_of(case).timed
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.lock, shared=not exclusive))
+            except OSError as error:
+                told = f"the lock {self.lock} cannot be written ({error.strerror})"
+                return missing(case, f"{told}: make room, or set HARNESS_CACHE to a folder with more"), ""
+            return self._measure(case, resumable, stop)
+
+    def _measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None) -> tuple[Row, str]:
+        if self._died.get(case.group, 0) >= DEATHS:
+            return missing(case, f"not tried: {self._deaths[case.group]}"), ""
+        process: Process | None = None
+        try:
+            process = self._process_for(case)
+            before = resumable.get(case.id)
+            if before is not None:
+                key = process.ask("key", (case, stop))
+                if key.kind == "key" and key.text == before.key:
+                    return before, ""
+                process = self._process_for(case)  # another where the asked one ended
+            reply = process.ask("measure", (case, stop))
+        except Died as error:
+            needed = process.predicted.get("memory.storage") if process else None
+            reason = f"{error}" + (f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed else "")
+            self._died[case.group] = self._died.get(case.group, 0) + 1
+            self._deaths[case.group] = reason
+            self.close()
+            return missing(case, reason), ""
+        if reply.kind == "row" and reply.row is not None:
+            self.environments[reply.row.environment] = dict(reply.data or {})
+            return reply.row, ""
+        if reply.kind == "error":
+            needed = process.predicted.get("memory.storage")
+            more = f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed and reply.blamed else ""
+            return missing(case, reply.text + more), ""
+        return missing(case, reply.text.strip().splitlines()[-1]), reply.text
+
+    def ask(self, case: Case, verb: str, argument: Any) -> Reply:
+        """One request to the process of the case's group, started if need be; `Died` when it ends instead."""
+        try:
+            return self._process_for(case).ask(verb, argument)
+        except Died:
+            self.close()
+            raise
+
+    def _process_for(self, case: Case) -> Process:
+        if self._process is None or self._process.ended or self._group != case.group:
+            self.close()
+            self._process, self._group = self._start(case, fingerprints.read(self.options.report_dir)), case.group
+        return self._process
+
+    def _start(self, case: Case, began: Mapping[str, str]) -> Process:
+        """A group's process; `Died` where the system gives none, a fork server that went down tried anew once."""
+        for tries in range(DEATHS):
+            try:
+                return self._started(case, began)
+            except (OSError, EOFError) as error:
+                if tries + 1 == DEATHS:
+                    fix = ": set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
+                    raise Died(f"the group's process could not be started ({error!r}){fix}") from error
+        raise AssertionError("unreachable")
+
+    def _started(self, case: Case, began: Mapping[str, str]) -> Process:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["harness.run.preload"])
+        beside = {BESIDE_CARD: "1"} if gpus.beside_card() else {}
+        with environment_variables(server_environment(self.threads) | beside):
+            forkserver.ensure_running()
+        asked = (case.model, case.method, case.device, case.reference)
+        shown = os.environ.get(gpus.VISIBLE) if case.device == "cuda" else ""  # a case on the processor sees no card
+        job = Job(self.options, *asked, self.threads, self._logs / "child.log", began, shown)
+        here, there = context.Pipe()
+        process = context.Process(target=run_group, args=(job, there), daemon=True)
+        process.start()
+        there.close()
+        return Process(process, here, job.log)
+
+    def close(self) -> None:
+        """End the group's process."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+
+def run_group(job: Job, connection: Connection) -> None:
+    """The child's entry: torch is imported on this side only (the fork server has done it already).
+
+    It sees the cards that its asker sees now: Ray hands one worker, and with it one fork server, another card a task.
+    """
+    os.environ.pop(gpus.VISIBLE, None)
+    os.environ.update({} if job.visible is None else {gpus.VISIBLE: job.visible})
+    from harness.run.child import serve
+
+    serve(job, connection)
+
+
+def server_environment(threads: int) -> dict[str, str]:
+    """Variables that must stand before torch starts its thread pool; recorded with each measurement."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's pool would start at import, before the fork; nothing hot uses it
+        "OMP_WAIT_POLICY": "passive",  # spinning threads cost up to 4x on a busy machine
+        "TOKENIZERS_PARALLELISM": "false",  # its thread pool does not survive a fork
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # containers set 1, which makes TF32 of every fp32 product
+        "NVIDIA_TF32_OVERRIDE": "0",
+        # glibc keeps freed activations instead of faulting their pages in again at every layer; 32 MiB is its own bound
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
+    }
+
+
+@contextlib.contextmanager
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the fork server that starts within, and put the caller's own back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def missing(case: Case, reason: str) -> Row:
+    """A planned case without a number, and why."""
+    return Row.of(case, verdict=Verdict.MISSING, reason=reason)

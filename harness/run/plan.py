@@ -1,0 +1,193 @@
+"""The plan: which cases a session means to measure, from the options and a look at the devices. No torch.
+
+Computed alike in every process, so that a case that never ran can be shown as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from harness.core import catalog
+from harness.core.contracts import Member, Method
+from harness.core.errors import BadSpecification, UnknownName
+from harness.core.options import DEVICES, Options, Shard
+from harness.core.records import Case
+from harness.core.specification import Specification
+from harness.inputs.models import names as models
+from harness.inputs.texts import corpora, protocols
+from harness.methods.quantizing import arguments, calibration
+from harness.metrics.measuring.invariants import checks
+from harness.run.shards import partition
+
+CORE = (
+    "fp32 bf16 fp16 absmax-int8 absmax-int8-tensor zeropoint-int8 linear-int4 linear-int4-affine nf4 fp4 "
+    "bnb-int8 bnb-fp4 bnb-nf4 bnb-nf4-dq"
+).split()  # the order of tables; core methods of other packages follow by name
+T = TypeVar("T")
+ALL_INSTALLED = Specification("all-installed")
+MEMORY_FIRST = {"memory": 0, "perplexity": 1, "divergence": 2, "latency": 4}  # peaks before anything else is loaded
+
+
+def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
+    """Every case the options ask for, grouped by device, model and method, the reference first."""
+    methods = chosen_methods(options)
+    members = chosen_members(options.metrics)
+    for model in options.models:
+        models.declared_source(model, options.declared)
+    for dataset in options.datasets:
+        corpora.check_name(dataset, options.declared)
+    texts = [(dataset, protocols.parse(protocol)) for dataset in options.datasets for protocol in options.protocols]
+    found: dict[Case, None] = {}  # a set that keeps its order
+    for device in devices(options, cuda_visible):
+        for specification, method in methods:
+            calibration.refuse_evaluation_text(
+                arguments.resolve(specification, method, device), options.datasets, str(specification)
+            )
+        for model, (specification, method), member in itertools.product(options.models, methods, members):
+            if not applies(member, method, options, own=specification == options.reference):
+                continue
+            rest = (member.name, device, str(options.reference))
+            for dataset, protocol in texts if member.textual else ():
+                if not member.protocols or protocol.name in member.protocols:
+                    found[Case(str(model), str(specification), str(dataset), str(protocol), *rest)] = None
+            if not member.textual:
+                found[Case(str(model), str(specification), "", "", *rest)] = None
+    return tuple(found)
+
+
+def applies(member: Member, method: Method, options: Options, *, own: bool) -> bool:
+    """Whether a member exists for a method; `own`: it is the session's reference."""
+    if member.needs_file and method.file_bytes is None:
+        return False
+    # the reference differs from itself by nothing; a stopped text has no perplexity
+    return not (member.paired and own) and (own or not (options.stop_early and member.needs_whole_text))
+
+
+def invariant_plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
+    """Every invariant of the methods asked for, on a layer and on the tiny models; a process's cases together."""
+    members = {member.name: member for member in catalog.metrics()["invariant"].members}
+    found: list[Case] = []
+    for device in devices(options, cuda_visible):
+        for model in (checks.LAYER, *checks.MODELS):
+            for specification, method in chosen_methods(options):
+                arguments.resolve(specification, method, device)
+                names = [checks.metric(check) for check in checks.CHECKS if check.runs(model, method)]
+                found += [
+                    Case(model, str(specification), "", "", members[name].name, device, str(options.reference))
+                    for name in names
+                ]
+    return tuple(found)
+
+
+def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
+    """The devices planned for: asked for by name, named in the mark expression, else the visible one."""
+    if options.device not in DEVICES:
+        raise UnknownName("device", options.device, DEVICES)
+    if options.device != "auto":
+        return (options.device,)
+    if re.search(r"\b(gpu|cpu)\b", options.mark_expression):
+        return ("cpu", "cuda")  # the expression itself then deselects what it does not mean
+    return ("cuda",) if cuda_visible else ("cpu",)
+
+
+def chosen_methods(options: Options) -> list[tuple[Specification, Method]]:
+    """The reference, then the methods asked for; unknown names list the known ones."""
+    known = catalog.methods()
+    asked = list(options.methods) or [Specification(name) for name in core_names(known.values())]
+    if ALL_INSTALLED in asked:
+        asked = [item for item in asked if item != ALL_INSTALLED]
+        asked += [Specification(name) for name in ordered(known) if installed(known[name])]
+    unique = dict.fromkeys((options.reference, *asked))
+    return [(specification, method_of(specification, known)) for specification in unique]
+
+
+def method_of(specification: Specification, known: Mapping[str, Method]) -> Method:
+    """The catalogue's method of that name."""
+    if specification.name not in known:
+        raise UnknownName("method", specification.name, (*known, str(ALL_INSTALLED)))
+    return known[specification.name]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Core methods in table order, then the others by name."""
+    return sorted(names, key=lambda name: (CORE.index(name) if name in CORE else len(CORE), name))
+
+
+def core_names(methods: Iterable[Method]) -> list[str]:
+    """Names of the methods planned by default."""
+    return ordered(method.name for method in methods if method.core)
+
+
+def ordered_items(found: Mapping[str, T]) -> list[tuple[str, T]]:
+    """The items of a mapping by method name, in the order of `ordered`."""
+    return [(name, found[name]) for name in ordered(found)]
+
+
+def packages(method: Method, values: Mapping[str, Any]) -> dict[str, str]:
+    """Distributions that the method needs with these values of its arguments, and their versions: '' where absent."""
+    chosen = ((parameter, values.get(key, parameter.default)) for key, parameter in method.parameters.items())
+    names = [*method.requires, *(one.requires[value] for one, value in chosen if value in one.requires)]
+    found = dict.fromkeys(names, "")
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def missing_packages(method: Method, values: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+    """Those of `packages` that are not installed."""
+    return [name for name, version in packages(method, values).items() if not version]
+
+
+def installed(method: Method) -> bool:
+    """Whether every distribution that the method needs is there."""
+    return not missing_packages(method)
+
+
+def chosen_members(asked: Iterable[str]) -> list[Member]:
+    """The members named, a family standing for its core members and 'all' for every one; peaks first, timing last."""
+    families = catalog.metrics()
+    members = {member.name: member for metric in families.values() for member in metric.members}
+    apart = {member.name for metric in families.values() if metric.apart for member in metric.members}
+    chosen: dict[str, Member] = {}
+    for name in asked:
+        if name == "all":
+            chosen |= {name: member for name, member in members.items() if name not in apart}
+        elif name in families:
+            chosen |= {member.name: member for member in families[name].members if member.core}
+        elif name in members:
+            chosen[name] = members[name]
+        else:
+            raise UnknownName("metric", name, {*families, *members, "all"})
+    if not chosen:
+        raise BadSpecification("--metrics names nothing to measure")
+    order = list(members)
+    return sorted(
+        chosen.values(),
+        key=lambda member: (MEMORY_FIRST.get(member.name.partition(".")[0], 3), order.index(member.name)),
+    )
+
+
+def selected(items: Iterable[Any]) -> tuple[Case, ...]:
+    """The cases of pytest's collected items, each once."""
+    found = (getattr(item, "callspec", None) for item in items)
+    cases = (spec.params.get("harness_case") for spec in found if spec)
+    return tuple(dict.fromkeys(case for case in cases if case is not None))
+
+
+def cut(items: Iterable[T], whole: Sequence[Case], shard: Shard) -> tuple[list[T], list[T]]:
+    """Pytest's items of this shard, and those left; what measures no case belongs to the first."""
+    mine = set(partition(whole, shard.count)[shard.index - 1])
+    kept: list[T] = []
+    left: list[T] = []
+    for item in items:
+        case = selected([item])
+        here = case[0] in mine if case else shard.index == 1
+        (kept if here else left).append(item)
+    return kept, left
