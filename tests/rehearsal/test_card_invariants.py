@@ -25,8 +25,9 @@ PLAN = plan.invariant_plan(
     Options(declared=Declared(Path.cwd()), methods=parse_list(METHODS), device="cuda"), cuda_visible=True
 )
 LATER = MODELS[1]  # at length only
-# LLM.int8 keeps codes and scales, from its first forward on, in a state that `.to()` leaves behind: moved from the
-# processor to the card it mixes both. Nobody has seen it on a card, so that it is no known fault yet.
+# LLM.int8's codes and scales do not all follow a move from the processor to the card, of a model (a state of the layer)
+# or of a lone layer (attributes of its weight): the next forward mixes both places. Nobody has seen it on a card, so
+# that it is no known fault yet.
 LEFT_BEHIND = ("bnb-int8", "invariant.moved")
 
 
