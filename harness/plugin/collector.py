@@ -181,6 +181,13 @@ class Collector:
     # the end
 
     @hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Ctrl-C between two lines: CPython gives no number of a line then, and pytest 9.2 ends in a TypeError."""
+        if self.opened:
+            numbered = [entry for entry in excinfo.traceback if entry._rawentry.tb_lineno is not None]
+            excinfo.traceback = type(excinfo.traceback)(numbered)
+
+    @hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write everything, whatever ended the session."""
         if not self.opened:

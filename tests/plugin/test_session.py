@@ -148,6 +148,16 @@ def test_ctrl_c_keeps_what_was_measured(project: Project) -> None:
     assert "not reached" in project.report()
 
 
+def test_ctrl_c_between_two_lines_ends_as_any_other(project: Project) -> None:
+    """An instruction without a line, as CPython has them: pytest counts from the line's number."""
+    stop = 'exec(compile("raise KeyboardInterrupt", "nowhere", "exec").replace(co_linetable=b""))'
+    project.write("conftest.py", f"def pytest_runtest_call(item):\n    if 'nf4' in item.name:\n        {stop}\n")
+    result = project.run("--methods", "nf4", "--metrics", "memory.storage")
+    assert result.ret == pytest.ExitCode.INTERRUPTED, result.stdout.str()
+    assert [row["value"] is not None for row in project.rows()] == [True, False]
+    result.stdout.fnmatch_lines(["*KeyboardInterrupt*"])
+
+
 def test_resume_repeats_nothing_that_is_unchanged(project: Project) -> None:
     wanted = ("--methods", "nf4", "--metrics", "perplexity,memory.storage")
     assert project.run(*wanted).ret == 0
