@@ -1,3 +1,3 @@
-"""Loads the harness's plugin for a clone that is not installed; an installed one has loaded it already."""
+"""Loads the harness's plugin for a clone that is not installed, and pytest's own for tests that run sessions."""
 
-pytest_plugins = ("harness.plugin",)
+pytest_plugins = ("harness.plugin", "pytester")

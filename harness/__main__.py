@@ -1,5 +1,4 @@
-"""`python -m harness COMMAND`: what needs no pytest. Each command is a module of `commands`; torch stays out
-unless the command needs it.
+"""`python -m harness COMMAND`: what needs no pytest. One function a command, with its imports inside.
 
 Exit status: 0 fine, 1 harm, 2 usage, 3 undecided.
 """
@@ -7,28 +6,30 @@ Exit status: 0 fine, 1 harm, 2 usage, 3 undecided.
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from harness.core.errors import HarnessError
-from harness.core.options import read_declared
-from harness.run import commands
+from harness.core.contracts import DTYPES
+from harness.core.errors import HarnessError, UnknownName
+from harness.core.options import SETTINGS, build, read_declared
 
-USAGE = 2
+HARM, USAGE, UNDECIDED = 1, 2, 3
+CASES = "harness.cases.test_measured"  # what `run` measures
+GGUF = "gguf-"  # how the methods begin that `convert` writes
+LOOKED_FOR = {"model": ("smollm2-135m", "tiny-gpt2", "tiny-olmo"), "dataset": ("lee", "synthetic")}  # by `doctor`
+REASONS = 20  # why cases are missing, as `merge` prints it
+UPGRADED = "models methods metrics datasets protocols reference device max_tokens repetitions report_dir baselines"
+UPGRADE_DEFAULTS = {  # where they are not a session's
+    "metrics": "invariant,perplexity,memory,memory.storage_after,latency.prefill,latency.decode",
+    "report_dir": "harness-upgrade",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a HarnessError is one line and exit status 2."""
-    given = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m harness", description=commands.__doc__)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    names = sorted(info.name for info in pkgutil.iter_modules(commands.__path__))
-    for name in given[:1] if given and given[0] in names else names:  # one command's imports, where it is named
-        importlib.import_module(f"harness.run.commands.{name}").add(subparsers)
-    parsed = parser.parse_args(given)
+    parsed = parser().parse_args(arguments)
     try:
         declared = read_declared(Path.cwd())[1]
         if declared.methods or declared.metrics or declared.models or declared.datasets:
@@ -41,6 +42,311 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     except BrokenPipeError:
         return 0
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options; what it parses has the command's function as `run`."""
+    whole = argparse.ArgumentParser(
+        prog="python -m harness",
+        description="Figures of LLM quantization: reports, comparisons and predictions, without pytest.",
+    )
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], int], told: str, **options: Any) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(run.__name__, help=told, **options)
+        added.set_defaults(run=run)
+        return added
+
+    add = command(compare, "what moved between two sessions (exit 0 fine, 1 harm, 3 undecided)").add_argument
+    add("before", type=Path, metavar="A", help="a report directory, or a measurements.jsonl")
+    add("after", type=Path, metavar="B", help="the other one")
+
+    add = command(convert, "write a model as a GGUF file").add_argument
+    add("model", metavar="MODEL", help="a model as --models takes it")
+    add("--to", metavar="METHOD", required=True, help="gguf-f32, gguf-f16, gguf-q8_0, ...")
+    add("-o", "--output", metavar="FILE", type=Path, required=True, help="the file, FILE.gguf")
+
+    add = command(doctor, "environment, devices, assets, cache, recorded baselines").add_argument
+    add("--recorded", metavar="MODEL", help="exit 0 if MODEL is recorded for this device class")
+    add("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="default: baselines")
+
+    add = command(frontier, "which methods are on the front of quality, bytes and speed").add_argument
+    add("directories", type=Path, nargs="+", metavar="DIR", help="report directories of one machine")
+    add("-o", "--output", type=Path, metavar="DIR", help="where plots go (default: the last DIR)")
+
+    add = command(memory, "predict bytes and bits per weight from config.json, without weights").add_argument
+    add("model", metavar="MODEL_OR_CONFIG", help="a model's name, a folder, a config.json, or hub:org/name")
+    add("--method", metavar="SPEC", help="default: the reference in --dtype, else fp32")
+    add("--dtype", choices=DTYPES, help="of what is not quantized; default: the method's, else fp32")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also what a card must hold")
+    add("--window", type=int, metavar="N", help="cuda: tokens of the forward; default 512, or the context")
+    add("--decode", type=int, metavar="N", help="cuda: tokens decoded behind the window, with a cache")
+    add("--fits", metavar="SIZE", help="24GiB: whether it loads (and, on a card, runs); exit status 0 yes, 1 no")
+    add("--json", action="store_true", help="as JSON")
+
+    add = command(merge, "join shards' report directories (exit 0 complete, 1 harm, 3 cases are missing)").add_argument
+    add("directories", nargs="+", type=Path, metavar="DIR", help="report directories of shards")
+    add("-o", "--out", type=Path, required=True, metavar="OUT", help="a new directory for the whole")
+
+    judged = command(published, "a verdict on every figure of published reports")
+    form = judged.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--markdown", action="store_true", help="as the page docs/published.md")
+    add = judged.add_argument
+    add("--claims", type=Path, metavar="DIR", help="default: baselines/published, here or in the clone")
+    add(
+        "--report-dir",
+        type=Path,
+        metavar="DIR",
+        help="put the figures into this session's report, its own ratios of times beside the published ones",
+    )
+
+    add = command(
+        rebaseline, "what a session would change in the baselines, as a markdown diff; --write records it"
+    ).add_argument
+    add("report", type=Path, metavar="DIR", help="a report directory")
+    add("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="default: baselines")
+    add("--write", action="store_true", help="record what is proposed (default: off, nothing is written)")
+
+    add = command(report, "make a report anew from its measurements, and print it").add_argument
+    add("directory", type=Path, metavar="DIR", help="the report directory")
+    add("--models", default="", metavar="A,B", help="print these models' part only, and write nothing")
+
+    command(
+        run,
+        "measure: pytest's cases and options (run --engine ray --models gpt2); exit status as pytest's",
+        prefix_chars="\0",  # so that no option is read here
+        add_help=False,
+    ).add_argument("options", nargs="*", metavar="OPTION", help="of `pytest --pyargs harness.cases`")
+
+    add = command(
+        upgrade, "what an upgrade changes, measured on both sides (exit 0 no harm, 1 harm, 3 undecided)"
+    ).add_argument
+    add("sides", nargs="+", metavar="SIDE", help="NAME==VERSION, a wheel, or a source directory")
+    for setting in (setting for setting in SETTINGS if setting.name in UPGRADED.split()):
+        told = f"{setting.help} (default: {UPGRADE_DEFAULTS.get(setting.name, setting.default)})"
+        add(f"--{setting.flag}", metavar=setting.metavar, help=told)
+    return whole
+
+
+def note(line: str) -> None:
+    """A line of progress, beside what the command prints."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Two report directories token by token, or two bare measurements.jsonl files by value."""
+    from harness.report.rows import compare, render
+
+    comparison = compare(arguments.before, arguments.after)
+    print(render(comparison))
+    return comparison.status
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Write a model as a GGUF file (weights, tokenizer, hyperparameters), whole or not at all; say what it holds."""
+    import tempfile
+
+    from harness.core import catalog, specification
+    from harness.inputs.models import checkpoints, names
+    from harness.inputs.models.gguf_format import write
+    from harness.inputs.models.gguf_format.file import GgufFile
+
+    known = [name for name in catalog.methods() if name.startswith(GGUF)]
+    if arguments.to not in known:
+        raise UnknownName("GGUF format", arguments.to, known)
+    output: Path = arguments.output
+    if output.suffix != ".gguf":
+        raise HarnessError(f"'{output}' does not end in .gguf, by which a file is known as a model: name it so")
+    if not output.resolve().parent.is_dir():
+        raise HarnessError(f"'{output}' cannot be written: there is no folder {output.resolve().parent}")
+    declared = read_declared(Path.cwd())[1]
+    model = specification.parse(arguments.model)
+    names.locate(model, declared)
+    checkpoint = checkpoints.materialise(model, declared, say=note)
+    with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".convert-") as folder:
+        whole = Path(folder) / "model.gguf"
+        size = write.write(checkpoint, arguments.to.removeprefix(GGUF).upper(), whole)
+        whole.replace(output)
+    file = GgufFile(output)
+    tokenizer = file.metadata["tokenizer.ggml.model"]
+    print(f"{output}: {size:,} bytes, {len(file.tensors)} tensors, tokenizer {tokenizer}")
+    if checkpoint.note:
+        print(f"note: {checkpoint.note}")
+    if tokenizer == "none":
+        print("note: GGUF has no tokenizer of this kind; llama.cpp reads this file with token ids only")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """The environment, devices, assets and cache as the harness sees them; with --recorded the exit status answers."""
+    from harness.core import gpus
+    from harness.core.environment import capture
+    from harness.core.files import cache_dir
+    from harness.core.specification import parse
+    from harness.inputs.models import names
+    from harness.inputs.texts import corpora
+    from harness.judge import known_faults
+    from harness.methods.quantizing import compiled
+    from harness.run import engines
+
+    cards, trouble = gpus.now().gpus, gpus.trouble()
+    world = capture("cuda" if cards else "cpu", engines.threads(), {"loops": compiled.runner()})
+    if arguments.recorded:
+        suffix = "@" + world.device_class.replace(":", "+")
+        folder = arguments.baselines / parse(arguments.recorded).filename
+        recorded = [path for path in folder.glob("*@*.yaml") if path.stem.endswith(suffix)]
+        print(f"{len(recorded)} methods of {arguments.recorded} are recorded for {world.device_class}")
+        return 0 if recorded else 1
+    for name, value in world.to_dict().items():
+        print(f"{name}: {value}")
+    print(f"device class: {world.device_class}")
+    print(f"gpus: {len(cards) or trouble}")
+    for gpu in cards:
+        print(f"  {gpu.index}: {gpu.name} ({gpu.sm}), {gpu.memory / 2**30:.0f} GiB, {gpu.uuid}")
+    if any(gpu.partition for gpu in cards):
+        print(f"  {gpus.ONE_PARTITION}")
+    print(f"cache: {cache_dir()}")
+    declared = read_declared(Path.cwd())[1]
+    for kind, check in (("model", names.locate), ("dataset", corpora.check)):
+        for name in LOOKED_FOR[kind]:
+            try:
+                check(parse(name), declared)
+                print(f"{kind} {name}: at hand")
+            except HarnessError as error:
+                print(f"{kind} {name}: {error}")
+    faults = known_faults.applying(arguments.baselines, world)
+    print(f"known faults that apply here: {len(faults)}")
+    for fault in faults:
+        print(f"  {fault.id}: {fault.summary} ({fault.package} {getattr(world, fault.package)}; {fault.reference})")
+    return 0
+
+
+def frontier(arguments: argparse.Namespace) -> int:
+    """The methods on the Pareto front of quality, bytes and speed: a table and a plot for each model and text."""
+    from harness.report.frontier import write
+
+    print(write(arguments.directories, arguments.output or arguments.directories[-1]))
+    return 0
+
+
+def memory(arguments: argparse.Namespace) -> int:
+    """Bytes and bits per weight of a model under a method; exit status 1 where --fits says no."""
+    import json
+
+    from harness.run.prediction import in_words, predict
+
+    name = arguments.method or arguments.dtype or "fp32"
+    answer = predict(
+        arguments.model,
+        name,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        window=arguments.window,
+        decode=arguments.decode,
+        fits=arguments.fits,
+    )
+    print(json.dumps(answer, indent=1) if arguments.json else in_words(arguments.model, name, answer))
+    return HARM if answer.get("fits") is False else 0
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """Join the report directories of shards into the report that one run would have given."""
+    from collections import Counter
+
+    from harness import judge
+    from harness.run.merge import merge
+
+    merged = merge(arguments.directories, arguments.out)
+    missing = [row for row in merged.rows if row.value is None]
+    harm = [row for row in merged.rows if judge.fails(row, require_baselines=False, allow_missing=True)]
+    print(f"{len(merged.rows):,} planned, {len(merged.rows) - len(missing):,} ran, {len(missing):,} missing")
+    if merged.absent:
+        print(f"shards that never came: {', '.join(map(str, merged.absent))}")
+    reasons = Counter(row.reason for row in missing)
+    for reason, count in list(reasons.items())[:REASONS]:
+        print(f"missing {count:,}: {reason}")
+    if len(reasons) > REASONS:
+        print(f"… and {len(reasons) - REASONS:,} more reasons, in the report")
+    print(f"report: {merged.report}")
+    return HARM if harm else UNDECIDED if missing else 0
+
+
+def published(arguments: argparse.Namespace) -> int:
+    """Every figure of the reports in baselines/published; always 0, since a refuted claim is no harm of ours."""
+    from harness import published, report
+    from harness.published.ratios import beside, of_baselines, of_rows
+    from harness.results.directory import PUBLISHED, ReportDirectory, published_json
+
+    folder = arguments.claims or published.default_folder(Path.cwd())
+    directory: Path | None = arguments.report_dir
+    measured = of_rows(report.read_report(directory).rows) if directory else of_baselines(folder.parent)
+    entries = beside([published.entry(judgement) for judgement in published.judge(published.read(folder))], measured)
+    path = ""
+    if directory:
+        ReportDirectory(directory).put({PUBLISHED: published_json(entries) + "\n"})
+        path = str(report.rewrite(directory))
+    if arguments.json:
+        print(published_json(entries))
+    elif arguments.markdown:
+        print(published.page(entries), end="")
+    elif path:
+        print(f"{published.summary(entries)}\nreport: {path}")  # which holds the table
+    else:
+        print(published.table(entries))
+    return 0
+
+
+def rebaseline(arguments: argparse.Namespace) -> int:
+    """What a finished session would change in the baselines; recorded with --write."""
+    from harness.run import rebaseline
+
+    proposal = rebaseline.propose(arguments.report, arguments.baselines)
+    print(rebaseline.render(proposal))
+    if not proposal.figures and not proposal.facts:
+        print("Nothing to record.")
+    elif arguments.write:
+        written = rebaseline.write(proposal, arguments.baselines)
+        print("\n".join(f"wrote {path}" for path in written))
+    else:
+        print("Nothing was written. To record this: the same command with --write.")
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Make report.md and its plots anew and print it; with --models print a part, without plots, and write nothing."""
+    from harness.report import excerpt, rewrite
+
+    if arguments.models:
+        print(excerpt(arguments.directory, arguments.models.split(",")))
+    else:
+        print(rewrite(arguments.directory).read_text(encoding="utf-8"))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure as pytest does on the package's cases, wherever the current folder is, in a process of its own."""
+    import subprocess
+
+    command = [sys.executable, "-m", "pytest", "-p", "harness.plugin", "-p", "no:cacheprovider", "--pyargs", CASES]
+    return subprocess.run([*command, *arguments.options], check=False).returncode
+
+
+def upgrade(arguments: argparse.Namespace) -> int:
+    """What moves between versions of one package, measured here on both in turn; written to upgrade.md and printed."""
+    import shlex
+
+    from harness.run.upgrade.driver import run
+
+    given: dict[str, Any] = {}
+    for setting in (setting for setting in SETTINGS if setting.name in UPGRADED.split()):
+        text = getattr(arguments, setting.name) or UPGRADE_DEFAULTS.get(setting.name)
+        given[setting.name] = setting.read(text) if text and setting.read else None
+    options = build(given, read_declared(Path.cwd())[1], Path.cwd())
+    command = shlex.join(["python", "-m", "harness", *sys.argv[1:]])
+    text, status = run(arguments.sides, options, command, note)
+    print(text)
     return status
 
 

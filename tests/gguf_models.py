@@ -1,4 +1,4 @@
-"""Small random models of the four GGUF families with made-up tokenizers."""
+"""Small random models of the four GGUF architectures with made-up tokenizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from harness.core.contracts import Checkpoint
-from harness.inputs.models.gguf_format import tokenizers as gguf_tokenizers
+from harness.inputs.models.gguf_format import tokenizers
 
 VOCABULARY = 320
 TEXT = "the cat sat on the mat, then on 12 other mats"
@@ -46,11 +46,11 @@ def byte_level(*, digits: bool = False, normalize: bool = False) -> PreTrainedTo
 
 def sentencepiece(*, drop_last_merge: bool = False) -> PreTrainedTokenizerFast:
     """A vocabulary as SentencePiece makes them: unknown, begin, end, 256 bytes, pieces by falling score."""
-    blank = gguf_tokenizers.SPACE
+    blank = tokenizers.SPACE
     pieces = ["th", "the", f"{blank}the", "at", f"{blank}m", f"{blank}mat", "on", blank, *"abcdehimnorst,"]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    kinds = [gguf_tokenizers.CONTROL] * 3 + [gguf_tokenizers.BYTE] * 256 + [gguf_tokenizers.NORMAL] * len(pieces)
-    merges = gguf_tokenizers.sentencepiece_merges(words, [-float(number) for number in range(len(words))], kinds)
+    kinds = [tokenizers.CONTROL] * 3 + [tokenizers.BYTE] * 256 + [tokenizers.NORMAL] * len(pieces)
+    merges = tokenizers.sentencepiece_merges(words, [-float(number) for number in range(len(words))], kinds)
     merges = merges[: len(merges) - drop_last_merge]
     vocabulary = {word: index for index, word in enumerate(words)}
     core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -104,7 +104,7 @@ def _phi3(**more: Any) -> Any:
     return transformers.Phi3ForCausalLM(config)
 
 
-FAMILIES: dict[str, tuple[Callable[..., Any], Callable[[], PreTrainedTokenizerFast]]] = {
+MADE_UP: dict[str, tuple[Callable[..., Any], Callable[[], PreTrainedTokenizerFast]]] = {
     "llama": (_llama, lambda: byte_level(digits=True)),
     "gpt2": (_gpt2, byte_level),
     "olmo": (_olmo, lambda: byte_level(normalize=True)),
@@ -115,7 +115,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Callable[[], PreTrainedTokenizerFa
 def save(name: str, folder: Path, *, spoil: bool = False, sharpen: float = 1, **shape: Any) -> Checkpoint:
     """A random model of a family as a plain folder; `spoil` puts a NaN into it, `sharpen` scales its head."""
     torch.manual_seed(0)
-    build, tokenizer = FAMILIES[name]
+    build, tokenizer = MADE_UP[name]
     model = build(**shape)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, so that a forgotten one shows

@@ -40,9 +40,11 @@ LIGHT_ROOMS = {"core", "results", "judge", "report", "plugin", "published", "met
 WORKSHOPS = ("harness.methods.quantizing", "harness.metrics.measuring")
 LIGHT_MODULES = {
     *"harness.run.plan harness.run.session harness.run.local harness.run.shards harness.run.merge".split(),
+    *"harness.__main__ harness.run.prediction harness.run.ray.cluster".split(),
+    *"harness.run.upgrade.driver harness.run.upgrade.interleaved".split(),
     *"harness.run.rebaseline harness.run.engines harness.run.fingerprints harness.run.project".split(),
-    *"harness.inputs.models.names harness.inputs.models.architectures harness.inputs.models.cache".split(),
-    *"harness.inputs.texts.corpora harness.inputs.texts.protocols".split(),
+    *"harness.inputs.models.names harness.inputs.models.cache".split(),
+    *"harness.inputs.hub harness.inputs.texts.corpora harness.inputs.texts.protocols".split(),
     *"harness.methods.quantizing.arguments harness.methods.quantizing.calibration".split(),
     *"harness.methods.quantizing.weight_method".split(),
 }
@@ -251,3 +253,21 @@ except ImportError:
 def test_a_chain_is_followed_through_packages() -> None:
     module = "harness.metrics.measuring.devices"
     assert loaded_by(module)["torch"] == [module, "torch"]
+
+
+def test_no_two_modules_of_one_name() -> None:
+    """A room or a module is named once, so that its name alone says where a line lies."""
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        homes.setdefault(module.rpartition(".")[2], []).append(module)
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def test_no_two_classes_of_one_name() -> None:
+    """Each name says one thing in the whole package, so that a reader who meets it knows which."""
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module)
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}

@@ -1,7 +1,6 @@
 """example-int6: symmetric 6-bit codes, one to a byte, one scale an output channel."""
 
-from harness.core.contracts import Parameter
-from harness.methods.quantizing.weight_method import weight_method
+from harness import Parameter, weight_method
 
 TEXT = "synthetic"  # a dataset's entry point is a specification
 BITS = Parameter(int, 6, "bits of a code", choices=(3, 4, 5, 6, 7))

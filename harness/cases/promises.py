@@ -1,12 +1,13 @@
 """The contract of a method, as checks that run it on two small random models: what a plugin's author gets for nothing.
 
-Each check takes a `Trial` and raises AssertionError with what it saw. The models are a Llama (Linear weights, grouped
-heads, tied head) and a GPT-2 (Conv1D weights), of widths that blocks of 64 divide.
+Each check takes a `Candidate` and raises AssertionError with what it saw. The models are a Llama (Linear weights,
+grouped heads, tied head) and a GPT-2 (Conv1D weights), of widths that blocks of 64 divide.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def checkpoint(architecture: str, folder: Path) -> Checkpoint:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """One method on one of the two models."""
 
     method: Method
@@ -86,28 +87,29 @@ def logits(model: Any) -> Tensor:
     import torch
 
     with torch.inference_mode():
-        found: Tensor = model(input_ids=torch.arange(TOKENS)[None], use_cache=False).logits
-    return found
+        output: Tensor = model(input_ids=torch.arange(TOKENS)[None], use_cache=False).logits
+    return output
 
 
-def shape_and_dtype(trial: Trial) -> None:
+def shape_and_dtype(candidate: Candidate) -> None:
     """Logits of the right shape in the dtype asked for, finite, from a model in eval mode without gradients."""
     import torch
 
     from harness.inputs.models.checkpoints import TORCH_DTYPES
 
-    model = trial.load()
+    model = candidate.load()
     assert not model.training, "the loaded model is in training mode: return model.eval()"
     assert not any(parameter.requires_grad for parameter in model.parameters()), "parameters require gradients"
-    found = logits(model)
-    assert found.shape == (1, TOKENS, WORDS), f"logits are {tuple(found.shape)}, not {(1, TOKENS, WORDS)}"
-    wanted = TORCH_DTYPES[trial.arguments.dtype]
-    assert found.dtype == wanted, f"logits are {found.dtype}, not {wanted}"
-    assert bool(torch.isfinite(found).all()), "logits are not finite"
+    output = logits(model)
+    assert output.shape == (1, TOKENS, WORDS), f"logits are {tuple(output.shape)}, not {(1, TOKENS, WORDS)}"
+    wanted = TORCH_DTYPES[candidate.arguments.dtype]
+    assert output.dtype == wanted, f"logits are {output.dtype}, not {wanted}"
+    assert bool(torch.isfinite(output).all()), "logits are not finite"
     shapes = {
-        name: module.weight.shape for name, module in trial.original().named_modules() if hasattr(module, "weight")
+        name: module.weight.shape for name, module in candidate.original().named_modules() if hasattr(module, "weight")
     }
-    for weight in trial.method.quantized(trial.load()):  # a fresh one: some libraries repack at the first forward
+    fresh = candidate.load()  # some libraries repack at the first forward
+    for weight in candidate.method.quantized(fresh):
         restored = weight.dequantize()
         assert restored.dtype == torch.float32, f"{weight.name} dequantizes to {restored.dtype}, not fp32"
         assert restored.shape == shapes[weight.name], (
@@ -116,40 +118,40 @@ def shape_and_dtype(trial: Trial) -> None:
         assert bool(torch.isfinite(restored).all()), f"{weight.name} dequantizes to non-finite values"
 
 
-def determinism(trial: Trial) -> None:
+def determinism(candidate: Candidate) -> None:
     """Two loads give equal logits, and a second forward those of the first."""
     import torch
 
-    first, second = trial.load(), trial.load()
+    first, second = candidate.load(), candidate.load()
     before = logits(first)
     assert torch.equal(before, logits(second)), "two loads of one checkpoint give different logits"
     assert torch.equal(before, logits(first)), "a second forward gives other logits than the first"
 
 
-def census(trial: Trial) -> None:
+def census(candidate: Candidate) -> None:
     """What is quantized is what was to be, and measured bytes are the predicted ones."""
     from harness.inputs.models import checkpoints, sizes
     from harness.metrics.measuring import census
 
-    model = trial.load()
+    model = candidate.load()
     measured = sizes.measure(model)
     try:
-        found = census.census(model, trial.method, trial.arguments, dict(trial.sketch().named_modules()))
+        counted = census.census(model, candidate.method, candidate.arguments, dict(candidate.sketch().named_modules()))
     except HarnessError as error:
         raise AssertionError(str(error)) from error
-    assert trial.method.dtype or found["quantized_modules"], "it quantizes nothing"
-    predicted = sizes.predict(checkpoints.read_config(trial.source), trial.method, trial.arguments)
+    assert candidate.method.dtype or counted["quantized_modules"], "it quantizes nothing"
+    predicted = sizes.predict(checkpoints.read_config(candidate.source), candidate.method, candidate.arguments)
     for name, value in measured.items():
         assert predicted[name] == value, (
             f"{name}: {value:,} bytes measured, {predicted[name]:,} predicted by its sketch"
         )
 
 
-def save_and_load(trial: Trial) -> None:
+def save_and_load(candidate: Candidate) -> None:
     """The state_dict holds all there is: put into another load whose tensors were wiped, it gives equal logits."""
     import torch
 
-    model, other = trial.load(), trial.load()
+    model, other = candidate.load(), candidate.load()
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = logits(model)
     with torch.no_grad():
@@ -159,9 +161,9 @@ def save_and_load(trial: Trial) -> None:
     assert torch.equal(logits(other), before), "a model restored from its state_dict gives other logits"
 
 
-def bad_arguments(trial: Trial) -> None:
+def bad_arguments(candidate: Candidate) -> None:
     """Unknown arguments and values of the wrong kind are one line that names them."""
-    method = trial.method
+    method = candidate.method
     wrong = [f"{method.name}:no-such-argument=1", f"{method.name}:dtype=fp7"]
     for key, parameter in method.parameters.items():
         if parameter.kind is not str:
@@ -169,13 +171,13 @@ def bad_arguments(trial: Trial) -> None:
         if parameter.choices:
             wrong.append(f"{method.name}:{key}={'none-of-them' if parameter.kind is str else 10**9 + 7}")
     for text in wrong:
-        told = complaint(text, method)
-        assert told, f"'{text}' is taken without complaint"
-        assert "\n" not in told, f"'{text}' is refused in more than one line"
+        error = complaint(text, method)
+        assert error, f"'{text}' is taken without complaint"
+        assert "\n" not in error, f"'{text}' is refused in more than one line"
 
 
 def complaint(text: str, method: Method) -> str:
-    """What a user is told of a specification; '' where it is taken."""
+    """Why a specification is refused; '' where it is taken."""
     try:
         arguments.resolve(parse(text), method, "cpu")
     except HarnessError as error:
@@ -183,71 +185,64 @@ def complaint(text: str, method: Method) -> str:
     return ""
 
 
-def relative_error(method: Method, chosen: Arguments, source: Checkpoint) -> float:
-    """Root of the squared error over all quantized weights, relative to the weights."""
-    from harness.inputs.models import checkpoints
-
-    plain = dict(checkpoints.open_model(source, "fp32", "cpu").named_modules())
+def relative_error(plain: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> float:
+    """Root of the squared error of weights, by their module's name, relative to those of a model without the method."""
     off = whole = 0.0
-    for weight in method.quantized(method.load(source, chosen, "cpu")):
-        original: Any = plain[weight.name].weight
-        off += float((weight.dequantize() - original).square().sum())
+    for name, weight in weights:
+        original: Any = plain.get_submodule(name).weight
+        off += float((weight - original).square().sum())
         whole += float(original.square().sum())
     return math.sqrt(off / whole) if whole else 0.0
 
 
-def round_to_nearest(source: Checkpoint, names: list[str], bits: float) -> float:
-    """The same of one symmetric grid a weight at so many bits: what any method must beat."""
-    from harness.inputs.models import checkpoints
-
-    plain = dict(checkpoints.open_model(source, "fp32", "cpu").named_modules())
-    levels = 2 ** (bits - 1) - 1
-    off = whole = 0.0
-    for name in names:
-        original: Any = plain[name].weight
-        step = original.abs().max() / levels
-        off += float(((original / step).round() * step - original).square().sum())
-        whole += float(original.square().sum())
-    return math.sqrt(off / whole)
+def dequantized(method: Method, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's quantized weights as the numbers they stand for, by name."""
+    return ((weight.name, weight.dequantize()) for weight in method.quantized(model))
 
 
-def error_falls_as_bits_grow(trial: Trial) -> None:
+def rounded(weight: Tensor, bits: float) -> Tensor:
+    """A weight on one symmetric grid of so many bits: what any method must beat."""
+    step = weight.abs().max() / (2 ** (bits - 1) - 1)
+    return (weight / step).round() * step
+
+
+def error_falls_as_bits_grow(candidate: Candidate) -> None:
     """Its weights err less than plain rounding at a bit and a half fewer; with an argument `bits`, less the more."""
-    method, chosen = trial.method, trial.arguments
+    method = candidate.method
     if method.dtype:
         return  # a reference
     if method.calibrated:
-        return calibrated_outputs(trial)  # its weights may lie further off: it is outputs that it keeps
-    found = relative_error(method, chosen, trial.source)
-    names = [weight.name for weight in method.quantized(trial.load())]
+        return calibrated_outputs(candidate)  # its weights may lie further off: it is outputs that it keeps
+    model, plain = candidate.load(), candidate.original()
+    error = relative_error(plain, dequantized(method, model))
     if method.bits < 16:
-        assert found > 0, "quantized weights equal the originals"
+        assert error > 0, "quantized weights equal the originals"
     fewer = min(max(1.6, method.bits - 1.5), 10.5)  # fp16 numbers are no finer than 11 bits where they are large
-    limit = round_to_nearest(trial.source, names, fewer)
-    assert found < limit, f"weights err by {found:.4f}, rounding at {fewer:g} bits by {limit:.4f}"
+    originals: dict[str, Any] = {weight.name: plain.get_submodule(weight.name) for weight in method.quantized(model)}
+    limit = relative_error(plain, ((name, rounded(module.weight, fewer)) for name, module in originals.items()))
+    assert error < limit, f"weights err by {error:.4f}, rounding at {fewer:g} bits by {limit:.4f}"
     if "bits" in method.parameters:
         errors = []
         for bits in sorted(method.parameters["bits"].choices):
             more = arguments.resolve(parse(f"{method.name}:bits={bits}"), method, "cpu")
-            errors.append(relative_error(method, more, trial.source))
+            loaded = method.load(candidate.source, more, "cpu")
+            errors.append(relative_error(plain, dequantized(method, loaded)))
         assert errors == sorted(errors, reverse=True), f"errors do not fall as bits grow: {errors}"
 
 
-def calibrated_outputs(trial: Trial) -> None:
+def calibrated_outputs(candidate: Candidate) -> None:
     """Logits err less than those of one symmetric grid a weight at as many bits."""
-    model, plain, exact = trial.load(), trial.original(), trial.original()
-    levels = 2 ** (trial.method.bits - 1) - 1
-    for weight in trial.method.quantized(model):
-        rounded: Any = plain.get_submodule(weight.name).weight
-        step = rounded.abs().max() / levels
-        rounded.copy_((rounded / step).round() * step)
+    model, plain, exact = candidate.load(), candidate.original(), candidate.original()
+    for weight in candidate.method.quantized(model):
+        original: Any = plain.get_submodule(weight.name).weight
+        original.copy_(rounded(original, candidate.method.bits))
     reference = logits(exact)
-    found, limit = (float((logits(other) - reference).square().mean()) for other in (model, plain))
-    assert 0 < found < limit, f"logits err by {found:.3g} (mean square), by {limit:.3g} under plain rounding"
+    error, limit = (float((logits(other) - reference).square().mean()) for other in (model, plain))
+    assert 0 < error < limit, f"logits err by {error:.3g} (mean square), by {limit:.3g} under plain rounding"
     assert isinstance(getattr(model, "calibration", None), dict), "no record of its calibration on the loaded model"
 
 
-def two_at_once(trial: Trial) -> None:
+def two_at_once(candidate: Candidate) -> None:
     """Where it declares that forwards may run beside each other, the losses are those of one at a time."""
     import numpy as np
     import torch
@@ -255,9 +250,9 @@ def two_at_once(trial: Trial) -> None:
     from harness.core.contracts import Window
     from harness.metrics.measuring import engine
 
-    if not trial.method.concurrent:
+    if not candidate.method.concurrent:
         return
-    model, draws = trial.load(), np.random.default_rng(0)
+    model, draws = candidate.load(), np.random.default_rng(0)
     windows = [Window(draws.integers(0, WORDS, TOKENS), TOKENS - 1) for _ in range(WINDOWS)]
     threads = torch.get_num_threads()
     torch.set_num_threads(engine.STREAMS)

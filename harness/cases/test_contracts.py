@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 
 from harness.cases import promises
-from harness.cases.promises import ARCHITECTURES, CHECKS, Trial
+from harness.cases.promises import ARCHITECTURES, CHECKS, Candidate
 from harness.core import catalog
 from harness.core.contracts import Checkpoint, Method
-from harness.plugin import STATE
+from harness.plugin import state_of
 from harness.run import plan
 
 
@@ -21,11 +21,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a method, architecture and check."""
     if "contract_method" not in metafunc.fixturenames:
         return
-    named = {specification.name for specification in metafunc.config.stash[STATE].options.methods}
-    found = [item.value for name, item in plan.ordered_items(catalog.listed_methods()) if name in named or not item.own]
+    named = {specification.name for specification in state_of(metafunc.config).options.methods}
+    tested = [
+        item.value for name, item in plan.ordered_items(catalog.listed_methods()) if name in named or not item.own
+    ]
     why = "no method of another package or file is here, and --methods names none"
     none = [pytest.param(None, id="all", marks=pytest.mark.skip(reason=why))]
-    metafunc.parametrize("contract_method", [pytest.param(item, id=item.name) for item in found] or none)
+    metafunc.parametrize("contract_method", [pytest.param(item, id=item.name) for item in tested] or none)
     metafunc.parametrize("contract_architecture", ARCHITECTURES)
     metafunc.parametrize("contract_check", [pytest.param(check, id=check.__name__) for check in CHECKS])
 
@@ -41,7 +43,7 @@ def contract_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_contract(
     contract_method: Method,
     contract_architecture: str,
-    contract_check: Callable[[Trial], None],
+    contract_check: Callable[[Candidate], None],
     contract_checkpoints: dict[str, Checkpoint],
 ) -> None:
     """One promise of a method, kept on one model."""
@@ -49,4 +51,4 @@ def test_contract(
         pytest.skip(f"missing: pip install {' '.join(missing)}")
     if contract_check is promises.save_and_load and not contract_method.reloads:
         pytest.skip("it declares that its state_dict cannot be loaded again")
-    contract_check(Trial(contract_method, contract_checkpoints[contract_architecture]))
+    contract_check(Candidate(contract_method, contract_checkpoints[contract_architecture]))

@@ -15,10 +15,9 @@ import pytest
 
 from harness import published
 from harness.core.errors import HarnessError
-from harness.plugin import STATE
+from harness.plugin import state_of
 from harness.published import Claim, Finding, Judgement
-from harness.published.settling import settle, weights_for
-from harness.published.tries import tried
+from harness.published.settling import settle, tried, weights_for
 
 
 @functools.cache
@@ -29,7 +28,7 @@ def judgements(folder: Path) -> dict[str, Judgement]:
 
 def folder_of(config: pytest.Config) -> Path:
     """Where the session's claims lie."""
-    baselines: Path = config.stash[STATE].options.baselines
+    baselines: Path = state_of(config).options.baselines
     return baselines / "published"
 
 
@@ -65,7 +64,7 @@ def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> No
     """The computed verdict is the reviewed one; a figure whose weights are at hand is reproduced by them."""
     judgement = judgements(folder_of(request.config))[published_claim.id]
     reviewed, absent = published_claim.verdict, ""
-    options = request.config.stash[STATE].options
+    options = state_of(request.config).options
     try:
         weights = weights_for(published_claim, options) if can_be_measured(judgement) else None
         if weights is not None and published_claim.tried:

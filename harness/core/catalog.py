@@ -11,17 +11,17 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
-from harness.core import contracts as admission
-from harness.core.contracts import Member, Method, Metric
+from harness.core.contracts import Member, Method, Metric, faults
 from harness.core.errors import HarnessError, UnknownName
 from harness.core.files import sha256_file
 from harness.core.options import Declared
@@ -30,6 +30,7 @@ from harness.core.values import digest
 
 GROUPS = ("harness.methods", "harness.metrics")
 T = TypeVar("T", Method, Metric)
+V = TypeVar("V")
 _declared: dict[str, tuple[Path, ...]] = {"METHOD": (), "METRIC": ()}
 
 
@@ -59,15 +60,16 @@ def outside_code() -> str:
     return digest(files) if files else ""
 
 
-def _held(module: ModuleType, name: str, kind: type[T]) -> tuple[T, ...]:
+def _held(module: ModuleType, kind: type[T]) -> tuple[T, ...]:
     """What a file registers: METHOD, one of the kind, or else METHODS, several; METRIC and METRICS alike."""
-    found = (getattr(module, name),) if hasattr(module, name) else getattr(module, f"{name}S", ())
-    if not isinstance(found, tuple | list) or not found or not all(isinstance(value, kind) for value in found):
+    name = kind.__name__.upper()
+    values = (getattr(module, name),) if hasattr(module, name) else getattr(module, f"{name}S", ())
+    if not isinstance(values, tuple | list) or not values or not all(isinstance(value, kind) for value in values):
         raise HarnessError(f"{module.__file__} holds no {name} of type {kind.__name__}")
-    return tuple(found)
+    return tuple(values)
 
 
-def _folder(package: str, attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
+def _folder(package: str, kind: type[T]) -> Iterator[Listed[T]]:
     home = importlib.import_module(package)
     for info in sorted(pkgutil.iter_modules(home.__path__), key=lambda info: info.name):
         if info.ispkg:
@@ -77,11 +79,11 @@ def _folder(package: str, attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
             module = importlib.import_module(f"{package}.{info.name}")
         except Exception as error:
             raise HarnessError(f"{origin} fails to import: {error!r}") from error
-        yield from (Listed(value, origin, own=True) for value in _held(module, attribute, kind))
+        yield from (Listed(value, origin, own=True) for value in _held(module, kind))
 
 
-def _files(attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
-    for path in _declared[attribute]:
+def _files(kind: type[T]) -> Iterator[Listed[T]]:
+    for path in _declared[kind.__name__.upper()]:
         where = f"{path} (declared under [tool.harness])"
         if not path.is_file():
             raise HarnessError(f"{where} is not there")
@@ -96,10 +98,14 @@ def _files(attribute: str, kind: type[T]) -> Iterator[Listed[T]]:
         except Exception as error:
             del sys.modules[name]
             raise HarnessError(f"{where} fails to import: {error!r}") from error
-        yield from (Listed(value, str(path)) for value in _held(module, attribute, kind))
+        yield from (Listed(value, str(path)) for value in _held(module, kind))
 
 
-def _installed(group: str, kind: type[T]) -> Iterator[Listed[T]]:
+def entry_values(group: str, kind: type[V], what: str) -> Iterator[tuple[str, V, str]]:
+    """Every entry point of a group: its name, its value, and where it comes from in words.
+
+    HarnessError where one fails to load, or is not of the kind (`what` in words).
+    """
     for point in entry_points(group=group):
         where = f"entry point {group}: {point.name} = {point.value}"
         try:
@@ -107,62 +113,51 @@ def _installed(group: str, kind: type[T]) -> Iterator[Listed[T]]:
         except Exception as error:
             raise HarnessError(f"{where} fails: {error!r}") from error
         if not isinstance(value, kind):
-            raise HarnessError(f"{where} is no {kind.__name__}")
-        yield Listed(value, where)
+            raise HarnessError(f"{where} is no {what}")
+        yield point.name, value, where
 
 
-def _joined(found: Iterable[Listed[T]], kind: str, name_of: str) -> dict[str, Listed[T]]:
-    """By name; each held to its contract, no name twice."""
+def _installed(group: str, kind: type[T]) -> Iterator[Listed[T]]:
+    return (Listed(value, where) for _, value, where in entry_values(group, kind, kind.__name__))
+
+
+def _listed(kind: type[T], name_of: str) -> dict[str, Listed[T]]:
+    """The folder's, then declared files', then installed ones, by name; each held to its contract, no name twice."""
     names: dict[str, Listed[T]] = {}
-    for item in found:
-        for fault in admission.faults(item.value):
+    what = kind.__name__.lower()
+    sources = _folder(f"harness.{what}s", kind), _files(kind), _installed(f"harness.{what}s", kind)
+    for item in itertools.chain(*sources):
+        for fault in faults(item.value):
             raise HarnessError(f"{item.origin} breaks its contract: {fault}")
         name = getattr(item.value, name_of)
         if name in names:
-            raise HarnessError(f"{item.origin}: '{name}' is already a {kind} of the harness ({names[name].origin})")
+            raise HarnessError(f"{item.origin}: '{name}' is already a {what} of the harness ({names[name].origin})")
         names[name] = item
     return names
 
 
 def installed_sources() -> dict[str, str]:
     """Source files of every installed package that brings methods or metrics, by path: sha256."""
-    found = {}
-    for point in sorted({point.module.partition(".")[0] for group in GROUPS for point in entry_points(group=group)}):
-        spec = importlib.util.find_spec(point)
+    sources = {}
+    for package in sorted({point.module.partition(".")[0] for group in GROUPS for point in entry_points(group=group)}):
+        spec = importlib.util.find_spec(package)
         homes = list(spec.submodule_search_locations or ()) if spec else []
         single = [Path(spec.origin)] if spec and spec.origin and not homes else []
         for path in [*single, *(path for home in homes for path in sorted(Path(home).rglob("*.py")))]:
-            found[str(path)] = sha256_file(path)
-    return found
+            sources[str(path)] = sha256_file(path)
+    return sources
 
 
 @functools.cache
 def listed_methods() -> dict[str, Listed[Method]]:
-    """Every method by name, with where it comes from: the folder's, then declared files', then installed ones."""
-    return _joined(
-        (
-            *_folder("harness.methods", "METHOD", Method),
-            *_files("METHOD", Method),
-            *_installed("harness.methods", Method),
-        ),
-        "method",
-        "name",
-    )
+    """Every method by name, with where it comes from."""
+    return _listed(Method, "name")
 
 
 @functools.cache
 def listed_metrics() -> dict[str, Listed[Metric]]:
     """Every metric by family, with where it comes from."""
-    found = _joined(
-        (
-            *_folder("harness.metrics", "METRIC", Metric),
-            *_files("METRIC", Metric),
-            *_installed("harness.metrics", Metric),
-        ),
-        "metric",
-        "family",
-    )
-    return found
+    return _listed(Metric, "family")
 
 
 def methods() -> dict[str, Method]:
@@ -186,10 +181,10 @@ def member(name: str) -> Member | None:
 
 def member_of(case: Case) -> Member:
     """The member that a case measures; UnknownName where no metric brings it."""
-    found = member(case.metric)
-    if found is None:
+    measured = member(case.metric)
+    if measured is None:
         raise UnknownName("metric", case.metric, metrics())
-    return found
+    return measured
 
 
 def code_version() -> str:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.core.records import Case, Figure
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-DTYPES = ("fp32", "bf16", "fp16")
+    from harness.core.options import Declared
+
+DTYPES: Mapping[str, str] = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"})  # by torch
 AS_MODEL = "dtype"  # a compute dtype that follows the model's
 
 
@@ -61,6 +64,7 @@ class Arguments:
     dtype: str  # of what is not quantized, and of the activations
     scope: Scope | None = None  # None: the method selects by itself (libraries, references)
     values: Mapping[str, int | float | str] = field(default_factory=dict)
+    declared: Declared | None = None  # what the session's project declares, for a method that reads a text
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class Method:
     scoped: bool = False  # takes a scope
     dtype: str = ""  # fixed dtype of a reference; "" lets the user choose
     requires: tuple[str, ...] = ()  # distributions
+    uses: tuple[str, ...] = ()  # distributions that make it faster where they are there; its rows say which were
     batch_invariant: bool = True  # False: activations quantized with statistics across rows; measured at batch 1
     grid: str = ""  # 'affine4:32' where the codes can represent such a grid exactly
     core: bool = True  # planned by default
@@ -179,7 +184,7 @@ class Subject(Protocol):
     arguments: Arguments
     method: Method
     checkpoint: Checkpoint
-    device: Any  # devices.Device
+    device: Any  # devices.Cpu or devices.Cuda
     predicted: dict[str, int]  # memory.parameters, memory.footprint, memory.storage in bytes
     before: dict[str, int]  # the same measured before the first forward, and the peak of loading by the device's names
     repetitions: int  # timed repetitions of candidate and reference each

@@ -8,6 +8,7 @@ within it, on one machine. `device_class` ('cpu:avx512', 'cuda:sm_90') is how fa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -20,13 +21,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness.core.errors import BadFile, HarnessError
+from harness.core.errors import HarnessError
 from harness.core.gpus import Gpu, cuda_devices, trouble
+from harness.core.schema import fit
 from harness.core.values import digest
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "datasets", "numpy", "kernels")
 # what moves a timing or a byte on one machine; the processor and the card are in the machine id
 CLASS_FIELDS = ("python", *LIBRARIES, "bitsandbytes_library", "driver", "cuda", "threads", "wait_policy")
+COMPILED, BY_TORCH = "compiled", "torch"  # what runs loops over codes: Numba, or torch where it is not installed
 CHECKOUT = ("commit", "dirty")  # provenance, not world: the same code measures the same from any commit
 # flags of /proc/cpuinfo that choose a kernel in torch or bitsandbytes, most capable last
 INSTRUCTIONS = {"avx2": "avx2", "avx512f": "avx512", "avx512_bf16": "avx512_bf16", "amx_tile": "amx"}
@@ -60,6 +63,7 @@ class Environment:
     instructions: str = ""  # 'avx2 avx512'
     threads: int = 0
     wait_policy: str = ""  # OMP_WAIT_POLICY
+    loops: str = COMPILED  # or BY_TORCH; COMPILED is in no digest, as there was nothing else before
     commit: str = ""  # of the checkout that holds the cases
     dirty: bool = False
     machine: str = ""  # salted hash
@@ -67,7 +71,12 @@ class Environment:
     @property
     def id(self) -> str:
         """12 hex digits over every field but the checkout's."""
-        return digest({key: value for key, value in asdict(self).items() if key not in CHECKOUT})[:12]
+        facts = {key: value for key, value in asdict(self).items() if key not in (*CHECKOUT, "loops")}
+        return digest(facts | self._by_torch)[:12]
+
+    @property
+    def _by_torch(self) -> dict[str, str]:
+        return {"loops": self.loops} if self.loops != COMPILED else {}
 
     @property
     def device_class(self) -> str:
@@ -80,7 +89,9 @@ class Environment:
     @property
     def environment_class(self) -> str:
         """The device class with 8 hex digits over versions and thread settings."""
-        return f"{self.device_class}:{digest({name: getattr(self, name) for name in CLASS_FIELDS})[:8]}"
+        return (
+            f"{self.device_class}:{digest({name: getattr(self, name) for name in CLASS_FIELDS} | self._by_torch)[:8]}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON."""
@@ -92,12 +103,7 @@ class Environment:
 
         BadFile names a field of the wrong type.
         """
-        known = {item.name: type(item.default) for item in fields(cls)}
-        taken = {name: value for name, value in data.items() if name in known}
-        for name, value in taken.items():
-            if type(value) is not known[name]:
-                raise BadFile(f"environment: {name} must be {known[name].__name__}, not {value!r}")
-        return cls(**taken)
+        return fit(data, cls, "environment")
 
 
 def capture(device: str, threads: int, loaded: Mapping[str, str] | None = None) -> Environment:
@@ -106,7 +112,7 @@ def capture(device: str, threads: int, loaded: Mapping[str, str] | None = None) 
     Args:
         device: 'cpu' or 'cuda' (the first visible card).
         threads: of the compute pool.
-        loaded: what only the loaded libraries know: 'cuda', 'bitsandbytes_library'.
+        loaded: what only the loaded libraries know: 'cuda', 'bitsandbytes_library', 'loops'.
 
     Raises:
         HarnessError: 'cuda' without a visible card.
@@ -146,15 +152,22 @@ def installed_version(distribution: str) -> str:
         return ""
 
 
+@functools.cache
+def cpu_facts(cpuinfo: Path = CPUINFO) -> dict[str, str]:
+    """What Linux says of the first processor, by name; empty where it says nothing."""
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
 def processor(cpuinfo: Path) -> tuple[str, str]:
     """The model's name and the instruction sets of INSTRUCTIONS that it has; where it has none, the architecture."""
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
-    facts = dict(re.findall(r"^([^\t:]+?)\s*:\s*(.*)$", text, flags=re.MULTILINE))
+    facts = cpu_facts(cpuinfo)
     flags = facts.get("flags", "").split()
-    found = [name for flag, name in INSTRUCTIONS.items() if flag in flags]
+    present = [name for flag, name in INSTRUCTIONS.items() if flag in flags]
     architecture = re.sub(r"\W", "_", platform.machine().lower())
     fallback = "x86" if architecture in {"x86_64", "amd64", "i686"} else architecture
-    return facts.get("model name", "") or platform.processor() or architecture, " ".join(found) or fallback
+    return facts.get("model name", "") or platform.processor() or architecture, " ".join(present) or fallback
 
 
 def machine_id(part: str) -> str:
@@ -201,7 +214,7 @@ def class_difference(before: Environment, now: Environment) -> str:
     """Why a figure of one environment class does not reach another, in one line; '' within one class."""
     if before.device_class != now.device_class:
         return f"device class: {before.device_class} -> {now.device_class}"
-    lines = [line for line in difference(before, now) if line.partition(":")[0] in CLASS_FIELDS]
+    lines = [line for line in difference(before, now) if line.partition(":")[0] in (*CLASS_FIELDS, "loops")]
     more = len(lines) - FIELDS_NAMED
     return ", ".join(lines[:FIELDS_NAMED]) + (f" and {more} more" if more > 0 else "")
 

@@ -117,7 +117,7 @@ def _said(error: BaseException) -> Iterator[str]:
         chain = chain.__cause__ or chain.__context__
 
 
-def told(kind: str, line: str) -> str:
+def explained(kind: str, line: str) -> str:
     """One line for the user: what it is, in the library's words, and what to do."""
     if kind == KERNEL:
         return f"a kernel is missing for this card ({line}): install builds of torch and of the method's library for it"

@@ -20,6 +20,11 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else user_cache_path("llm-quantization-harness")
 
 
+def timing_lock() -> Path:
+    """What whoever times something on this machine holds, one at a time."""
+    return cache_dir() / "timing.lock"
+
+
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary neighbour, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -117,8 +117,8 @@ def _asked(visible: str | None, library: str) -> Answer:
     if done.returncode:
         how = f"exit status {done.returncode}"
         return Answer(broken=f"the CUDA driver ends the process that asks it ({how}): see nvidia-smi")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Answer(**found | {"gpus": tuple(Gpu(**gpu) for gpu in found["gpus"])})
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return Answer(**answer | {"gpus": tuple(Gpu(**gpu) for gpu in answer["gpus"])})
 
 
 def tell() -> None:

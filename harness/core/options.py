@@ -34,23 +34,23 @@ class Shard:
 
 def parse_shard(text: str) -> Shard:
     """'3/16' -> Shard(3, 16); BadSpecification where it is no part of a whole."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise BadSpecification(f"'{text}' is no shard: write I/N with 1 <= I <= N, such as 3/16")
-    return Shard(int(found[1]), int(found[2]))
+    return Shard(int(match[1]), int(match[2]))
 
 
 def names(text: str) -> tuple[str, ...]:
     """A comma-separated list of plain names."""
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
+    listed = tuple(part.strip() for part in text.split(","))
+    if not all(listed):
         raise BadSpecification(f"'{text}' has an empty name")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(listed))
 
 
 def positive(text: str) -> int:
     """A whole number above zero."""
-    if not str(text).isdigit() or int(text) == 0:
+    if not re.fullmatch(r"[0-9]{1,18}", str(text)) or int(text) == 0:
         raise BadSpecification(f"'{text}' is no whole number above zero")
     return int(text)
 
@@ -77,7 +77,7 @@ def engine_name(text: str) -> str:
 def address(text: str) -> str:
     """HOST:PORT, or auto; Ray's client (ray://) is refused."""
     host, _, port = text.rpartition(":")
-    if text == "auto" or (host and port.isdigit() and int(port) < 1 << 16 and "/" not in host):
+    if text == "auto" or (host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 1 << 16 and "/" not in host):
         return text
     raise BadSpecification(
         f"'{text}' is no address of a Ray cluster: write HOST:PORT or auto, on a node of that cluster"
@@ -86,12 +86,12 @@ def address(text: str) -> str:
 
 @dataclass(frozen=True)
 class Declared:
-    """What the user's pyproject.toml declares under [tool.harness], beside defaults for the options."""
+    """What the user's pyproject.toml declares under [tool.harness], as it is written there."""
 
     root: Path
     models: dict[str, str] = field(default_factory=dict)  # name -> specification
     datasets: dict[str, str] = field(default_factory=dict)
-    defaults: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # by flag: what holds where the command line says nothing
     methods: tuple[str, ...] = ()  # files, relative to `root`, that hold a METHOD
     metrics: tuple[str, ...] = ()  # the same with a METRIC
 
@@ -199,44 +199,27 @@ def read_declared(root: Path) -> tuple[bool, Declared]:
     try:
         tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
     except (ValueError, OSError, RecursionError) as error:
-        raise BadFile(f"{path} is no TOML: {error}") from error
+        raise BadFile(f"{path} cannot be read as TOML: {error}") from error
     table = tools.get("harness") if isinstance(tools, dict) else None
-    if table is None:
-        return False, Declared(root)
-    return True, read_table(path, table)
+    return table is not None, Declared(root) if table is None else read_table(path, table)
 
 
 def read_table(path: Path, table: Any) -> Declared:
     """What the [tool.harness] table of the file at `path` declares; BadFile, one line, for what is wrong with it."""
-    if not isinstance(table, dict):
-        raise BadFile(f"{path}: [tool.harness] must be a table")
-    _check_shape(path, table)
-    names, files = ("models", "datasets", "options"), ("methods", "metrics")
-    return Declared(
-        path.parent, *(table.get(name, {}) for name in names), *(tuple(table.get(kind, ())) for kind in files)
-    )
+    from harness.core.schema import fit  # local: a project without the table pays for no schema library
 
-
-def _check_shape(path: Path, table: Mapping[str, Any]) -> None:
-    known = {"models": "name = specification", "datasets": "name = specification", "options": "option = value"}
-    files = ("methods", "metrics")
+    where = f"{path}: [tool.harness]"
+    known = [item.name for item in fields(Declared) if item.name != "root"]
+    if isinstance(table, dict) and (unknown := set(table) - set(known)):
+        raise BadFile(f"{where} has no '{min(unknown)}' (known: {', '.join(known)})")
+    declared = fit({**table, "root": path.parent} if isinstance(table, dict) else table, Declared, where)
+    for kind in ("models", "datasets"):
+        for key, text in getattr(declared, kind).items():
+            _checked(path, f"{kind}.{key}", functools.partial(parse, text))
     flags = {setting.flag for setting in SETTINGS}
-    for kind, value in table.items():
-        if kind in files:
-            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-                raise BadFile(f"{path}: [tool.harness] {kind} must be a list of files, ['my_{kind[:-1]}.py']")
-            continue
-        if kind not in known:
-            raise BadFile(f"{path}: [tool.harness] has no '{kind}' (known: {', '.join((*known, *files))})")
-        if not isinstance(value, dict):
-            raise BadFile(f"{path}: [tool.harness.{kind}] must be a table of {known[kind]}")
-        for key, text in value.items():
-            if kind != "options" and not isinstance(text, str):
-                raise BadFile(f"{path}: [tool.harness.{kind}] {key} must be text, a specification")
-            if kind != "options":
-                _checked(path, f"{kind}.{key}", functools.partial(parse, str(text)))
-            elif key not in flags:
-                raise BadFile(f"{path}: [tool.harness.options]: {UnknownName('option', key, flags)}")
+    if unknown := set(declared.options) - flags:
+        raise BadFile(f"{path}: [tool.harness.options]: {UnknownName('option', min(unknown), flags)}")
+    return declared
 
 
 def _checked(path: Path, key: str, read: Callable[[], Any]) -> Any:
@@ -247,7 +230,7 @@ def _checked(path: Path, key: str, read: Callable[[], Any]) -> Any:
 
 
 def _declared_value(setting: Setting, declared: Declared) -> Any:
-    written, read = declared.defaults[setting.flag], setting.read
+    written, read = declared.options[setting.flag], setting.read
     if read is None:
         return bool(written)
     return _checked(declared.root / "pyproject.toml", setting.flag, lambda: read(str(written)))
@@ -261,7 +244,7 @@ def build(given: Mapping[str, Any], declared: Declared, here: Path, **extra: Any
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         value, base = given.get(setting.name), here
-        if value in (None, False) and setting.flag in declared.defaults:
+        if value in (None, False) and setting.flag in declared.options:
             base = declared.root
             value = _declared_value(setting, declared)
         if value is not None:

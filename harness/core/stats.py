@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-CONFIDENCE = 0.95  # of every two-sided interval: protocols.md states an error rate of 5%
-FEWEST_WINDOWS = 8  # protocols.md: below it Student's t over windows is shown, but decides nothing
+CONFIDENCE = 0.95  # of every two-sided interval
+FEWEST_WINDOWS = 8  # below it Student's t over windows is shown, but decides nothing
 EXACT_RANKS = 200  # beyond, the signed-rank distribution's normal limit is good to 1e-4 and the table is slow
 
 
@@ -39,6 +40,11 @@ class Summary:
     p90: float
     p99: float
     iqr: float  # p75 - p25
+
+
+def spans(counts: Iterable[int]) -> list[slice]:
+    """Where parts of so many entries each lie in one flat array, one after another."""
+    return [slice(start, end) for start, end in itertools.pairwise(itertools.accumulate(counts, initial=0))]
 
 
 def student_coverage(t: float, degrees: int) -> float:
@@ -122,10 +128,10 @@ def weighted_mean(means: NDArray[np.float64], counts: NDArray[np.float64]) -> Es
 
 
 def walsh_averages(values: ArrayLike) -> NDArray[np.float64]:
-    """(x_i + x_j) / 2 for all i <= j, sorted: (n,) -> (n (n + 1) / 2,)."""
+    """(x_i + x_j) / 2 for all i <= j, sorted: (..., n) -> (..., n (n + 1) / 2)."""
     data = np.asarray(values, dtype=np.float64)
-    first, second = np.triu_indices(len(data))
-    return np.sort((data[first] + data[second]) / 2)
+    first, second = np.triu_indices(data.shape[-1])
+    return np.sort((data[..., first] + data[..., second]) / 2)
 
 
 @functools.lru_cache(maxsize=256)

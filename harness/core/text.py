@@ -1,6 +1,6 @@
 """Numbers as words, with the digits they deserve: for verdicts and reports alike. No torch.
 
-Text of strangers as plain text: what a terminal or a renderer would obey is shown by its code.
+Text from outside as plain text: what a terminal or a renderer would obey is shown by its code.
 """
 
 from __future__ import annotations

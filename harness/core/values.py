@@ -8,8 +8,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 
 def parse_json(text: str | bytes) -> Any:
     """`json.loads` for files that a stranger may have written: nesting beyond reason is a ValueError too."""
@@ -17,14 +15,6 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-
-
-def parse_line(line: bytes) -> Any:
-    """`parse_json` by a quicker reader; what that one refuses and this one would not have is read all the same."""
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return parse_json(line)
 
 
 def encode(value: Any) -> Any:

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import math
-import tomllib
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from harness.core.errors import BadFile
-from harness.core.records import SCHEMA, Case
+import msgspec
+from msgspec import Meta
+
+from harness.core.records import Case
+from harness.core.schema import SCHEMA, Table, read_toml
+from harness.core.text import percent
 
 DEFAULTS = Path(__file__).with_name("bounds.toml")
 NAME = "bounds.toml"
-TABLES = ("reference", "record", "floor")
-PATTERNS = ("models", "methods", "metrics", "devices")
 LIMITS = ("ratio", "at_most", "at_least")
-ALLOWED = {"reference": LIMITS, "record": ("ratio",), "floor": ("at_most",)}
+ALLOWED = {"reference": LIMITS, "record": ("ratio",), "floor": ("at_most",)}  # kinds of limit by table
+Patterns = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One limit, the cases that it speaks of, and why."""
+class Rule(Table, frozen=True):
+    """One limit, the cases that it speaks of, and why: an entry of the file."""
 
-    kind: str  # 'ratio', 'at_most' or 'at_least'
-    value: float
     reason: str
-    patterns: tuple[tuple[str, tuple[str, ...]], ...] = ()  # ('metrics', ('latency.*',)); () of a kind meets all
+    ratio: Annotated[float, Meta(ge=1)] | None = None  # how many times the figure may be
+    at_most: float | None = None
+    at_least: float | None = None
+    models: Patterns = ()  # absent: all
+    methods: Patterns = ()  # of the whole specification or of its name
+    metrics: Patterns = ()
+    devices: Patterns = ()
+
+    def __post_init__(self) -> None:
+        if sum(getattr(self, name) is not None for name in LIMITS) != 1:
+            raise ValueError(f"it needs one of {', '.join(LIMITS)}")
+        if not math.isfinite(self.value):
+            raise ValueError(f"{self.kind} must be a finite number, not {self.value}")
+        if not self.reason.strip():
+            raise ValueError("it gives no reason: a limit without one cannot be reviewed")
+
+    @property
+    def kind(self) -> str:
+        """'ratio', 'at_most' or 'at_least'."""
+        return next(name for name in LIMITS if getattr(self, name) is not None)
+
+    @property
+    def value(self) -> float:
+        """The limit as it is written."""
+        return float(getattr(self, self.kind))
 
     @property
     def limit(self) -> float:
@@ -36,46 +58,56 @@ class Rule:
 
     def meets(self, case: Case) -> bool:
         """Whether every kind of pattern given has one that matches the case."""
-        names = {
-            "models": (case.model,),
-            "methods": (case.method, case.method.partition(":")[0]),
-            "metrics": (case.metric,),
-            "devices": (case.device,),
-        }
+        named = (
+            (self.models, (case.model,)),
+            (self.methods, (case.method, case.method.partition(":")[0])),
+            (self.metrics, (case.metric,)),
+            (self.devices, (case.device,)),
+        )
         return all(
-            any(fnmatchcase(name, pattern) for name in names[kind] for pattern in patterns)
-            for kind, patterns in self.patterns
+            any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+            for patterns, names in named
+            if patterns
         )
 
     def __str__(self) -> str:
         """'at most 0.5%', 'at most 0.01', 'at least 0.9'."""
         if self.kind == "ratio":
-            return f"at most {100 * (self.value - 1):.3g}%"
+            return f"at most {percent(self.limit, sign='')}"
         return f"{self.kind.replace('_', ' ')} {self.value:g}"
 
 
-@dataclass(frozen=True)
-class Bounds:
+class Bounds(Table, frozen=True):
     """Every rule by its table, in order: the last that matches a case holds."""
 
-    rules: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
+    schema: int = SCHEMA
+    reference: tuple[Rule, ...] = ()
+    record: tuple[Rule, ...] = ()
+    floors: tuple[Rule, ...] = msgspec.field(default=(), name="floor")
 
-    def _last(self, table: str, case: Case) -> Rule | None:
-        return next((rule for rule in reversed(self.rules.get(table, ())) if rule.meets(case)), None)
+    def __post_init__(self) -> None:
+        for (table, kinds), rules in zip(ALLOWED.items(), (self.reference, self.record, self.floors), strict=True):
+            for number, rule in enumerate(rules, 1):
+                if rule.kind not in kinds:
+                    raise ValueError(f"{table} {number}: no place for '{rule.kind}' (known: {', '.join(kinds)})")
 
     def against_reference(self, case: Case) -> Rule | None:
         """The tolerable loss against the reference; None where nothing is promised."""
-        return self._last("reference", case)
+        return _last(self.reference, case)
 
     def allowance(self, case: Case) -> float:
         """The ratio to the recorded value up to which a figure is not worse; 1.0 where no rule speaks."""
-        rule = self._last("record", case)
+        rule = _last(self.record, case)
         return rule.value if rule else 1.0
 
     def floor(self, case: Case) -> float:
         """The change below which there is only noise, in the figure's unit; 0.0 where no rule speaks."""
-        rule = self._last("floor", case)
+        rule = _last(self.floors, case)
         return rule.value if rule else 0.0
+
+
+def _last(rules: tuple[Rule, ...], case: Case) -> Rule | None:
+    return next((rule for rule in reversed(rules) if rule.meets(case)), None)
 
 
 def load(folder: Path) -> Bounds:
@@ -84,59 +116,16 @@ def load(folder: Path) -> Bounds:
     BadFile, one line with the file and what to write instead: no TOML, an unknown table or key, a newer schema,
     a value of the wrong kind, a rule without a reason.
     """
-    files = [DEFAULTS] + ([folder / NAME] if (folder / NAME).exists() else [])
-    parts = [read(path) for path in files]
-    return Bounds({table: tuple(rule for part in parts for rule in part.get(table, ())) for table in TABLES})
+    own, path = packaged(), folder / NAME
+    users = read(path) if path.exists() else Bounds()
+    return Bounds(SCHEMA, own.reference + users.reference, own.record + users.record, own.floors + users.floors)
 
 
-def read(path: Path) -> dict[str, tuple[Rule, ...]]:
-    """One file's rules by table."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise BadFile(f"{path} cannot be read as TOML: {error}") from error
-    schema = data.pop("schema", None)
-    if type(schema) is not int:
-        raise BadFile(f"{path} has no schema number: begin it with 'schema = {SCHEMA}'")
-    if schema > SCHEMA:
-        raise BadFile(f"{path} has schema {schema}, newer than this harness reads ({SCHEMA}): upgrade the harness")
-    for table, entries in data.items():
-        if table not in TABLES:
-            raise BadFile(f"{path} has no place for '{table}' (known: {', '.join(TABLES)})")
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise BadFile(f"{path}: write a rule as [[{table}]], in double brackets")
-    return {
-        table: tuple(_rule(f"{path}: [[{table}]] {number}", table, entry) for number, entry in enumerate(entries, 1))
-        for table, entries in data.items()
-    }
+def packaged() -> Bounds:
+    """The package's rules alone."""
+    return read(DEFAULTS)
 
 
-def _rule(where: str, table: str, entry: dict[str, Any]) -> Rule:
-    known = (*PATTERNS, *ALLOWED[table], "reason")
-    for key in entry:
-        if key not in known:
-            raise BadFile(f"{where} has no place for '{key}' (known: {', '.join(known)})")
-    kinds = [key for key in ALLOWED[table] if key in entry]
-    if len(kinds) != 1:
-        raise BadFile(f"{where} needs one of {', '.join(ALLOWED[table])}")
-    reason = entry.get("reason")
-    if not isinstance(reason, str) or not reason.strip():
-        raise BadFile(f"{where} gives no reason: a limit without one cannot be reviewed")
-    for key in PATTERNS:
-        patterns = entry.get(key, ["*"])
-        if not isinstance(patterns, list) or not patterns or not all(isinstance(item, str) for item in patterns):
-            raise BadFile(f'{where}: {key} must be a list of patterns, such as {key} = ["*"]')
-    return Rule(
-        kinds[0],
-        _number(where, kinds[0], entry[kinds[0]]),
-        reason,
-        tuple((key, tuple(entry[key])) for key in PATTERNS if key in entry),
-    )
-
-
-def _number(where: str, kind: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadFile(f"{where}: {kind} must be a finite number, not {value!r}")
-    if kind == "ratio" and value < 1:
-        raise BadFile(f"{where}: ratio must be 1 or more, not {value}: it says how many times the figure may be")
-    return float(value)
+def read(path: Path) -> Bounds:
+    """One file's rules."""
+    return read_toml(path, Bounds)

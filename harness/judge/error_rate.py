@@ -6,7 +6,7 @@ those against the record (`settle`) may only add to what was rejected. What is e
 figure on the very text that was read) is no test: it cannot be wrong by chance.
 
 A change's p value is two-sided for |true change| <= floor: for losses Student's t over windows, for times the normal
-limit of the interval that was combined from both sessions (`tests/unit/test_error_rate.py` holds both to SciPy).
+limit of the interval that was combined from both sessions (`tests/judge/test_error_rate.py` holds both to SciPy).
 """
 
 from __future__ import annotations
@@ -97,17 +97,17 @@ def settle(rows: Sequence[Row], count: int) -> list[Row]:
     Returns:
         The rows; one that was `within noise` by itself and is rejected by Holm is `worse` or `better` now.
     """
-    found = [(place, p) for place, row in enumerate(rows) if (p := _p(row)) is not None]
-    adjusted = holm([p for _, p in found])
-    budget = ALPHA * min(1.0, len(found) / max(1, count))
+    tested = [(place, p) for place, row in enumerate(rows) if (p := _p(row)) is not None]
+    adjusted = holm([p for _, p in tested])
+    budget = ALPHA * min(1.0, len(tested) / max(1, count))
     settled = list(rows)
-    for (place, p), value in zip(found, adjusted, strict=True):
+    for (place, p), value in zip(tested, adjusted, strict=True):
         row = rows[place]
         if value <= budget and row.verdict_baseline is Verdict.WITHIN_NOISE:
             word = Verdict.WORSE if decode_number(row.detail["change"]["value"]) > 0 else Verdict.BETTER
             severest = min((word, row.verdict), key=lambda verdict: verdict.severity)
             verdict = word if row.verdict is Verdict.WITHIN_NOISE else severest
-            reason = f"{row.reason}; {word} by Holm's step over the session's {len(found)} tests (p {p:.2g})"
+            reason = f"{row.reason}; {word} by Holm's step over the session's {len(tested)} tests (p {p:.2g})"
             settled[place] = replace(row, verdict=verdict, verdict_baseline=word, reason=reason)
     return settled
 

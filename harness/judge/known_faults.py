@@ -19,48 +19,56 @@ fails where it looks different or no fault speaks of it (`out of bound`). One th
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from msgspec import Meta, field
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from harness.core.environment import Environment
-from harness.core.errors import BadFile
-from harness.core.records import SCHEMA, Case, Row, Verdict
+from harness.core.records import Case, Row, Verdict
+from harness.core.schema import Table, read_toml
 from harness.core.values import decode_number
 
 NAME = "known_faults.toml"
-TEXTS = ("id", "package", "versions", "reference", "summary")
-LISTS = ("invariant", "methods")
-OPTIONAL = ("on", "class", "exception", "figure", "property")
+Text = Annotated[str, Meta(min_length=1)]
+Patterns = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One known fault."""
+class Fault(Table, frozen=True):
+    """One known fault: an entry of the file."""
 
-    id: str
-    invariant: tuple[str, ...]
-    methods: tuple[str, ...]
-    package: str
-    versions: SpecifierSet
-    reference: str
-    summary: str
+    id: Text
+    invariant: Patterns
+    methods: Patterns
+    package: Text
+    versions: Text
+    reference: Text
+    summary: Text
     on: tuple[str, ...] = ("*",)
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = field(default=(), name="class")
     exception: str = ""
     figure: tuple[float, float] | None = None
-    is_property: bool = False
+    is_property: bool = field(default=False, name="property")
+
+    def __post_init__(self) -> None:
+        if bool(self.exception) == (self.figure is not None):
+            raise ValueError("it needs one of exception and figure: what it looks like")
+        if self.figure is not None and not self.figure[0] <= self.figure[1]:
+            raise ValueError("figure must be [low, high]")
+        try:
+            SpecifierSet(self.versions)
+        except InvalidSpecifier as error:
+            raise ValueError(f"versions must be such as '>=0.49.0,<=0.50.2', not '{self.versions}'") from error
 
     def reaches(self, environment: Environment) -> bool:
         """Whether the package's version and the processor or card are those that have it."""
         version = getattr(environment, self.package, "")
         here = {*environment.instructions.split(), environment.sm}
-        fits = bool(version) and self.versions.contains(version, prereleases=True)
+        fits = bool(version) and SpecifierSet(self.versions).contains(version, prereleases=True)
         return fits and (not self.classes or bool(here & set(self.classes)))
 
     def speaks_of(self, case: Case) -> bool:
@@ -89,64 +97,24 @@ class Fault:
         return self.exception or (f"a figure of {self.figure[0]:g} to {self.figure[1]:g}" if self.figure else "nothing")
 
 
+class Faults(Table, frozen=True):
+    """The whole file."""
+
+    schema: int
+    fault: tuple[Fault, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({fault.id for fault in self.fault}) < len(self.fault):
+            raise ValueError("two faults have one id")
+
+
 def load(folder: Path) -> tuple[Fault, ...]:
     """The faults of a baselines folder, () where it lists none.
 
     BadFile, one line with the file and the entry: no TOML, an unknown key, a missing one, a newer schema.
     """
     path = folder / NAME
-    if not path.is_file():
-        return ()
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} cannot be read as TOML: {error}") from error
-    if type(data.get("schema")) is not int or data["schema"] > SCHEMA:
-        raise BadFile(f"{path} must begin with 'schema = {SCHEMA}' (or needs a newer harness)")
-    entries = data.get("fault", [])
-    if set(data) - {"schema", "fault"} or not isinstance(entries, list):
-        raise BadFile(f"{path} holds a schema and [[fault]] entries, nothing else")
-    found = tuple(_fault(f"{path}: [[fault]] {number}", entry) for number, entry in enumerate(entries, 1))
-    if len({fault.id for fault in found}) < len(found):
-        raise BadFile(f"{path}: two faults have one id")
-    return found
-
-
-def _fault(where: str, entry: dict[str, Any]) -> Fault:
-    known = (*TEXTS, *LISTS, *OPTIONAL)
-    for key in entry:
-        if key not in known:
-            raise BadFile(f"{where} has no place for '{key}' (known: {', '.join(known)})")
-    for key in (*TEXTS, *LISTS):
-        if not entry.get(key):
-            raise BadFile(f"{where} needs '{key}'")
-    for key in (*LISTS, "on", "class"):
-        value = entry.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise BadFile(f'{where}: {key} must be a list of patterns, such as {key} = ["*"]')
-    figure = entry.get("figure")
-    if bool(entry.get("exception")) == (figure is not None):
-        raise BadFile(f"{where} needs one of exception and figure: what it looks like")
-    if figure is not None and not (isinstance(figure, list) and len(figure) == 2 and figure[0] <= figure[1]):
-        raise BadFile(f"{where}: figure must be [low, high]")
-    try:
-        versions = SpecifierSet(str(entry["versions"]))
-    except InvalidSpecifier as error:
-        raise BadFile(f"{where}: versions must be such as '>=0.49.0,<=0.50.2', not '{entry['versions']}'") from error
-    return Fault(
-        id=str(entry["id"]),
-        invariant=tuple(entry["invariant"]),
-        methods=tuple(entry["methods"]),
-        package=str(entry["package"]),
-        versions=versions,
-        reference=str(entry["reference"]),
-        summary=str(entry["summary"]),
-        on=tuple(entry.get("on", ("*",))),
-        classes=tuple(entry.get("class", ())),
-        exception=str(entry.get("exception", "")),
-        figure=(float(figure[0]), float(figure[1])) if figure is not None else None,
-        is_property=bool(entry.get("property", False)),
-    )
+    return read_toml(path, Faults).fault if path.is_file() else ()
 
 
 def judge(row: Row, faults: Iterable[Fault], environment: Environment) -> Row:

@@ -30,7 +30,7 @@ class Outcome:
     floor: float = 0.0  # a change up to here is noise
     p: float | None = None  # of the change, where it was tested (`error_rate`)
     smallest: str = ""  # effect that this comparison could have seen, in words
-    ground: str = ""  # what it rests on, a word of `compare`
+    ground: str = ""  # what it rests on, a word of `rules`
 
 
 @dataclass(frozen=True)

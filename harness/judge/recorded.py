@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from msgspec import field
+from msgspec.structs import fields, replace
 
 from harness.core.environment import Environment
 from harness.core.errors import BadFile
 from harness.core.records import Row
+from harness.core.schema import Table, fit
 from harness.core.values import decode_number, digest
 
+FIX = "restore it from version control, or delete it and record again with --regen-all"
 DIGITS = 10  # a float32 loss has 7, a clock of nanoseconds 9
 # of a row's detail, what a later judgement reads: losses of the reference, and how a timing was compared
 KEPT = ("reference_nll", "log_ratio", "log_ratio_low", "log_ratio_high", "aa_floor", "reference_p50", "tokens")
 PLACE = ("file", "carries", "difference")  # where it was found, never in the file
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(Table, frozen=True):
     """One figure of a baseline file; units as in the row that it came from."""
 
     metric: str
@@ -45,10 +48,17 @@ class Recorded:
     nll: str = ""  # nll/<sha>.npz beside the file
     detail: dict[str, Any] = field(default_factory=dict)
     recorded: str = ""  # when, UTC
-    environment: Environment = field(default_factory=Environment)
+    environment: Environment = Environment()
     file: str = ""  # that served, relative to the baselines folder
     carries: bool = True  # False: recorded for another class of environments
     difference: str = ""  # then, the field that differs: 'device class: cpu:avx2 -> cpu:avx512'
+
+    def __post_init__(self) -> None:
+        for name in ("value", "spread", "floor"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"{name} must be finite, not {getattr(self, name)}")
+        if self.interval and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"interval must be two numbers, the lower first, not {list(self.interval)}")
 
     @classmethod
     def of_row(cls, row: Row, environment: Environment, when: str) -> Recorded:
@@ -93,56 +103,14 @@ def world_key(environment: Environment) -> str:
     return digest(environment.to_dict())[:12]
 
 
-TYPES: dict[str, tuple[type, ...]] = {
-    "value": (float, int),
-    "spread": (float, int),
-    "floor": (float, int),
-    "count": (int,),
-    "repeats": (int,),
-    "interval": (list,),
-    "detail": (dict,),
-}  # every other field is text
-NEEDED = ("metric", "device", "value", "unit", "environment")
-WORDS = {float: "a number", int: "a whole number", list: "a list of two numbers", dict: "a table", str: "text"}
-
-
-def from_entry(where: str, entry: Any, environments: Mapping[str, Environment]) -> Recorded:
+def from_entry(where: str, entry: Mapping[str, Any], environments: Mapping[str, Environment]) -> Recorded:
     """Read one entry back; BadFile begins with `where` and names the field that is wrong."""
-    if not isinstance(entry, dict):
-        raise BadFile(f"{where} is no table of fields")
-    known = {item.name for item in fields(Recorded)} - set(PLACE)
-    for name, value in entry.items():
-        if name not in known:
-            raise BadFile(f"{where} has an unknown field '{name}' (known: {', '.join(sorted(known))})")
-        kinds = TYPES.get(name, (str,))
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise BadFile(f"{where}: {name} must be {WORDS[kinds[0]]}, not {value!r}")
-    for name in NEEDED:
-        if name not in entry:
-            raise BadFile(f"{where} has no '{name}'")
-    taken = dict(entry)
-    if taken["environment"] not in environments:
-        raise BadFile(f"{where}: its environment '{taken['environment']}' is not in the file")
-    taken["environment"] = environments[taken["environment"]]
-    for name in ("value", "spread", "floor"):
-        taken[name] = _finite(where, name, taken[name]) if name in taken else None
-    if "interval" in taken:
-        taken["interval"] = _interval(where, taken["interval"])
-    return Recorded(**taken)
-
-
-def _interval(where: str, value: list[Any]) -> tuple[float, float]:
-    """Two numbers in order; infinite ones are an interval too (too few windows)."""
-    good = [item for item in value if isinstance(item, (int, float)) and not isinstance(item, bool)]
-    if len(value) != 2 or len(good) != 2 or not good[0] <= good[1]:
-        raise BadFile(f"{where}: interval must be {WORDS[list]}, the lower first, not {value!r}")
-    return float(good[0]), float(good[1])
-
-
-def _finite(where: str, name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise BadFile(f"{where}: {name} must be finite, not {value!r}")
-    return float(value)
+    key = str(entry.get("environment"))
+    if key not in environments:
+        raise BadFile(f"{where}: its environment '{key}' is not in the file; {FIX}")
+    if places := set(PLACE) & entry.keys():
+        raise BadFile(f"{where}: no place for '{min(places)}'; {FIX}")
+    return fit({**entry, "environment": environments[key]}, Recorded, where, FIX)
 
 
 def reviewable(recorded: Recorded) -> Recorded:

@@ -1,6 +1,6 @@
 """Two reports case by case: what is same, within noise, better or worse, and by how much. No torch.
 
-The rules are `compare`'s. That of environments and weights is lifted (their difference is what a comparison
+The rules are those of `rules`. That of environments and weights is lifted (their difference is what a comparison
 asks about); that of protocol id and token hash never is. A is the earlier side, B the later: `worse` says that B is
 worse. Each case is decided at 95% by itself: unlike a session's verdicts (`error_rate`), a comparison of many
 cases has no error rate as a whole.
@@ -9,6 +9,7 @@ cases has no error rate as a whole.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +20,8 @@ from harness.core.errors import HarnessError
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import number, percent
 from harness.core.values import flatten
-from harness.judge import compare as rules
-from harness.judge.bounds import DEFAULTS, Bounds
-from harness.judge.bounds import read as read_bounds
+from harness.judge import rules
+from harness.judge.bounds import Bounds, packaged
 from harness.judge.question import Losses, Outcome, Question
 
 HARM = (Verdict.MISSING, Verdict.WORSE)
@@ -110,9 +110,9 @@ def compare(
             "(model, method, dataset, protocol, metric, device, reference)"
         )
     judge = _Judge(
-        lambda sha: nll_b(sha) if (found := nll_a(sha)) is None else found,  # a sha names the same bytes on both sides
+        lambda sha: nll_b(sha) if (nll := nll_a(sha)) is None else nll,  # a sha names the same bytes on both sides
         members.get if members else catalog.member,
-        bounds or Bounds(read_bounds(DEFAULTS)),
+        bounds or packaged(),
     )
     return Comparison(
         tuple(judge.entry(a[case], b[case]) for case in shared),
@@ -128,13 +128,13 @@ def compare(
 def identity_notes(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
     """Weights and written-out methods that are not the same on both sides: comparable, but a reader must know."""
     kinds = (("weights", "model", "revision"), ("arguments", "method", "method_id"))
-    found = {
+    notes = {
         f"{kind} of {getattr(a, owner)} differ: {getattr(a, name)} -> {getattr(b, name)}": None
         for kind, owner, name in kinds
         for a, b in pairs
         if getattr(a, name) and getattr(b, name) and getattr(a, name) != getattr(b, name)
     }
-    return list(found)
+    return list(notes)
 
 
 def environment_difference(
@@ -151,11 +151,11 @@ def environment_difference(
 
 
 def _fields(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, None]]:
-    found: dict[str, dict[str, None]] = {}
+    values: dict[str, dict[str, None]] = {}
     for environment in dict.fromkeys(row.environment for row in rows):
         for name, value in flatten(known.get(environment, {})).items():
-            found.setdefault(name, {})[value] = None
-    return found
+            values.setdefault(name, {})[value] = None
+    return values
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ class _Judge:
             return absent(blank)
         known = self.member(a.metric)
         question = Question(b, known or Member(a.metric, a.unit, "neither"), self.bounds, a, self.nll)
-        if found := rules.obstacle(question, a):
-            field, before, now = found
+        if obstacle := rules.obstacle(question, a):
+            field, before, now = obstacle
             reason = str(before) if now is None else f"{field} differs: '{before}' -> '{now}'"
             return replace(blank, verdict=Verdict.NOT_COMPARABLE, reason=reason)
         if a.case.family == INVARIANT:
@@ -231,7 +231,7 @@ def _figure(question: Question, outcome: Outcome, a: float, b: float) -> str:
     if member.exact or (row.case.family == "memory" and not limit):
         return f"{b - a:+,.0f} {row.unit}, exact"
     if row.case.family == "memory":
-        return f"observed once; noise up to {100 * (question.allowance - 1):.3g}%"
+        return f"observed once; noise up to {percent(math.log(question.allowance), sign='')}"
     return "exact on this text" + (f"; noise up to {number(limit)} {row.unit}" if limit else "")
 
 
@@ -289,12 +289,12 @@ def behaved(blank: Entry) -> Entry:
         verdict, words = (Verdict.WORSE, "no longer holds") if holds(a) else (Verdict.BETTER, "holds again")
         return replace(blank, verdict=verdict, reason=f"{words}: {seen(a)} -> {seen(b)}{fault}")
     raised = [bool(row.detail.get("exception")) for row in (a, b)]
-    told = f"holds on neither side: {seen(a)} -> {seen(b)}{fault}"
+    words = f"holds on neither side: {seen(a)} -> {seen(b)}{fault}"
     if raised[0] != raised[1]:
-        return replace(blank, verdict=Verdict.BETTER if raised[0] else Verdict.WORSE, reason=told)
+        return replace(blank, verdict=Verdict.BETTER if raised[0] else Verdict.WORSE, reason=words)
     if raised[0] or a.value is None or b.value is None or a.value == b.value:
-        return replace(blank, verdict=Verdict.SAME, reason=told)
+        return replace(blank, verdict=Verdict.SAME, reason=words)
     if a.detail.get("fault") and a.detail.get("fault") == b.detail.get("fault"):  # both within the range that is listed
-        return replace(blank, verdict=Verdict.WITHIN_NOISE, reason=told)
+        return replace(blank, verdict=Verdict.WITHIN_NOISE, reason=words)
     apart = Verdict.WORSE if b.value > FACTOR * a.value else Verdict.BETTER if a.value > FACTOR * b.value else None
-    return replace(blank, verdict=apart or Verdict.WITHIN_NOISE, reason=told)
+    return replace(blank, verdict=apart or Verdict.WITHIN_NOISE, reason=words)

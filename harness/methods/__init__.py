@@ -6,7 +6,8 @@ To add a weight-only method, add one file with two functions and METHOD (METHODS
     def dequantize(stored, shape, **values): ...  -> (out, in) fp32
     METHOD = weight_method(name="my-int8", summary="...", bits=8, quantize=quantize, dequantize=dequantize)
 
-`weight_method` says what the two may rely on, `codes` has blocks and packing. Both must work on meta
-tensors: predicted bytes come from the same code. Scopes, tied weights, Conv1D, the census and the errors are the
+`quantizing.codes.Functions` says what the two may rely on, `quantizing.int4` has blocks and packing. Both must work on
+meta tensors: predicted bytes come from the same code. Codes that lie as others do are described, not written again:
+`codes=Blocks4(LEVELS)` is all of NF4 but its table. Scopes, tied weights, Conv1D, the census and the errors are the
 base's. A method that loads a model in its own way builds a `contracts.Method` instead.
 """

@@ -13,21 +13,8 @@ comes after, in fp32. `compute=fused` unpacks and multiplies some rows of the we
 
 from __future__ import annotations
 
-from harness.methods.quantizing import fused, rounding
-from harness.methods.quantizing.codes import dequantize_int8, product_int8, quantize_rows
+from harness.methods.quantizing.int8 import Rows8
 from harness.methods.quantizing.weight_method import weight_method
 
-quantize, dequantize, product = quantize_rows, dequantize_int8, product_int8
-
-METHOD = weight_method(
-    name="absmax-int8",
-    summary="symmetric int8, one scale an output channel",
-    bits=8,
-    quantize=quantize,
-    dequantize=dequantize,
-    product=product,
-    computes=True,
-    fused=fused.int8,
-    compiled=rounding.int8,
-    grain="row",
-)
+CODES = Rows8()
+METHOD = weight_method(name="absmax-int8", summary="symmetric int8, one scale an output channel", bits=8, codes=CODES)

@@ -8,35 +8,14 @@ for. Not in the core list: it is planned when named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from harness.methods.quantizing import rounding
-from harness.methods.quantizing.codes import dequantize_int8, quantize_rows
+from harness.methods.quantizing.int8 import Rows8By8
 from harness.methods.quantizing.weight_method import weight_method
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-quantize, dequantize = quantize_rows, dequantize_int8
-
-
-def product(x: Tensor, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-    """(..., in) -> (..., out)."""
-    from harness.methods.quantizing import products
-
-    return products.in_int8(x, stored["codes"], stored["scale"], bias)
-
-
+CODES = Rows8By8()
 METHOD = weight_method(
     name="absmax-int8-w8a8",
     summary="symmetric int8, one scale an output channel; activations int8 too, one scale a token",
     bits=8,
-    quantize=quantize,
-    dequantize=dequantize,
-    product=product,
-    compiled=rounding.int8,
-    grain="row",
+    codes=CODES,
     core=False,
 )

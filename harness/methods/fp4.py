@@ -7,40 +7,11 @@ device, ours as its CPU code of 0.50 does.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from harness.methods.quantizing import fused, rounding
-from harness.methods.quantizing.codes import BLOCK, dequantize_levels, quantize_to_levels
+from harness.methods.quantizing.int4 import Blocks4
 from harness.methods.quantizing.weight_method import weight_method
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAGNITUDES = tuple(twelfths / 12 for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # in the order of the codes
 LEVELS = (*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES))
 
-
-def quantize(weight: Tensor, block: int) -> dict[str, Tensor]:
-    """(out, in) fp32, n elements -> codes (ceil(n / 2),) uint8, scale (ceil(n / block),) fp32: the absmax."""
-    return quantize_to_levels(weight, LEVELS, block)
-
-
-def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int) -> Tensor:
-    """(out, in) fp32."""
-    return dequantize_levels(stored, shape, block)
-
-
-METHOD = weight_method(
-    name="fp4",
-    summary="4-bit float in blocks, absmax scale",
-    bits=4,
-    quantize=quantize,
-    dequantize=dequantize,
-    fused=functools.partial(fused.int4, levels=LEVELS),
-    compiled=functools.partial(rounding.to_levels, levels=LEVELS),
-    grain="block",
-    parameters={"block": BLOCK},
-    tables={"levels": LEVELS},
-)
+CODES = Blocks4(LEVELS)
+METHOD = weight_method(name="fp4", summary="4-bit float in blocks, absmax scale", bits=4, codes=CODES)

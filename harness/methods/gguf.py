@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.core.contracts import Arguments, Checkpoint, Method, QuantizedWeight
+from harness.core.contracts import Arguments, Checkpoint, Method
 from harness.core.files import cache_dir
+from harness.methods.quantizing.codes import Functions, Recipe
+from harness.methods.quantizing.weight_method import stored_weights
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
     from torch import Tensor, nn
 
     from harness.inputs.models.gguf_format.file import GgufFile
-    from harness.methods.quantizing import stored as quantized
 
 
 def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
@@ -32,7 +33,7 @@ def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
         bits=bits,
         load=functools.partial(load, kind),
         sketch=functools.partial(sketch, kind),
-        quantized=weights,
+        quantized=stored_weights,
         targets=targets,
         requires=("gguf",),
         grid=grid,
@@ -45,14 +46,14 @@ def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
 def load(kind: str, checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
     """The checkpoint through a file of this format; eval mode, on `device`."""
     from harness.inputs.models import checkpoints
-    from harness.inputs.models.gguf_format import write as gguf_write
+    from harness.inputs.models.gguf_format import write
     from harness.inputs.models.gguf_format.file import GgufFile
 
     scratch = cache_dir() / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = Path(folder) / "model.gguf"
-        size = gguf_write.write(checkpoint, kind, path)
+        size = write.write(checkpoint, kind, path)
         model: Any = checkpoints.open_model(checkpoint, arguments.dtype, "cpu")
         fill(model, GgufFile(path), kind)
     model.gguf_file_bytes = size
@@ -66,27 +67,26 @@ def file_bytes(model: Any) -> int:
 
 def sketch(kind: str, model: nn.Module, arguments: Arguments) -> None:
     """Room for the blocks in place of every matrix, on the device where the model lies (meta too)."""
-    from harness.methods.quantizing import stored as quantized
+    from harness.methods.quantizing import stored
 
     for own, names in formats(model, kind).items():
-        quantized.apply(model, recipe(own), names)
+        stored.apply(model, recipe(own), names)
 
 
-def recipe(kind: str) -> quantized.Recipe:
+def recipe(kind: str) -> Recipe:
     """What `stored` needs: room for a matrix's blocks, to be filled from the file, and how they are read."""
-    from harness.inputs.models.gguf_format import blocks
-    from harness.methods.quantizing import stored as quantized
+    from harness.inputs.models.gguf_format import file
 
     def room(weight: Tensor) -> dict[str, Tensor]:
         import torch
 
-        size = blocks.row_bytes(kind, weight.shape[1])
+        size = file.row_bytes(kind, weight.shape[1])
         return {"blocks": torch.empty(weight.shape[0], size, dtype=torch.uint8, device=weight.device)}
 
-    def read(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return blocks.dequantize(stored["blocks"], kind)
+    def read(kept: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return file.dequantize(kept["blocks"], kind)
 
-    return quantized.Recipe(f"gguf-{kind.lower()}", room, read)
+    return Recipe(f"gguf-{kind.lower()}", Functions(room, read))
 
 
 def fill(model: Any, file: GgufFile, kind: str) -> None:
@@ -94,41 +94,39 @@ def fill(model: Any, file: GgufFile, kind: str) -> None:
     import numpy as np
     import torch
 
-    from harness.inputs.models.gguf_format import families
-    from harness.inputs.models.gguf_format import read as gguf_weights
-    from harness.methods.quantizing import stored as quantized
+    from harness.inputs.models.gguf_format import architectures, read
+    from harness.methods.quantizing import stored
 
-    family = families.of_config(model.config)
+    architecture = architectures.of_config(model.config)
     config = model.config
     sketch(kind, model, Arguments("fp32"))
     with torch.no_grad():
         for name, tensor in file.tensors.items():
             module_name, _, suffix = name.rpartition(".")
-            module = model.get_submodule(family.module(module_name))
-            store = quantized.store_of(module) if suffix == "weight" else None
+            module = model.get_submodule(architecture.module(module_name))
+            store = stored.store_of(module) if suffix == "weight" else None
             if store is None:
-                values = gguf_weights.in_layout(tensor.dequantize(), name, family, config)
+                values = read.in_layout(tensor.dequantize(), name, architecture, config)
                 getattr(module, suffix).copy_(torch.from_numpy(np.array(values, order="C")))
             else:
                 rows = tensor.data.reshape(tensor.shape[0], -1)  # (out, bytes a row)
-                if heads := family.heads(name, config):
-                    rows = gguf_weights.halves_apart(rows, heads)
+                if heads := architecture.heads(name, config):
+                    rows = read.halves_apart(rows, heads)
                 store.get_buffer("blocks").copy_(torch.from_numpy(np.array(rows, order="C")))
 
 
 def formats(model: Any, kind: str) -> dict[str, list[str]]:
     """Format -> the modules whose matrix it takes, each matrix once under its first name."""
-    from harness.inputs.models.gguf_format import families
-    from harness.inputs.models.gguf_format import write as gguf_write
-    from harness.methods.quantizing import stored as quantized
+    from harness.inputs.models.gguf_format import architectures, write
+    from harness.methods.quantizing import stored
 
-    family = families.of_config(model.config)
+    architecture = architectures.of_config(model.config)
     found: dict[str, list[str]] = {}
-    for first in quantized.weight_owners(model):
+    for first in stored.weight_owners(model):
         module = model.get_submodule(first)
-        store = quantized.store_of(module)
+        store = stored.store_of(module)
         dimensions = len(store.layout) if store else module.weight.dim()
-        if own := gguf_write.kind_of(f"{family.gguf_module(first)}.weight", dimensions, kind):
+        if own := write.kind_of(f"{architecture.gguf_module(first)}.weight", dimensions, kind):
             found.setdefault(own, []).append(first)
     return found
 
@@ -136,13 +134,6 @@ def formats(model: Any, kind: str) -> dict[str, list[str]]:
 def targets(model: Any, arguments: Arguments) -> list[str]:
     """Every matrix once, under its first name, learned positions left out."""
     return [name for names in formats(model, "F32").values() for name in names]
-
-
-def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
-    """Each matrix as it lies in the file."""
-    from harness.methods.quantizing import stored as quantized
-
-    return quantized.weights(model)
 
 
 METHODS = (

@@ -8,78 +8,36 @@ windows stands in the method's id and in each measurement.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from harness.core.contracts import Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
-from harness.core.errors import BadSpecification
-from harness.methods.quantizing import calibration, scopes
-from harness.methods.quantizing.codes import BLOCK
+from harness.core.contracts import Arguments, Checkpoint, Parameter
+from harness.methods.quantizing.weight_method import calibrated_method
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 NAME = "gptq-int4"
 DAMP = 0.01  # the paper's
 
 
-def targets(model: nn.Module, arguments: Arguments) -> list[str]:
-    """The scope's projections; embeddings, head and norms have no inputs to calibrate on."""
-    scope = arguments.scope or Scope()
-    if scope.part == "all":
-        raise BadSpecification(f"{NAME} quantizes projections inside the layers: write linear, attention or mlp")
-    return scopes.select(model, scope)
-
-
-def sketch(model: nn.Module, arguments: Arguments) -> None:
-    """Room for codes and scales."""
-    from harness.methods.quantizing import gptq as int4_store
-    from harness.methods.quantizing import stored as quantized
-
-    quantized.apply(model, int4_store.recipe(NAME, int(arguments.values["block"])), targets(model, arguments))
-
-
-def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
-    """The checkpoint, calibrated and quantized."""
-    from harness.inputs.models import checkpoints
+def calibrate(
+    model: nn.Module, names: list[str], windows: list[Tensor], checkpoint: Checkpoint, arguments: Arguments, device: str
+) -> None:
+    """Quantize the named modules on the windows."""
     from harness.methods.quantizing import gptq
-    from harness.methods.quantizing import gptq as int4_store
 
-    model = checkpoints.open_model(checkpoint, arguments.dtype, device)
-    names = targets(model, arguments)
-    for name in names:
-        int4_store.room(gptq.matrix(model.get_submodule(name)), int(arguments.values["block"]), NAME)
-    windows, facts = calibration.windows(model, checkpoint, arguments)
-    values = arguments.values
-    options = gptq.Options(int(values["block"]), float(values["damp"]), values["act_order"] == "yes")
-    gptq.apply(model, names, windows, options, lambda stored: int4_store.recipe(NAME, options.block, stored))
-    model.calibration = facts  # type: ignore[assignment]
-    return model
+    values: Any = arguments.values
+    options = gptq.GptqOptions(values["block"], values["damp"], values["act_order"] == "yes")
+    gptq.apply(model, names, windows, options, lambda tensors: gptq.recipe(NAME, options.block, tensors))
 
 
-def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
-    """The quantized weights of a loaded or sketched model."""
-    from harness.methods.quantizing import stored as quantized
-
-    return quantized.weights(model)
-
-
-METHOD = Method(
-    NAME,
-    "GPTQ: symmetric int4 in blocks, codes calibrated on text",
-    4,
-    load,
-    sketch,
-    weights,
-    targets,
-    {
-        "block": BLOCK,
+METHOD = calibrated_method(
+    name=NAME,
+    summary="GPTQ: symmetric int4 in blocks, codes calibrated on text",
+    calibrate=calibrate,
+    parameters={
         "act_order": Parameter(str, "yes", "quantize columns by falling activation energy", ("no", "yes")),
         "damp": Parameter(float, DAMP, "of the mean diagonal of the inputs' second moments, added to it"),
-        **calibration.PARAMETERS,
     },
-    scoped=True,
-    core=False,
-    calibrated=True,
     concurrent=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.quantizing.layers import GROUP, Layers, library_method
+from harness.methods.quantizing.layers import GROUP, layer_method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,15 +41,18 @@ def tensors(layer: Any) -> list[Tensor]:
 
 def read(layer: Any) -> Tensor:
     """(out, in)."""
-    found: Tensor = layer.dequantize()
-    return found
+    result: Tensor = layer.dequantize()
+    return result
 
 
-METHOD = library_method(
+METHOD = layer_method(
     name="hqq-int4",
     summary="HQQ 4-bit affine codes in groups, fitted without calibration",
     bits=4,
     requires=("hqq",),
-    layers=Layers(replace, tensors, read, sketch),
+    replace=replace,
+    tensors=tensors,
+    read=read,
+    sketch=sketch,
     parameters={"group": GROUP},
 )

@@ -8,17 +8,15 @@ AWQ folds into other weights (norms, projections before) is taken over too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.core.contracts import Arguments, Checkpoint, Method, QuantizedWeight, Scope
-from harness.core.errors import BadSpecification
-from harness.methods.quantizing import calibration, scopes
-from harness.methods.quantizing.codes import BLOCK
+from harness.core.contracts import Arguments, Checkpoint, Method
 from harness.methods.quantizing.layers import as_linear
+from harness.methods.quantizing.weight_method import calibrated_method
 
 if TYPE_CHECKING:  # annotations only
-    from torch import Tensor, nn
+    from torch import Tensor
 
 DAMP = 0.01  # of the mean diagonal of the inputs' second moments: the paper's
 
@@ -26,74 +24,27 @@ DAMP = 0.01  # of the mean diagonal of the inputs' second moments: the paper's
 def llmcompressor_method(name: str, summary: str, modifier: str) -> Method:
     """The method of one of the library's modifiers: 'gptq' or 'awq'."""
 
-    def targets(model: nn.Module, arguments: Arguments) -> list[str]:
-        scope = arguments.scope or Scope()
-        if scope.part == "all":
-            raise BadSpecification(f"{name} quantizes projections inside the layers: write linear, attention or mlp")
-        return scopes.select(model, scope)
+    def calibrate(
+        model: Any, names: list[str], windows: list[Tensor], checkpoint: Checkpoint, arguments: Arguments, device: str
+    ) -> None:
+        """The library works on a model of its own; its codes come into layers of ours."""
+        from harness.inputs.models import checkpoints
+        from harness.methods.quantizing import gptq, stored
 
-    def sketch(model: nn.Module, arguments: Arguments) -> None:
-        from harness.methods.quantizing import gptq
-        from harness.methods.quantizing import stored as quantized
+        block = int(arguments.values["block"])
+        other: Any = checkpoints.open_model(checkpoint, arguments.dtype, device)
+        for target in names:
+            other.set_submodule(target, as_linear(other.get_submodule(target)))
+        run(other, names, windows, modifier, block)
+        theirs = dict(other.named_parameters())
+        for key, parameter in model.named_parameters():
+            if key.rpartition(".")[0] not in names or not key.endswith(".weight"):
+                parameter.copy_(theirs[key])
+        for target in names:
+            kept = gptq.packed(*codes(other.get_submodule(target), block))
+            stored.apply(model, gptq.recipe(name, block, kept), [target])
 
-        quantized.apply(model, gptq.recipe(name, int(arguments.values["block"])), targets(model, arguments))
-
-    def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
-        return calibrated(name, modifier, targets, checkpoint, arguments, device)
-
-    def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
-        from harness.methods.quantizing import stored as quantized
-
-        return quantized.weights(model)
-
-    return Method(
-        name,
-        summary,
-        4,
-        load,
-        sketch,
-        weights,
-        targets,
-        {"block": BLOCK, **calibration.PARAMETERS},
-        scoped=True,
-        requires=("llmcompressor",),
-        core=False,
-        calibrated=True,
-    )
-
-
-def calibrated(
-    name: str,
-    modifier: str,
-    targets: Callable[[nn.Module, Arguments], list[str]],
-    checkpoint: Checkpoint,
-    arguments: Arguments,
-    device: str,
-) -> nn.Module:
-    """The checkpoint under a modifier's codes, in layers of our own."""
-    from harness.inputs.models import checkpoints
-    from harness.methods.quantizing import gptq
-    from harness.methods.quantizing import stored as quantized
-
-    block = int(arguments.values["block"])
-    model: Any = checkpoints.open_model(checkpoint, arguments.dtype, device)
-    names = targets(model, arguments)
-    for target in names:  # refuse before the library works for minutes
-        gptq.room(as_linear(model.get_submodule(target)).weight, block, name)
-    other: Any = checkpoints.open_model(checkpoint, arguments.dtype, device)
-    for target in names:
-        other.set_submodule(target, as_linear(other.get_submodule(target)))
-    windows, facts = calibration.windows(model, checkpoint, arguments)
-    run(other, names, windows, modifier, block)
-    found = dict(other.named_parameters())
-    for key, parameter in model.named_parameters():
-        if key.rpartition(".")[0] not in names or not key.endswith(".weight"):
-            parameter.copy_(found[key])
-    for target in names:
-        kept = gptq.stored(*codes(other.get_submodule(target), block))
-        quantized.apply(model, gptq.recipe(name, block, kept), [target])
-    model.calibration = facts
-    return model  # type: ignore[no-any-return]
+    return calibrated_method(name=name, summary=summary, calibrate=calibrate, requires=("llmcompressor",))
 
 
 def codes(layer: Any, block: int) -> tuple[Tensor, Tensor]:

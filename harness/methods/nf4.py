@@ -7,16 +7,8 @@ bitsandbytes uses too; a test derives them again.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from harness.methods.quantizing import fused, rounding
-from harness.methods.quantizing.codes import BLOCK, dequantize_levels, quantize_to_levels
+from harness.methods.quantizing.int4 import Blocks4
 from harness.methods.quantizing.weight_method import weight_method
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LEVELS = (
     -1.0,
@@ -37,26 +29,5 @@ LEVELS = (
     1.0,
 )
 
-
-def quantize(weight: Tensor, block: int) -> dict[str, Tensor]:
-    """(out, in) fp32, n elements -> codes (ceil(n / 2),) uint8, scale (ceil(n / block),) fp32: the absmax."""
-    return quantize_to_levels(weight, LEVELS, block)
-
-
-def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, int], block: int) -> Tensor:
-    """(out, in) fp32."""
-    return dequantize_levels(stored, shape, block)
-
-
-METHOD = weight_method(
-    name="nf4",
-    summary="4-bit NormalFloat in blocks, absmax scale",
-    bits=4,
-    quantize=quantize,
-    dequantize=dequantize,
-    fused=functools.partial(fused.int4, levels=LEVELS),
-    compiled=functools.partial(rounding.to_levels, levels=LEVELS),
-    grain="block",
-    parameters={"block": BLOCK},
-    tables={"levels": LEVELS},
-)
+CODES = Blocks4(LEVELS)
+METHOD = weight_method(name="nf4", summary="4-bit NormalFloat in blocks, absmax scale", bits=4, codes=CODES)

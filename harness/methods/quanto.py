@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Method
-from harness.methods.quantizing.layers import Layers, library_method
+from harness.methods.quantizing.layers import layer_method
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn
@@ -26,12 +26,14 @@ def quanto_method(name: str, summary: str, bits: float, kind: str) -> Method:
         replaced.__class__ = _outside_inference_mode(type(replaced))  # type: ignore[arg-type]
         return replaced
 
-    return library_method(
+    return layer_method(
         name=name,
         summary=summary,
         bits=bits,
         requires=("optimum-quanto",),
-        layers=Layers(replace, lambda layer: [layer.weight], read),
+        replace=replace,
+        tensors=lambda layer: [layer.weight],
+        read=read,
     )
 
 
@@ -42,16 +44,16 @@ def _outside_inference_mode(kind: Any) -> Any:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            found: Tensor = kind.forward(self, x.clone())  # a clone is no inference tensor
-        return found
+            result: Tensor = kind.forward(self, x.clone())  # a clone is no inference tensor
+        return result
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
 
 def read(layer: Any) -> Tensor:
     """(out, in)."""
-    found: Tensor = layer.weight.dequantize()
-    return found
+    result: Tensor = layer.weight.dequantize()
+    return result
 
 
 METHODS = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Method, Parameter
-from harness.methods.quantizing.layers import GROUP, Layers, library_method
+from harness.methods.quantizing.layers import GROUP, layer_method
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn
@@ -27,9 +27,15 @@ def torchao_method(
         layer.__class__ = _own_class()  # no plain nn.Linear any more: nothing may take its weight for a plain one
         return layer
 
-    layers = Layers(replace, lambda layer: [layer.weight], read)
-    return library_method(
-        name=name, summary=summary, bits=bits, requires=("torchao",), layers=layers, parameters=parameters
+    return layer_method(
+        name=name,
+        summary=summary,
+        bits=bits,
+        requires=("torchao",),
+        replace=replace,
+        tensors=lambda layer: [layer.weight],
+        read=read,
+        parameters=parameters,
     )
 
 
@@ -52,8 +58,8 @@ def _own_class() -> type[nn.Linear]:
 def read(layer: nn.Linear) -> Tensor:
     """(out, in)."""
     weight: Any = layer.weight
-    found: Tensor = weight.dequantize()
-    return found
+    result: Tensor = weight.dequantize()
+    return result
 
 
 METHODS = (

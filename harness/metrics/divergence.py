@@ -42,9 +42,9 @@ from harness.inputs.texts.protocols import window_slices
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from harness.metrics.measuring.predictions import Divergence
+    from harness.metrics.measuring.engine import Divergence
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64  # protocols.md's lengths; a median of 4 is no single prompt's whim
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 64  # a median of 4 is no single prompt's whim
 PERCENTILES = (1, 5, 50, 95, 99)
 _compared: WeakKeyDictionary[Subject, dict[str, Divergence]] = WeakKeyDictionary()  # by plan, while its subject lives
 _agreed: WeakKeyDictionary[Subject, dict[tuple[str, bytes], int]] = WeakKeyDictionary()  # by reference and prompt
@@ -52,14 +52,13 @@ _agreed: WeakKeyDictionary[Subject, dict[tuple[str, bytes], int]] = WeakKeyDicti
 
 def compared(subject: Subject) -> Divergence:
     """Both models over the case's plan: run once, whichever members ask."""
-    from harness.metrics.measuring import predictions
+    from harness.metrics.measuring import engine
 
     plans = _compared.setdefault(subject, {})
     key = f"{subject.case.reference} {subject.plan.token_hash} {subject.plan.protocol_id}"
     if key not in plans:
-        plans[key] = predictions.compare(
-            subject.reference, subject.model, subject.plan.windows, device=subject.device.name
-        )
+        both = subject.reference, subject.model
+        plans[key] = engine.compare_predictions(*both, subject.plan.windows, device=subject.device.name)
     return plans[key]
 
 
@@ -95,8 +94,8 @@ def rms_dp(subject: Subject, member: Member) -> Figure:
     """Root mean square of the change of the true token's probability."""
     change = compared(subject).change.astype(np.float64)
     estimate, detail = over_windows(subject, change**2)
-    found = np.percentile(change, PERCENTILES) if np.isfinite(change).all() else [math.nan] * len(PERCENTILES)
-    detail |= {f"p{at}": float(value) for at, value in zip(PERCENTILES, found, strict=True)}
+    values = np.percentile(change, PERCENTILES) if np.isfinite(change).all() else [math.nan] * len(PERCENTILES)
+    detail |= {f"p{at}": float(value) for at, value in zip(PERCENTILES, values, strict=True)}
     detail |= {"mean": float(change.mean()), "largest": float(np.abs(change).max())}
     limits = (float(np.sqrt(np.maximum(estimate.low, 0.0))), float(np.sqrt(estimate.high)))
     return Figure(math.sqrt(estimate.value), member.unit, estimate.count, interval=limits, detail=detail)
@@ -116,7 +115,7 @@ def prompts(subject: Subject) -> list[NDArray[np.int64]]:
 
 def first_divergence(subject: Subject, member: Member) -> Figure:
     """Median number of tokens on which greedy continuations agree."""
-    from harness.metrics.measuring import predictions
+    from harness.metrics.measuring import engine
 
     config: Any = subject.model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS + NEW_TOKENS
@@ -129,7 +128,7 @@ def first_divergence(subject: Subject, member: Member) -> Figure:
         key = subject.case.reference, prompt.tobytes()
         if key not in known:
             both = subject.reference, subject.model
-            known[key] = predictions.first_divergence(*both, prompt, new, subject.device.name)
+            known[key] = engine.first_divergence(*both, prompt, new, subject.device.name)
         agreed.append(known[key])
     detail = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": new, "never": agreed.count(new)}
     samples = tuple(float(count) for count in agreed)

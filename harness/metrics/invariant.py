@@ -43,7 +43,7 @@ from dataclasses import replace
 from harness.core.contracts import Member, Metric, Subject
 from harness.core.errors import KERNEL, MEMORY, HarnessError, blamed
 from harness.core.records import Figure
-from harness.metrics.measuring.invariants.checks import CHECKS, LAYER, metric
+from harness.metrics.measuring.checks import CHECKS, LAYER, metric
 
 WORDS = 200  # characters of an exception's first line
 TWICE = "run_twice"
@@ -52,16 +52,16 @@ TWICE = "run_twice"
 def measure(subject: Subject, member: Member) -> Figure:
     """Run one check; what does not hold, once more (see above)."""
     name = member.name.partition(".")[2]
-    found = once(subject, name)
-    if found.detail["holds"] or "exception" in found.detail or name == TWICE:
-        return found
+    first = once(subject, name)
+    if first.detail["holds"] or "exception" in first.detail or name == TWICE:
+        return first
     again = once(subject, name)
-    return replace(again, detail={**again.detail, "at_first": found.value}) if again.detail["holds"] else found
+    return replace(again, detail={**again.detail, "at_first": first.value}) if again.detail["holds"] else first
 
 
 def once(subject: Subject, name: str) -> Figure:
     """What a check finds; what the library raises is its finding, but for want of memory or of a kernel."""
-    from harness.metrics.measuring.invariants import layer_checks, model_checks
+    from harness.metrics.measuring import layer_checks, model_checks
 
     checks: dict[str, Callable[[Subject], Figure]] = (
         layer_checks.CHECKS if subject.case.model == LAYER else model_checks.CHECKS

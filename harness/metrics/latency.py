@@ -49,16 +49,15 @@ import numpy as np
 from harness.core.contracts import Member, Metric, Subject, Window
 from harness.core.records import Figure
 from harness.core.stats import hodges_lehmann_ratio, summarise
-from harness.metrics.measuring.timing import WARMUP_LIMIT, Timing, Warmup, Work, aa_floor, measure
+from harness.metrics.measuring.timing import FEWEST_BLOCKS, WARMUP_LIMIT, Timing, Warmup, Work, aa_floor, measure
 
 if TYPE_CHECKING:  # annotations only
     import torch
     from torch import nn
 
-PROMPT_TOKENS = 128  # protocols.md, and the length that the reports timed
-GENERATE_PROMPT, GENERATE_NEW = 32, 64  # protocols.md
+PROMPT_TOKENS = 128  # the length that the reports timed
+GENERATE_PROMPT, GENERATE_NEW = 32, 64
 SEED = 20_251_122  # of the token ids; any number would do
-LONG_BLOCKS = 6  # fewest pairs for which a 95% signed-rank interval exists: 2 / 2^6 = 0.03, while 2 / 2^5 = 0.06
 LONG_WARMUP = {"latency.generate": 3, "latency.evaluation": 1}  # each repetition is many forwards of one shape
 SLOW_SECONDS = 2.0  # a repetition: bitsandbytes' int8 takes 10 s a prefill on a CPU without int8 dot products
 BLOCK_SECONDS = 0.5  # keeps the main job of two cores without bf16 and int8 products within minutes
@@ -74,7 +73,7 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
     reference = model if own else subject.reference
     blocks, limit = subject.repetitions, WARMUP_LIMIT
     if member.name in LONG_WARMUP:
-        blocks, limit = min(blocks, LONG_BLOCKS), LONG_WARMUP[member.name]
+        blocks, limit = min(blocks, FEWEST_BLOCKS), LONG_WARMUP[member.name]
     with torch.inference_mode():
         lengths, build = work(subject, member)
         candidate_work, reference_work = build(model), build(reference)
@@ -216,7 +215,7 @@ def _finite(value: float) -> float | None:
 
 
 def _device_seconds(subject: Subject, candidate: Work, reference: Work) -> dict[str, Any]:
-    """The accelerator's own seconds where there are such; a profiler that sees nothing is told, not fatal."""
+    """The accelerator's own seconds where there are such; a profiler that sees nothing is no error, but a note."""
     from harness.metrics.measuring.devices import NoDeviceTime
 
     try:

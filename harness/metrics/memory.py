@@ -47,12 +47,8 @@ if TYPE_CHECKING:  # annotations only
 
 PROMPT = 8  # tokens of the forward before storage_after: any forward repacks, a short one is cheap
 WINDOW = 512  # tokens of the forward whose peak is read: the default protocol's window
-PEAKS = (
-    "resident",
-    "allocated",
-    "requested",
-    "reserved",
-)  # as devices name them; the first that a device has is the value
+# as devices name them; the first that a device has is the value
+PEAKS = ("resident", "allocated", "requested", "reserved")
 
 
 def measure(subject: Subject, member: Member) -> Figure:
@@ -71,7 +67,9 @@ def measure(subject: Subject, member: Member) -> Figure:
 
 
 def _exact(subject: Subject, name: str) -> Figure:
-    value, predicted = subject.before[name], subject.predicted[name]
+    value, predicted = subject.before[name], subject.predicted.get(name)
+    if predicted is None:  # a live module: no configuration and method say what it should be
+        return Figure(value, "B")
     return Figure(value, "B", detail={"predicted": predicted, "predicted_equal": value == predicted})
 
 
@@ -96,9 +94,9 @@ def _run_peak(subject: Subject, model: nn.Module) -> Figure:
 
 def _peak(peak: Mapping[str, int], device: Any) -> Figure:
     """A phase's peak: of tensors, never of the pool that they lie in, which stands in the detail."""
-    found = {name: peak[name] for name in PEAKS if name in peak}
+    peaks = {name: peak[name] for name in PEAKS if name in peak}
     note = {"note": device.peak_note} if device.peak_note else {}
-    return Figure(next(iter(found.values())), "B", detail={**found, **note})
+    return Figure(next(iter(peaks.values())), "B", detail={**peaks, **note})
 
 
 def _forward(subject: Subject, model: Any, length: int) -> None:

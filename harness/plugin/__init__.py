@@ -1,31 +1,26 @@
-"""pytest's face: options, marks, one test a case, and the hooks that hand over to plain objects.
+"""pytest's face: the options, and hooks that hand over to plain objects. Light until a session uses the harness.
 
-Where the harness is active ([tool.harness] in pyproject.toml, or `-p harness.plugin`) the short option names
-exist; elsewhere only `--harness-...`, so that another project's own `--device` is not broken.
+pytest loads this module wherever the wheel is installed. In a project that does not use it, it imports what declares
+the options and nothing more, and only their long spellings (`--harness-...`) exist, so that another project's own
+`--device` is not broken. A session uses it with [tool.harness] in pyproject.toml, `-p harness.plugin`, one of its
+options, `harness.cases` among the arguments, or a test that asks for one of its fixtures: `begin` loads the rest then.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import judge
 from harness.core.errors import HarnessError
-from harness.core.files import rewritten
-from harness.core.options import SETTINGS, Options, Setting, build, read_declared
-from harness.core.records import Case, Row, Verdict
-from harness.judge import baselines, bounds
-from harness.judge.facts import exact_document, exact_path, holds, provenance, read_exact
-from harness.plugin.collector import Collector
-from harness.plugin.publisher import Publisher
-from harness.run import engines, project
-from harness.run import plan as planning
-from harness.run.session import Session
+from harness.core.options import SETTINGS, Setting, read_declared
+
+if TYPE_CHECKING:
+    from harness.core.records import Case, Row
+    from harness.plugin.state import State
 
 MARKS = {
     "gpu": "cases on a CUDA device",
@@ -68,7 +63,7 @@ def is_active(config: pytest.Config) -> bool:
     try:
         return asked or read_declared(config.rootpath)[0]
     except HarnessError:
-        return True  # the table is there; pytest_configure says what is wrong with it
+        return True  # the table is there; `begin` says what is wrong with it
 
 
 def as_argument(setting: Setting) -> Callable[[str], Any]:
@@ -86,93 +81,73 @@ def as_argument(setting: Setting) -> Callable[[str], Any]:
     return reader
 
 
-class State:
-    """What this pytest process holds: the options, the plan, and the session that measures."""
+def is_used(config: pytest.Config) -> bool:
+    """Whether this session means the harness, as far as its command line and its project say."""
+    given = any(config.getoption(f"harness_{setting.name}") not in (None, False) for setting in SETTINGS)
+    named = any("harness.cases" in argument or "harness/cases" in argument for argument in config.args)
+    return given or named or is_active(config)
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        given = {setting.name: config.getoption(f"harness_{setting.name}") for setting in SETTINGS}
-        regenerate = "all" if config.getoption("regen_all", False) else ""
-        regenerate = regenerate or ("force" if config.getoption("force_regen", False) else "")
-        _, declared = read_declared(config.rootpath)
-        self.selected: tuple[Case, ...] = ()  # of this process: they share the session's error rate
-        project.open_to(declared)
-        self.options: Options = build(
-            given,
-            declared,
-            config.invocation_params.dir,
-            regenerate=regenerate,
-            mark_expression=config.option.markexpr or "",
-        )
 
-        self.whole: tuple[Case, ...] = ()  # with --shard, the selected plan before it was cut
+def begin(config: pytest.Config) -> State:
+    """Load the harness into this process: its marks, its options read once, and in the controller what keeps rows."""
+    from harness.plugin.state import State  # local, as all below: a session that does not use it pays for nothing
 
-    @functools.cached_property
-    def cuda(self) -> bool:
-        """Whether cases can run on a CUDA device."""
-        return engines.cuda(self.options)
+    worker = getattr(config, "workerinput", None)
+    for name, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    try:
+        state = State(config)
+        state.validate()
+    except HarnessError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[STATE] = state
+    register = config.pluginmanager.register
+    if worker is not None:
+        from harness.plugin.xdist import CARD, Worker
 
-    @functools.cached_property
-    def plan(self) -> tuple[Case, ...]:
-        """Every case that the options ask for."""
-        return planning.plan(self.options, self.cuda)
+        if CARD not in worker:  # the controller sees no test, only what the command line and the project say
+            fix = "give pyproject.toml a [tool.harness] table, or pytest -p harness.plugin"
+            raise pytest.UsageError(f"with -n a session must say before its tests that it measures cases: {fix}")
+        register(Worker(state, worker), "harness-worker")
+        return state
+    from harness.plugin.collector import Collector
+    from harness.plugin.publisher import Publisher
 
-    @functools.cached_property
-    def bounds(self) -> bounds.Bounds:
-        """The rules of this session."""
-        return bounds.load(self.options.baselines)
+    collector = Collector(state)
+    register(collector, "harness-collector")
+    register(Publisher(state.options), "harness-publisher")
+    if state.workers:
+        from harness.plugin.xdist import Controller
 
-    @functools.cached_property
-    def invariants(self) -> tuple[Case, ...]:
-        """Every invariant's case; () where the command line does not speak of invariants."""
-        said = (self.config.option.markexpr, self.config.option.keyword, *self.config.args)
-        asked = any("invariant" in str(text) for text in said)
-        return planning.invariant_plan(self.options, self.cuda) if asked else ()
+        register(Controller(state, collector), "harness-controller")
+    return state
 
-    @functools.cached_property
-    def session(self) -> Session:
-        """The session, made at the first case."""
-        return Session(self.options, engines.threads(), self.selected)
 
-    def absent(self, case: Case) -> str:
-        """Why a case cannot run here at all; '' when it can."""
-        return "no CUDA device" if case.device == "cuda" and not self.cuda else ""
+def state_of(config: pytest.Config) -> State:
+    """What this process holds, from the first time that anybody asks; UsageError for what a user must fix."""
+    return config.stash.get(STATE, None) or begin(config)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options once, in every process; collect in the controller."""
-    for name, meaning in MARKS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
-    try:
-        state = State(config)
-        workers = len(config.getoption("tx", None) or ())
-        engines.check(state.options, workers)
-        if is_active(config) or any("harness.cases" in argument for argument in config.args):
-            _ = state.plan  # every option, name and schema error now, in one line
-            baselines.validate(state.options.baselines)
-    except HarnessError as error:
-        raise pytest.UsageError(str(error)) from error
-    config.stash[STATE] = state
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Collector(state, pytest.UsageError), "harness-collector")
-        config.pluginmanager.register(Publisher(state.options, pytest.UsageError), "harness-publisher")
+    if is_used(config):
+        begin(config)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the group's process."""
-    state = config.stash.get(STATE, None)
-    if state is not None and "session" in state.__dict__:
-        state.session.close()
+    if state := config.stash.get(STATE, None):
+        state.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a planned case."""
     if "harness_case" not in metafunc.fixturenames:
         return
+    state = state_of(metafunc.config)
+    apart = metafunc.definition.get_closest_marker("invariant") is not None
     try:
-        state = metafunc.config.stash[STATE]
-        apart = metafunc.definition.get_closest_marker("invariant") is not None
         plan = state.invariants if apart else state.plan
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
@@ -180,16 +155,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         unasked = pytest.param(None, id="all", marks=pytest.mark.skip(reason="run with -m invariant"))
         metafunc.parametrize("harness_case", [unasked])
         return
+    marks = {"cuda": pytest.mark.gpu, "cpu": pytest.mark.cpu}
     parameters = [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=(
-                pytest.mark.gpu if case.device == "cuda" else pytest.mark.cpu,
-                getattr(pytest.mark, case.family),
-            ),
-        )
-        for case in plan
+        pytest.param(case, id=case.id, marks=(marks[case.device], getattr(pytest.mark, case.family))) for case in plan
     ]
     metafunc.parametrize("harness_case", parameters)
 
@@ -197,91 +165,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --shard, keep this part of what -m, -k and node ids left; tests that measure no case are in the first."""
-    state = config.stash[STATE]
-    if (shard := state.options.shard) is None:
-        return
-    state.whole = planning.selected(items)
-    items[:], left = planning.cut(items, state.whole, shard)
-    config.hook.pytest_deselected(items=left)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """An xdist worker tells the controller the plan before it was cut."""
-    state, told = session.config.stash.get(STATE, None), getattr(session.config, "workeroutput", None)
-    worker = getattr(session.config, "workerinput", {})
-    if state is not None and state.whole and told is not None and worker.get("workerid") == "gw0":
-        told["harness_whole"] = [case.told() for case in state.whole]
+    if (state := config.stash.get(STATE, None)) and state.options.shard:
+        config.hook.pytest_deselected(items=state.cut(items))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Note which cases were selected, in every process: their number shares out the session's error rate.
-
-    An xdist worker whose cases need a card leaves itself its own, before anything that computes is started.
-    """
-    state, worker = session.config.stash[STATE], getattr(session.config, "workerinput", {})
-    cases = planning.selected(session.items)
-    state.selected = state.whole or cases
-    if "harness_card" in worker and any(case.device == "cuda" for case in cases):
-        engines.pin(worker["harness_card"])
+    """Note which cases were selected, in every process: their number shares out the session's error rate."""
+    if state := session.config.stash.get(STATE, None):
+        state.select_items(session.items)
 
 
 @pytest.fixture
 def harness_check(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
     """Measure and judge one case; fails with a small report where the session must fail."""
-    state = request.config.stash[STATE]
+    from harness.plugin.checking import check
 
-    def check(case: Case) -> Row:
-        __tracebackhide__ = True
-        row, trouble = state.session.check(case, reason_missing=state.absent(case))
-        request.node.user_properties.append(("harness_row", row.to_json()))
-        if row.environment:
-            request.node.user_properties.append(("harness_environment", dict(state.session.world(row))))
-        if trouble:
-            pytest.fail(f"{case.id}: a bug met while measuring\n{trouble}", pytrace=False)
-        if row.verdict is Verdict.MISSING and state.options.allow_missing:
-            pytest.skip(f"missing: {row.reason}")
-        hold_facts(request, state, row)
-        conclude(state, row)
-        return row
-
-    return check
+    return functools.partial(check, request, state_of(request.config))
 
 
-def hold_facts(request: pytest.FixtureRequest, state: State, row: Row) -> None:
-    """Exact facts against `<method>.yaml` through pytest-regressions; nothing is written without its flags."""
-    __tracebackhide__ = True
-    facts = {} if row.value is None else state.session.facts(row)
-    if not facts:
-        return
-    path = exact_path(state.options.baselines, row.case)
-    recorded = read_exact(path)
-    if not state.options.regenerate and (not holds(recorded, facts) or row.verdict_baseline is Verdict.NOT_COMPARABLE):
-        return  # the judge says so, with the command that records it
-    world = state.session.world(row)
-    document = exact_document(recorded, facts, provenance(world))
-    try:  # the fixture writes in place: a kill or a full disk would leave half a file
-        with rewritten(path) if state.options.regenerate else contextlib.nullcontext(path) as draft:
-            request.getfixturevalue("data_regression").check(document, fullpath=draft)
-    except OSError as error:
-        request.node.user_properties.append(("harness_unwritten", f"{path} cannot be written ({error.strerror})"))
+@pytest.fixture(scope="session")
+def harness_measure(request: pytest.FixtureRequest) -> Callable[..., list[Row]]:
+    """`harness.measure` with this session's --device and --baselines, unless the call says otherwise.
 
+    With --report-dir each call leaves its report in a folder of its own there, `DIR/tests/TEST/1`; without it the
+    measurements are temporary. A live module says by itself where it lies: --device is not held against it.
+    """
+    from harness.plugin.fixtures import measure_in
 
-def conclude(state: State, row: Row) -> None:
-    """Fail the test where the session must fail for this row, unless it is being recorded anew."""
-    __tracebackhide__ = True
-    options = state.options
-    if options.regenerate == "all" and row.verdict_reference is not Verdict.OUT_OF_BOUND and row.value is not None:
-        return
-    if options.regenerate == "force" and row.value is not None and baselines.to_record([row], "force"):
-        pytest.fail(f"{row.case.id}: recorded anew because of --force-regen; run again without it", pytrace=False)
-    if judge.fails(row, require_baselines=options.require_baselines, allow_missing=options.allow_missing):
-        pytest.fail(state_message(state, row), pytrace=False)
-
-
-def state_message(state: State, row: Row) -> str:
-    """The failure as a small report that ends with the command to run."""
-    if row.value is None:
-        return f"{row.case.id}: missing: {row.reason}"
-    world = state.session.environment(row)
-    return judge.message(row, state.session.baselines.find(row.case, world), world)
+    return measure_in(request.config)

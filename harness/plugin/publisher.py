@@ -6,16 +6,15 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from pluggy import HookimplMarker
 
 from harness import published, report
 from harness.core.errors import HarnessError
 from harness.published.ratios import beside, of_baselines, of_rows
-from harness.results.reading import keep_published
+from harness.results.directory import MEASUREMENTS, PUBLISHED, REPORT, ReportDirectory, published_json
 
 if TYPE_CHECKING:
-    import pytest
-
     from harness.core.options import Options
 
 hookimpl = HookimplMarker("pytest")
@@ -24,8 +23,9 @@ hookimpl = HookimplMarker("pytest")
 class Publisher:
     """Registered in the controller (or the only process) of a session; extends the report that the collector wrote."""
 
-    def __init__(self, options: Options, usage_error: type[Exception]) -> None:
-        self.options, self.usage_error = options, usage_error
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.directory = ReportDirectory(options.report_dir)
         self.entries: dict[str, dict[str, Any]] = {}
 
     @hookimpl
@@ -43,16 +43,17 @@ class Publisher:
             return
         folder = self.options.report_dir
         try:
-            measured = (folder / "measurements.jsonl").is_file()
+            measured = self.directory.path(MEASUREMENTS).is_file()
             ratios = of_rows(report.read_report(folder).rows) if measured else {}
-            keep_published(folder, beside(self.in_order(), ratios or of_baselines(self.options.baselines)))
+            entries = beside(self.in_order(), ratios or of_baselines(self.options.baselines))
+            self.directory.put({PUBLISHED: published_json(entries) + "\n"})
             if measured:
                 report.rewrite(folder)
             else:
                 command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
                 report.write(folder, (), (), {}, command=command)
         except HarnessError as error:
-            raise self.usage_error(str(error)) from error
+            raise pytest.UsageError(str(error)) from error
 
     def in_order(self) -> list[dict[str, Any]]:
         """The entries as their files list them; workers hand them in as they finish."""
@@ -65,4 +66,4 @@ class Publisher:
         if self.entries:
             terminalreporter.section("published figures")
             terminalreporter.write_line(published.summary(list(self.entries.values())))
-            terminalreporter.write_line(f"report: {self.options.report_dir / 'report.md'}")
+            terminalreporter.write_line(f"report: {self.directory.path(REPORT)}")

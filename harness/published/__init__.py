@@ -4,18 +4,19 @@
 `section` write entries. Nothing here imports torch before a claim is judged.
 """
 
-from harness.published.claims import Claim, Report, default_folder, read
+from harness.published.claims import Claim, Publication, default_folder, read
 from harness.published.judging import Finding, Judgement, judge
-from harness.published.writing import entry, section, summary, table
+from harness.published.writing import entry, page, section, summary, table
 
 __all__ = [
     "Claim",
     "Finding",
     "Judgement",
-    "Report",
+    "Publication",
     "default_folder",
     "entry",
     "judge",
+    "page",
     "read",
     "section",
     "summary",

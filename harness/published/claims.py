@@ -7,34 +7,29 @@ what was counted, at how many bits, in which unit.
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from msgspec import field
 
 from harness.core.errors import BadFile, MissingAsset
+from harness.core.schema import Table, fit, read_toml
 
-SCHEMA = 1
 UNITS: Mapping[str, int | Decimal] = {  # one unit in bytes, seconds or 1
     "MiB": 2**20, "MB": 10**6, "GB": 10**9, "s": 1, "ms": Decimal("0.001"), "ppl": 1, "modules": 1, "elements": 1,
 }  # fmt: skip
 REMAINDERS = {"fp32": 4, "fp16": 2}  # bytes an element of what is not quantized
-SCALES = ("none", "fp32 per output channel")
-HEADS = ("shared", "copied at 8 bits")
-MASKS = ("none", "bool a position pair and an fp32 scalar a layer")
-ROTARY = ("none", "fp32 per layer")
-ONLY = ("", "int8", "fp32")
-READINGS = ("", "port")
-TRIED = ("", "sentences", "cut texts")
-TIMED = ("", "forward", "generate", "evaluation")
+Masks = Literal["none", "bool a position pair and an fp32 scalar a layer"]
+Rotary = Literal["none", "fp32 per layer"]
+MASKS, ROTARY = get_args(Masks), get_args(Rotary)
 FOLDER = Path("baselines/published")
 CLONE = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Group:
+class TensorGroup(Table, frozen=True):
     """Tensors that a report stores at another width: parameter names by glob, in a range of layers or in all."""
 
     tensors: tuple[str, ...]
@@ -42,33 +37,24 @@ class Group:
     layers: tuple[int, int] | None = None  # inclusive
 
 
-@dataclass(frozen=True)
-class Convention:
+class Convention(Table, frozen=True):
     """How a report counts bytes (or modules). `same_bytes` lists other tensors that would give the same figure."""
 
-    quantized: tuple[Group, ...] = ()
-    remainder: str = "fp32"
-    scales: str = "none"
-    head: str = "shared"
-    masks: str = "none"
-    rotary: str = "none"
-    only: str = ""  # the bytes of one dtype alone
+    quantized: tuple[TensorGroup, ...] = ()
+    remainder: Literal["fp32", "fp16"] = "fp32"
+    scales: Literal["none", "fp32 per output channel"] = "none"
+    head: Literal["shared", "copied at 8 bits"] = "shared"
+    masks: Masks = "none"
+    rotary: Rotary = "none"
+    only: Literal["", "int8", "fp32"] = ""  # the bytes of one dtype alone
     same_bytes: tuple[tuple[str, ...], ...] = ()
     per_layer: int = 0  # modules a layer, of a class that older versions built otherwise
     more: int = 0  # modules outside the layers
     named: str = ""  # the class's name today
 
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("remainder", REMAINDERS), ("scales", SCALES), ("head", HEADS), ("masks", MASKS), ("rotary", ROTARY),
-            ("only", ONLY),
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not '{getattr(self, name)}'")
-
 
 @dataclass(frozen=True)
-class Report:
+class Publication:
     """One report: its model, what it read and timed, and the facts it leaves unsaid by kind of figure."""
 
     name: str
@@ -80,8 +66,7 @@ class Report:
     timing: str = ""  # what the report says of how it timed, where that bears on its ratios
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(Table, frozen=True):
     """One figure of one line of a report.
 
     Attributes:
@@ -97,7 +82,7 @@ class Claim:
         verdict: the reviewed word, which the pytest case holds the computed one to.
     """
 
-    report: Report
+    report: Publication
     part: str
     method: str
     specification: str
@@ -111,11 +96,19 @@ class Claim:
     passes: int = 1
     dataset: str = ""
     text_protocol: str = ""
-    tried: str = ""
-    reading: str = ""
+    tried: Literal["", "sentences", "cut texts"] = ""
+    reading: Literal["", "port"] = ""
     slack: str = ""
     verdict: str = ""
     beside: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"unit is one of {', '.join(UNITS)}, not '{self.unit}'")
+        try:
+            Decimal(self.published)
+        except InvalidOperation as error:
+            raise ValueError(f"published must be a number in quotes, not '{self.published}'") from error
 
     @property
     def id(self) -> str:
@@ -166,72 +159,44 @@ def read(folder: Path) -> tuple[Claim, ...]:
     return claims
 
 
+class Line(Table, frozen=True):
+    """One line of a report's tables; what it says of all its figures holds for each that does not say otherwise."""
+
+    part: str
+    method: str
+    specification: str = ""
+    reference: str = ""
+    remark: str = ""  # of its memory
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class File(Table, frozen=True):
+    """A report's file."""
+
+    schema: int
+    report: str
+    model: str
+    text: str
+    protocol: str
+    missing: dict[str, str] = field(default_factory=dict)
+    claim: tuple[Line, ...] = ()
+    timed: Literal["", "forward", "generate", "evaluation"] = ""
+    timing: str = ""
+
+
 def read_file(path: Path) -> tuple[Claim, ...]:
     """The claims of one file."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} is no TOML: {error}") from error
-    if data.get("schema") != SCHEMA:
-        raise BadFile(f"{path} has schema {data.get('schema')!r}, this harness reads {SCHEMA}: upgrade it or the file")
-    if data.get("report") != path.stem:
-        raise BadFile(f"{path} says report = {data.get('report')!r}: write report = '{path.stem}'")
-    known = {"schema", "report", "model", "text", "protocol", "missing", "claim", "timed", "timing"}
-    try:
-        _only(data, known)
-        said = (data.get("missing", {}), _timed(data), data.get("timing", ""))
-        report = Report(path.stem, data["model"], data["text"], data["protocol"], *said)
-        return tuple(claim for line in data.get("claim", []) for claim in _line(report, line))
-    except (KeyError, TypeError, ValueError, AttributeError, InvalidOperation) as error:
-        raise BadFile(f"{path}: {_told(error)}") from error
+    file = read_toml(path, File)
+    if file.report != path.stem:
+        raise BadFile(f"{path} says report = {file.report!r}: write report = '{path.stem}'")
+    report = Publication(file.report, file.model, file.text, file.protocol, file.missing, file.timed, file.timing)
+    return tuple(claim for line in file.claim for claim in _claims(path, report, line))
 
 
-def _timed(data: Mapping[str, Any]) -> str:
-    timed = data.get("timed", "")
-    if timed not in TIMED:
-        raise ValueError(f"timed is one of {', '.join(map(repr, TIMED))}, not '{timed}'")
-    return str(timed)
-
-
-def _told(error: Exception) -> str:
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error) or repr(error)
-
-
-def _line(report: Report, line: Mapping[str, Any]) -> list[Claim]:
-    _only(line, {"part", "method", "specification", "reference", "remark", "figures"})
-    figures = line.get("figures", {})
-    claims = []
-    for metric, figure in figures.items():
-        where = f"{line['part']}, {line['method']}, {metric}"
-        _only(figure, {item.name for item in fields(Claim)} - {"report", "part", "method", "metric", "beside"})
-        if not isinstance(figure["published"], str):
-            raise ValueError(f"{where}: published is text, so that its digits stay: write published = '...'")
-        if figure["unit"] not in UNITS:
-            raise ValueError(f"{where}: unit is one of {', '.join(UNITS)}, not '{figure['unit']}'")
-        for name, words in (("reading", READINGS), ("tried", TRIED)):
-            if figure.get(name, "") not in words:
-                raise ValueError(f"{where}: {name} is one of {', '.join(map(repr, words))}, not '{figure[name]}'")
-        Decimal(figure["published"])
-        given = {"specification": line.get("specification", ""), "reference": line.get("reference", ""), **figure}
-        given["convention"] = _convention(figure["convention"]) if "convention" in figure else None
-        given["remark"] = figure.get("remark", line.get("remark", "") if metric == "memory" else "")
-        beside = {name: other["published"] for name, other in figures.items() if name != metric}
-        claims.append(Claim(report, line["part"], line["method"], metric=metric, beside=beside, **given))
-    return claims
-
-
-def _convention(data: Mapping[str, Any]) -> Convention:
-    _only(data, {item.name for item in fields(Convention)})
-    groups = []
-    for group in data.get("quantized", []):
-        _only(group, {"tensors", "bits", "layers"})
-        layers = tuple(group["layers"]) if "layers" in group else None
-        groups.append(Group(tuple(group["tensors"]), float(group["bits"]), layers))
-    same = tuple(tuple(names) for names in data.get("same_bytes", []))
-    return Convention(**{**data, "quantized": tuple(groups), "same_bytes": same})
-
-
-def _only(data: Mapping[str, Any], known: set[str]) -> None:
-    for name in data:
-        if name not in known:
-            raise ValueError(f"unknown key '{name}' (known: {', '.join(sorted(known))})")
+def _claims(path: Path, report: Publication, line: Line) -> Iterator[Claim]:
+    for metric, figure in line.figures.items():
+        shared = {"specification": line.specification, "reference": line.reference}
+        shared["remark"] = line.remark if metric == "memory" else ""
+        beside = {name: str(other.get("published")) for name, other in line.figures.items() if name != metric}
+        place = {"report": report, "part": line.part, "method": line.method, "metric": metric, "beside": beside}
+        yield fit({**shared, **figure, **place}, Claim, f"{path}: {line.part}, {line.method}, {metric}")

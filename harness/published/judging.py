@@ -1,7 +1,9 @@
 """Verdicts on published figures, each with our number and the reason in words.
 
-Every figure gets one of six words. What can be computed is computed from the architecture on the meta device; what
-cannot is never guessed at: the reason then names the facts that are missing.
+Every figure gets one of six words. What can be computed is computed from the architecture on the meta device (a memory
+figure under its report's convention, with what separates it from every byte that the model needs); what cannot is never
+guessed at: the reason then names the facts that are missing. BYTES_PER_SECOND and IMPLAUSIBLE are what no hardware and
+no right protocol reaches.
 """
 
 from __future__ import annotations
@@ -11,12 +13,29 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 
-from harness.published import memory_claims, physical_limits
-from harness.published.anatomy import Truth, anatomy, truth
-from harness.published.claims import UNITS, Claim
-from harness.published.conventions import describe
+from msgspec.structs import replace
+
+from harness.core.text import mib
+from harness.published.claims import ROTARY, UNITS, Claim, Convention
+from harness.published.counting import (
+    Anatomy,
+    Count,
+    Truth,
+    anatomy,
+    count,
+    describe,
+    explain,
+    read_by_a_pass,
+    search,
+    truth,
+)
 
 GB, GIB = 10**9, 2**30
+# Generous on purpose: A100 2.0, H100 3.35, H200 4.8, B200 8, and the HBM4 cards announced for 2026 up to 22 TB/s.
+BYTES_PER_SECOND = Decimal(25 * 10**12)
+BANDWIDTH_SOURCE = "an H200 has 4.8, a B200 8, cards announced with HBM4 22"
+# Public figures of one model on English differ by protocol and text by a factor under 5 (GPT-2: 25 to 80).
+IMPLAUSIBLE = 100
 
 
 class Finding(StrEnum):
@@ -76,11 +95,11 @@ def memory_judgement(claim: Claim) -> Judgement:
     held = truth(claim.report.model, claim.specification).storage if claim.specification else None
     command = f"python -m harness memory {claim.report.model} --method {claim.specification}" if held else ""
     if claim.convention is None:
-        found, note = memory_claims.searched(claim)
-        finding = Finding.REPRODUCED if found is not None else Finding.NOT_DERIVABLE
-        ours = _in_unit(found, claim) if found is not None else None
-        return Judgement(claim, finding, _joined(note, claim.remark), ours, held, command)
-    total, note = memory_claims.counted(claim)
+        space = search(claim.report.model, claim.value, int(UNITS[claim.unit]), claim.digits)
+        finding = Finding.REPRODUCED if space.hits else Finding.NOT_DERIVABLE
+        ours = _in_unit(space.hits[0].bytes, claim) if space.hits else None
+        return Judgement(claim, finding, _joined(explain(space, claim), claim.remark), ours, held, command)
+    total, note = counted(claim, claim.convention)
     agrees = claim.printed(total) == claim.value
     if not agrees:
         note = (
@@ -110,20 +129,20 @@ def census_judgement(claim: Claim) -> Judgement:
 
 def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     """Refuted where the weights would have to be read faster than any memory can; else not settled by anyone."""
-    weights = memory_claims.read_by_a_pass(claim)
+    weights = weights_of_a_pass(claim)
     seconds = claim.in_base_units / claim.passes
     ratio = _ratio(claim, claims)
     note = _published_ratio(ratio)
     rate = Decimal(weights) / seconds
-    if rate > physical_limits.BYTES_PER_SECOND:
-        least = Decimal(weights) / physical_limits.BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
+    if rate > BYTES_PER_SECOND:
+        least = Decimal(weights) / BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
         parts = f" / {claim.passes}" if claim.passes > 1 else ""
         whole = Decimal(weights) / claim.in_base_units
         reading = f"; read as one pass it would be {whole / 10**12:.1f} TB/s" if claim.passes > 1 else ""
         said = (
             f"a pass in {claim.published} {claim.unit}{parts} reads {weights / 10**6:,.0f} MB of weights at "
-            f"{rate / 10**12:,.0f} TB/s; no accelerator has {physical_limits.BYTES_PER_SECOND / 10**12:.0f} TB/s "
-            f"({physical_limits.BANDWIDTH_SOURCE}), so it takes at least {least:.3g} {claim.unit}{reading}"
+            f"{rate / 10**12:,.0f} TB/s; no accelerator has {BYTES_PER_SECOND / 10**12:.0f} TB/s "
+            f"({BANDWIDTH_SOURCE}), so it takes at least {least:.3g} {claim.unit}{reading}"
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, note, claim.remark), ratio=ratio)
     missing = f"not said: {claim.report.missing['latency']}"
@@ -147,7 +166,7 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
         )
         return Judgement(claim, Finding.REFUTED, _joined(said, _control(claim), claim.remark))
     anchors = [other.value for other in claims if other.report.model == claim.report.model and other.text_protocol]
-    if anchors and claim.value > physical_limits.IMPLAUSIBLE * max(anchors):
+    if anchors and claim.value > IMPLAUSIBLE * max(anchors):
         said = (
             f"{claim.value / max(anchors):,.0f} times the largest public figure of the unquantized model on English "
             f"({max(anchors)}), its own reference included: the protocol is at fault, not the method"
@@ -231,3 +250,60 @@ def _ratio(claim: Claim, claims: Sequence[Claim]) -> Decimal | None:
     ]
     references.sort(key=lambda other: other.part != claim.part)  # its own part's, else the other part's
     return claim.value / references[0].value if references else None
+
+
+def counted(claim: Claim, convention: Convention) -> tuple[int, str]:
+    """Bytes under a convention, and in words how they differ from storage and what else would give them."""
+    about = anatomy(claim.report.model)
+    total = count(about, convention)
+    if convention.only:
+        return total.by_dtype[convention.only], ""
+    notes = [_difference(claim, about, total)] if claim.specification else []
+    notes += [_also(convention, about, names) for names in convention.same_bytes]
+    notes += [_rotary(claim, convention, about)] if about.rotary_elements and convention.rotary == "none" else []
+    return total.total, _joined(*notes)
+
+
+def weights_of_a_pass(claim: Claim) -> int:
+    """Bytes of weights that a forward pass of the claim's model reads, as its method stores them."""
+    about = anatomy(claim.report.model)
+    if claim.metric.startswith("latency_before"):
+        return read_by_a_pass(about, Convention())
+    if not claim.specification:
+        raise ValueError(f"{claim.id} has no method of ours: give it a specification")
+    held = truth(claim.report.model, claim.specification)
+    return held.codes or read_by_a_pass(about, Convention())
+
+
+def _also(convention: Convention, about: Anatomy, names: tuple[str, ...]) -> str:
+    """Whether other tensors at the same width give the same bytes: then the figure cannot tell them apart."""
+    other = replace(convention, quantized=(replace(convention.quantized[0], tensors=names),))
+    same = count(about, other).total == count(about, convention).total
+    return f"{' and '.join(names)} instead would give {'the same bytes' if same else 'other bytes'}"
+
+
+def _rotary(claim: Claim, convention: Convention, about: Anatomy) -> str:
+    with_them = count(about, replace(convention, rotary=ROTARY[1]))
+    if claim.printed(with_them.total) == claim.printed(count(about, convention).total):
+        return f"{with_them.rotary:,} bytes of rotary buffers would not show at this precision"
+    return f"with {with_them.rotary:,} bytes of rotary buffers it would print {claim.printed(with_them.total)}"
+
+
+def _difference(claim: Claim, about: Anatomy, found: Count) -> str:
+    """Every term between storage and the published count, in bytes that add up exactly."""
+    held = truth(claim.report.model, claim.specification)
+    terms = [
+        (held.state - found.scales, "scales and tables left out", "scales counted beyond ours"),
+        (-found.head_copy, "", "the tied head counted again as an int8 copy"),
+        (-found.masks, "", "causal masks, which transformers registers no longer"),
+        (about.buffer_bytes - found.rotary, "rotary buffers of today left out", "more rotary buffers than today"),
+    ]
+    explained = sum(term for term, _, _ in terms)
+    rest = held.storage - found.total - explained
+    terms.append((rest, "other tensors at a smaller width than ours", "other tensors at a larger width than ours"))
+    said = [f"{abs(term):,} bytes {more if term > 0 else less}" for term, more, less in terms if term]
+    gap = held.storage - found.total
+    where = f"true storage {mib(held.storage)} MiB under {claim.specification}"
+    if not gap:
+        return f"{where}, the same to the byte"
+    return f"{where}, {abs(gap):,} bytes {'more' if gap > 0 else 'less'}: {', '.join(said)}"

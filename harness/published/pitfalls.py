@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from harness.core.stats import spans
+
 MUCH = 1.5  # times the reference: what no sound protocol or 8-bit code comes near
 SLIGHT = 1.02  # times the right figure, where both are of the same tokens and should be equal
 
@@ -180,11 +182,11 @@ def averaged(nll: ArrayLike, counts: Sequence[int]) -> float:
         nll: (tokens,) nats.
         counts: tokens of each piece, in order; they add up to the tokens.
     """
-    pieces = np.split(np.asarray(nll, np.float64), np.cumsum(counts)[:-1])
+    values = np.asarray(nll, np.float64)
     with np.errstate(over="ignore"):
-        return float(np.exp([piece.mean() for piece in pieces]).mean())
+        return float(np.exp([values[span].mean() for span in spans(counts)]).mean())
 
 
-def tied_twice(held: int, vocabulary: int, width: int, itemsize: int = 4) -> int:
-    """Bytes that are counted where a tied head is listed beside its embedding: (vocabulary, width) once more."""
-    return held + vocabulary * width * itemsize
+def tied_twice(held: int, vocabulary: int, width: int) -> int:
+    """Bytes counted where a tied head is listed beside its embedding: (vocabulary, width) in fp32 once more."""
+    return held + vocabulary * width * 4

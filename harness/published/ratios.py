@@ -45,10 +45,10 @@ def of_rows(rows: Iterable[Row]) -> Measured:
     return found
 
 
-def of_baselines(folder: Path, model: str = EMBEDDED) -> Measured:
-    """The ratios recorded for a model's bare methods, of several the newest; none where nothing is recorded."""
+def of_baselines(folder: Path) -> Measured:
+    """The ratios recorded for the embedded model's bare methods, of several the newest."""
     entries: list[Recorded] = []
-    for path in baselines.overlays(folder / model):
+    for path in baselines.overlays(folder / EMBEDDED):
         bare = path.name.partition("@")[0]
         entries += [entry for entry in baselines.read_overlay(path)[1] if entry.method_id.partition(":")[0] == bare]
     found: dict[tuple[str, str], Ratio] = {}
@@ -56,7 +56,7 @@ def of_baselines(folder: Path, model: str = EMBEDDED) -> Measured:
         if entry.metric.startswith("latency."):
             world = entry.environment
             chip = world.gpu or f"{world.cpu} ({world.instructions}), {world.threads} threads"
-            where = f"{model}, {chip}, recorded {entry.recorded[:10]}"
+            where = f"{EMBEDDED}, {chip}, recorded {entry.recorded[:10]}"
             _put(found, entry.method_id, entry.metric, entry.detail, where)
     return found
 

@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from harness.core.text import mib
 from harness.core.values import decode_number, encode
-from harness.published.conventions import describe
+from harness.published.counting import describe
 from harness.published.judging import Finding, Judgement
 
 LINE_WIDTH = 160  # of a sentence in the terminal
@@ -27,6 +27,15 @@ HEADERS = ("part", "method", "metric", "published", "ours", "storage MiB", "verd
 RULE = "|:--|:--|:--|--:|--:|--:|:--|:--|"
 RATIOS = ("report", "method", "published time", "ratio", "ours [95%]", "of", "why they differ")
 RATIO_RULE = "|:--|:--|--:|--:|--:|:--|:--|"
+
+PAGE_HEADING = """\
+# Published figures, computed again
+
+Made by `python -m harness published --markdown > docs/published.md`, from the claims in `baselines/published`, the
+architectures, and the times recorded in `baselines` alone. *Reproduced* is to the last printed digit. *Storage* is
+every byte that the corresponding method of ours holds, quantization state included; the last column adds up the
+difference to the published figure.
+"""
 
 Entry = Mapping[str, Any]
 
@@ -106,6 +115,11 @@ def section(entries: Sequence[Entry]) -> str:
         lines = [_line([_escape(cell) for cell in (*_cells(entry), entry["note"])]) for entry in found]
         parts.append("\n".join([_line(HEADERS), RULE, *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """docs/published.md."""
+    return f"{PAGE_HEADING}\n{section(entries)}"
 
 
 def _timed(entries: Sequence[Entry]) -> list[Entry]:

@@ -4,26 +4,20 @@
 """
 
 from harness.judge.two_reports import Comparison, Entry, compare
-from harness.report.comparison import render_comparison
-from harness.report.document import render
-from harness.report.publishing import compare_paths, excerpt, files, put, remember, rewrite, write
-from harness.report.upgrade_report import SideFacts, Step, render_upgrade, worst
-from harness.results.reading import Session, nll_reader, read_report
+from harness.report.comparison import SideFacts, Step, render_comparison, render_upgrade, worst
+from harness.report.document import excerpt, render, rewrite, write
+from harness.results.directory import SavedSession, nll_reader, read_report
 
 __all__ = [
     "Comparison",
     "Entry",
-    "Session",
+    "SavedSession",
     "SideFacts",
     "Step",
     "compare",
-    "compare_paths",
     "excerpt",
-    "files",
     "nll_reader",
-    "put",
     "read_report",
-    "remember",
     "render",
     "render_comparison",
     "render_upgrade",

@@ -1,20 +1,32 @@
-"""A comparison as markdown that also reads in a terminal."""
+"""A comparison as markdown that also reads in a terminal; and the report of an upgrade, made of comparisons.
+
+An upgrade's report opens with one paragraph to act on, then shows what moved from side to side, family by family.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from harness.core.records import Case, Verdict
-from harness.core.text import NOTHING, exp, mib, milliseconds, number, perplexity, plural, ratio
-from harness.judge.two_reports import HARM, UNDECIDED, Comparison, Entry
-from harness.report.account import SHOWN, words
-from harness.report.markup import code, escape, table
+from harness.core.records import Case, Row, Verdict
+from harness.core.text import NOTHING, exp, mib, milliseconds, number, percent, perplexity, plural, ratio
+from harness.judge.two_reports import HARM, INVARIANT, UNDECIDED, Comparison, Entry, holds, seen
+from harness.report.account import SHOWN, grouped, words
+from harness.report.markup import bullets, code, code_block, escape, place, table
 
 OUTCOME = {0: "No harm", 1: "Harm", 3: "Undecided"}
+HOW = """\
+Every side was measured on this machine in one run, with everything but the named package equal, the sides alternating.
+A change is later / earlier. Perplexity is paired token by token, with Student's t over windows (95%); bytes are
+compared to the byte; times are paired block by block between live processes that take turns (Hodges-Lehmann, 95%),
+and within noise up to a tenth or what a side differs from itself. Lower is better everywhere."""
+CERTAIN = (Verdict.WORSE, Verdict.BETTER)
+WORDS = {0: "does no harm that was measured", 1: "does harm", 3: "cannot be decided"}
 
 
-def render_comparison(comparison: Comparison, *, name_a: str = "A", name_b: str = "B") -> str:
+def render_comparison(comparison: Comparison) -> str:
     """The outcome, what needs a look, the environment difference, and one table a model, device and text."""
     entries = comparison.entries
     counts = Counter(entry.verdict for entry in entries if entry.verdict is not None)
@@ -28,19 +40,30 @@ def render_comparison(comparison: Comparison, *, name_a: str = "A", name_b: str 
         else "**Nothing was paired: values only.**"
     )
     parts = [
-        f"# {escape(name_a)} against {escape(name_b)}",
+        "# A against B",
         f"**{OUTCOME[comparison.status]}**: {total}: {words(counts)}. {paired}",
     ]
     for verdicts in (HARM, UNDECIDED):
-        found = [entry for entry in entries if entry.verdict in verdicts]
-        if found:
-            parts.append("\n".join(_bullet(entry) for entry in found[:SHOWN]) + _more(found))
+        if moved := [entry for entry in entries if entry.verdict in verdicts]:
+            more = f"\n- … and {len(moved) - SHOWN:,} more, in the tables." if len(moved) > SHOWN else ""
+            parts.append("\n".join(map(_bullet, moved[:SHOWN])) + more)
     parts += [f"Note: {escape(note)}" for note in comparison.notes]
-    parts.append(_environment(comparison.environment))
-    parts += _tables(entries)
+    differing = bullets("Environment difference:", map(escape, comparison.environment))
+    parts.append(differing if comparison.environment else "Environment: no recorded difference.")
+    groups = grouped(
+        entries, lambda entry: (entry.case.model, entry.case.device, entry.case.dataset, entry.case.protocol)
+    )
+    for (model, device, dataset, protocol), members in groups.items():
+        text = f": {code(dataset)}, {code(protocol)}" if dataset else ""
+        lines = [
+            [code(entry.case.method), code(entry.case.metric), *_values(entry), change(entry), _word(entry)]
+            for entry in members
+        ]
+        headers = ["method", "metric", "A", "B", "change [95%]", "verdict"]
+        parts += [f"## {code(model)} on {escape(device)}{text}", table(headers, lines, words=(0, 1, -1))]
     parts += [
-        f"Only in {escape(name)}: {plural(len(cases), 'case')} ({_names(cases)})."
-        for name, cases in ((name_a, comparison.only_a), (name_b, comparison.only_b))
+        f"Only in {name}: {plural(len(cases), 'case')} ({_names(cases)})."
+        for name, cases in (("A", comparison.only_a), ("B", comparison.only_b))
         if cases
     ]
     parts.append(
@@ -53,16 +76,14 @@ def render_comparison(comparison: Comparison, *, name_a: str = "A", name_b: str 
     return "\n\n".join(parts) + "\n"
 
 
+def _word(entry: Entry | None) -> str:
+    return str(entry.verdict) if entry and entry.verdict else NOTHING
+
+
 def _bullet(entry: Entry) -> str:
-    case = entry.case
-    text = f", {code(case.dataset)} {code(case.protocol)}" if case.dataset else ""
-    where = f"{code(case.model)}, {code(case.method)}{text}, {code(case.metric)}"
     moved = change(entry)
-    return f"- **{entry.verdict}**: {where}{f': {moved}' if moved != NOTHING else ''}: {escape(entry.reason)}"
-
-
-def _more(found: Sequence[Entry]) -> str:
-    return f"\n- … and {len(found) - SHOWN:,} more, in the tables." if len(found) > SHOWN else ""
+    said = [place(entry.case), *([moved] if moved != NOTHING else []), escape(entry.reason)]
+    return f"- **{entry.verdict}**: {': '.join(said)}"
 
 
 def _names(cases: Sequence[Case]) -> str:
@@ -70,46 +91,22 @@ def _names(cases: Sequence[Case]) -> str:
     return "; ".join(escape(name) for name in names[:SHOWN]) + ("; …" if len(names) > SHOWN else "")
 
 
-def _environment(lines: Sequence[str]) -> str:
-    if not lines:
-        return "Environment: no recorded difference."
-    return "Environment difference:\n\n" + "\n".join(f"- {escape(line)}" for line in lines)
-
-
-def _tables(entries: Sequence[Entry]) -> list[str]:
-    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
-    for entry in entries:
-        case = entry.case
-        groups.setdefault((case.model, case.device, case.dataset, case.protocol), []).append(entry)
-    parts = []
-    for (model, device, dataset, protocol), found in groups.items():
-        text = f": {code(dataset)}, {code(protocol)}" if dataset else ""
-        lines = [
-            [
-                code(entry.case.method),
-                code(entry.case.metric),
-                _value(entry, entry.a.value),
-                _value(entry, entry.b.value),
-                change(entry),
-                str(entry.verdict or NOTHING),
-            ]
-            for entry in found
-        ]
-        headers = ["method", "metric", "A", "B", "change [95%]", "verdict"]
-        parts += [f"## {code(model)} on {escape(device)}{text}", table(headers, lines, words=(0, 1, -1))]
-    return parts
-
-
-def _value(entry: Entry, value: float | None) -> str:
-    if value is None:
-        return str(Verdict.MISSING)
-    family, unit = entry.case.family, entry.b.unit or entry.a.unit
-    if family == "memory":
-        return f"{mib(value)} MiB"
-    if family == "latency":
-        return f"{milliseconds(value)} ms"
-    shown = perplexity(value) if entry.case.metric == "perplexity" else number(value)
-    return f"{shown} {escape(unit)}" if unit and entry.case.metric != "perplexity" else shown
+def _values(entry: Entry) -> list[str]:
+    """A's value and B's with their unit."""
+    metric, family, unit = entry.case.metric, entry.case.family, entry.b.unit or entry.a.unit
+    shown = []
+    for value in (entry.a.value, entry.b.value):
+        if value is None:
+            shown.append(str(Verdict.MISSING))
+        elif family == "memory":
+            shown.append(f"{mib(value)} MiB")
+        elif family == "latency":
+            shown.append(f"{milliseconds(value)} ms")
+        elif metric == "perplexity":
+            shown.append(perplexity(value))
+        else:
+            shown.append(f"{number(value)} {escape(unit)}".rstrip())
+    return shown
 
 
 def change(entry: Entry) -> str:
@@ -119,3 +116,279 @@ def change(entry: Entry) -> str:
     if entry.is_ratio:
         return ratio(*(exp(value) for value in (entry.change, entry.low, entry.high)))
     return number(entry.change)
+
+
+@dataclass(frozen=True)
+class SideFacts:
+    """One side as its report directory tells it."""
+
+    label: str
+    packages: Mapping[str, str]
+    trouble: str  # why nothing of it could be measured, ""
+    rows: Mapping[Case, Row]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Two sides compared; indexes into the sides."""
+
+    before: int
+    after: int
+    comparison: Comparison
+
+    @property
+    def entries(self) -> dict[Case, Entry]:
+        """By case."""
+        return {entry.case: entry for entry in self.comparison.entries}
+
+
+def render_upgrade(sides: Sequence[SideFacts], steps: Sequence[Step], *, where: str, command: str) -> str:
+    """The whole report as markdown; the last step is the whole way, which the answer speaks of."""
+    whole = steps[-1]
+    first, last = sides[whole.before], sides[whole.after]
+    parts = [
+        f"# Upgrade: {escape(' -> '.join(side.label for side in sides))}",
+        answer(whole.comparison, first.label, last.label, where),
+    ]
+    if len(steps) > 1:
+        parts.append("\n".join(_step(sides, step) for step in steps))
+    parts += ["## What did not load or run", _failures(sides)]
+    parts += ["## Environment", f"On {escape(where)}. {_packages(sides)}"]
+    every = list(dict.fromkeys(entry.case for step in steps for entry in step.comparison.entries))
+    families = grouped(every, lambda case: case.family)
+    if quality := [case for case in families.get("perplexity", ()) if case.metric != "perplexity.delta"]:
+        parts += ["## Quality", _table(sides, steps, quality, lambda value: f"{value:.4f}")]
+    if sizes := families.get("memory"):
+        parts += ["## Memory in bytes", _table(sides, steps, sizes, lambda value: f"{value:,.0f}")]
+    for metric, cases in grouped(families.get("latency", ()), lambda case: case.metric).items():
+        parts += [f"## Speed: {metric.partition('.')[2]}, milliseconds", _table(sides, steps, cases, milliseconds)]
+    if behaved := families.get(INVARIANT):
+        parts += ["## Behaviour", _behaviour(sides, steps, behaved)]
+    parts += ["## How it was measured", HOW, code_block(command)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _step(sides: Sequence[SideFacts], step: Step) -> str:
+    counts = words(Counter(entry.verdict for entry in step.comparison.entries if entry.verdict))
+    names = f"{sides[step.before].label} -> {sides[step.after].label}"
+    return f"- {escape(names)}: **{OUTCOME[step.comparison.status].lower()}** ({counts})"
+
+
+def _failures(sides: Sequence[SideFacts]) -> str:
+    lines = []
+    for side in sides:
+        if side.trouble:
+            lines.append(f"- {escape(side.label)}: {escape(side.trouble)}")
+            continue
+        missing = [row for row in side.rows.values() if row.value is None]
+        for reason, rows in grouped(missing, lambda row: row.reason).items():
+            names = ", ".join(dict.fromkeys(f"{row.model} {row.method}" for row in rows))
+            lines.append(f"- {escape(side.label)}: {plural(len(rows), 'case')} ({escape(names)}): {escape(reason)}")
+    return "\n".join(lines) or "Everything planned ran on every side (a layer that raises stands under *Behaviour*)."
+
+
+def _packages(sides: Sequence[SideFacts]) -> str:
+    known = [side.packages for side in sides if side.packages]
+    names = sorted({name for packages in known for name in packages})
+    versions = {name: [packages.get(name, "absent") for packages in known] for name in names}
+    moved = [f"{code(name)}: {escape(' -> '.join(v))}" for name, v in versions.items() if len(set(v)) > 1]
+    equal = plural(len(names) - len(moved), "package")
+    return bullets(f"{equal} equal on every side; not equal:", moved or ["none"])
+
+
+def _table(
+    sides: Sequence[SideFacts], steps: Sequence[Step], cases: Sequence[Case], written: Callable[[float], str]
+) -> str:
+    """One line a case: every side's value, then every step's change with its verdict."""
+    entries = [step.entries for step in steps]
+    lines = []
+    for case in cases:
+        what = f"{case.dataset} {case.protocol}" if case.dataset else case.metric.partition(".")[2]
+        line = [code(case.model), code(case.method), code(what)]
+        for side in sides:
+            row = side.rows.get(case)
+            line.append(str(Verdict.MISSING) if row is None or row.value is None else written(row.value))
+        line += [_moved(found.get(case)) for found in entries]
+        lines.append(line)
+    headers = ["model", "method", "what", *(escape(side.label) for side in sides), *_arrows(sides, steps)]
+    return table(headers, lines, words=(0, 1, 2))
+
+
+def _arrows(sides: Sequence[SideFacts], steps: Sequence[Step]) -> list[str]:
+    if len(steps) == 1:
+        return ["change [95%]"]
+    short = [side.label.rpartition("==")[2] for side in sides]
+    return [escape(f"{short[step.before]} -> {short[step.after]}") for step in steps]
+
+
+def _moved(entry: Entry | None) -> str:
+    if entry is None or entry.verdict is None:
+        return NOTHING
+    if entry.verdict in (Verdict.SAME, Verdict.MISSING) or entry.change is None:
+        return str(entry.verdict)
+    if entry.case.family == "memory" and entry.a.value is not None and entry.b.value is not None:
+        return (
+            f"{entry.b.value - entry.a.value:+,.0f} ({100 * (entry.b.value / entry.a.value - 1):+.2f}%) {entry.verdict}"
+        )
+    return f"{change(entry)} {entry.verdict}"
+
+
+def _behaviour(sides: Sequence[SideFacts], steps: Sequence[Step], cases: Sequence[Case]) -> str:
+    """One line a method, check and what was seen, the models it was seen on together; what holds everywhere counted."""
+    entries = [step.entries for step in steps]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    faults: dict[str, str] = {}
+    for case in cases:
+        rows = [side.rows.get(case) for side in sides]
+        if all(row is not None and row.value is not None and holds(row) for row in rows):
+            continue
+        looks = [seen(row) if row is not None else str(Verdict.MISSING) for row in rows]
+        moved = [_word(found.get(case)) for found in entries]
+        own = {str(row.detail["fault"]): str(row.detail["reference"]) for row in rows if row and "fault" in row.detail}
+        faults |= own
+        known = ", ".join(map(code, own)) or NOTHING
+        line = (code(case.metric.partition(".")[2]), code(case.method), *map(escape, looks), *moved, known)
+        groups.setdefault(line, []).append(case.model)
+    kept = len(cases) - sum(len(models) for models in groups.values())
+    opening = f"{kept:,} of {plural(len(cases), 'check')} hold on every side."
+    if not groups:
+        return opening
+    lines = [[line[0], line[1], ", ".join(map(code, models)), *line[2:]] for line, models in groups.items()]
+    arrows = _arrows(sides, steps) if len(steps) > 1 else ["verdict"]
+    headers = ["invariant", "method", "on", *(escape(side.label) for side in sides), *arrows, "known fault"]
+    listed = table(headers, lines, words=range(len(headers)))
+    parts = [f"{opening} The others (a figure where one is over its limit):", listed]
+    if faults:
+        told = (f"{code(name)}: {escape(reference)}" for name, reference in faults.items())
+        parts.append(bullets("Known faults, and where they are told:", told))
+    return "\n\n".join(parts)
+
+
+def worst(steps: Sequence[Step]) -> int:
+    """The exit status over every step: harm before undecided before fine."""
+    return min((step.comparison.status for step in steps), key=(1, 3, 0).index)
+
+
+def answer(comparison: Comparison, before: str, after: str, where: str) -> str:
+    """What moves between the two ends, and what to do."""
+    entries = comparison.entries
+    # equal shas of the losses are a pairing of every token too
+    tokens = sum(entry.paired or bool(entry.a.nll and entry.a.nll == entry.b.nll) for entry in entries)
+    opening = (
+        f"**Moving from {escape(before)} to {escape(after)} {WORDS[comparison.status]}** on {escape(where)}, over "
+        f"{plural(len(entries), 'case')}, {tokens:,} of them compared token by token."
+    )
+    sentences = [
+        opening,
+        _quality([entry for entry in entries if entry.case.metric == "perplexity"]),
+        _memory([entry for entry in entries if entry.case.family == "memory"]),
+        *_speed([entry for entry in entries if entry.case.family == "latency"]),
+        _invariants([entry for entry in entries if entry.case.family == INVARIANT]),
+        _missing(entries),
+        _advice(comparison),
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _methods(entries: Iterable[Entry]) -> str:
+    return ", ".join(code(name) for name in dict.fromkeys(entry.case.method for entry in entries))
+
+
+def _interval(entry: Entry) -> str:
+    if entry.change is None:
+        return ""
+    if entry.low is None or entry.high is None:
+        return f" {percent(entry.change)}"
+    return f" {percent(entry.change)} [{percent(entry.low)}, {percent(entry.high)}]"
+
+
+def _quality(entries: Sequence[Entry]) -> str:
+    parts = []
+    for verdict in (Verdict.WORSE, Verdict.UNUSABLE, Verdict.BETTER):
+        moved = [e for e in entries if e.verdict is verdict]
+        each = ", ".join(f"{code(e.case.method)} on {code(e.case.model)}{_interval(e)}" for e in moved)
+        parts += [f"{verdict} for {each}"] if moved else []
+    if rest := [entry for entry in entries if entry.verdict in (Verdict.WITHIN_NOISE, Verdict.SAME)]:
+        largest = max(abs(entry.change or 0.0) for entry in rest)
+        equal = _methods(entry for entry in rest if entry.verdict is Verdict.SAME)
+        exactly = f"; bit for bit for {equal}" if equal else ""
+        unchanged = f"unchanged within noise for {_methods(rest)}"
+        parts.append(f"{unchanged} (at most {100 * math.expm1(largest):.2g}%{exactly})")
+    return f"Quality: {'; '.join(parts)}." if parts else ""
+
+
+def _memory(entries: Sequence[Entry]) -> str:
+    if not entries:
+        return ""
+    moved = [entry for entry in entries if entry.verdict in CERTAIN]
+    if not moved:
+        return "Memory: no byte moved."
+    each = []
+    for entry in moved:
+        a, b = entry.a.value or 0.0, entry.b.value or 0.0
+        what = entry.case.metric.partition(".")[2].replace("_after", " after the first forward")
+        whose = f"{what} of {code(entry.case.method)} on {code(entry.case.model)}"
+        each.append(f"{whose} {b - a:+,.0f} B ({percent(math.log(b / a))})")
+    exact = [entry for entry in entries if entry.verdict is Verdict.SAME]
+    return f"Memory: {'; '.join(each)}; {plural(len(exact), 'figure')} equal to the byte."
+
+
+def _speed(entries: Sequence[Entry]) -> list[str]:
+    sentences = []
+    for metric, timed in grouped(entries, lambda entry: entry.case.metric).items():
+        parts = []
+        for verdict, word in ((Verdict.WORSE, "slower"), (Verdict.BETTER, "faster")):
+            each = [
+                f"{code(e.case.method)} {math.exp(abs(e.change)):.3g} times on {code(e.case.model)}"
+                for e in timed
+                if e.verdict is verdict and e.change is not None
+            ]
+            parts += [f"{word} for {', '.join(each)}"] if each else []
+        if rest := [entry for entry in timed if entry.verdict not in CERTAIN and entry.verdict is not Verdict.UNUSABLE]:
+            parts.append(f"within noise for {_methods(rest)}")
+        if wide := [entry for entry in timed if entry.verdict is Verdict.UNUSABLE]:
+            parts.append(f"not decided for {_methods(wide)}")
+        sentences.append(f"{metric.partition('.')[2].capitalize()}: {'; '.join(parts)}.")
+    return sentences
+
+
+def _invariants(entries: Sequence[Entry]) -> str:
+    if not entries:
+        return ""
+    parts = []
+    for verdict, said in ((Verdict.WORSE, "no longer {}"), (Verdict.BETTER, "{} again")):
+        if moved := [entry for entry in entries if entry.verdict is verdict]:
+            state = said.format("holds" if len(moved) == 1 else "hold")
+            parts.append(f"{plural(len(moved), 'check')} {state}: {_checks(moved)}")
+    kept = sum(entry.verdict in (Verdict.SAME, Verdict.WITHIN_NOISE) for entry in entries)
+    return f"Behaviour: {'; '.join([*parts, f'{kept:,} are as they were'])}."
+
+
+def _checks(entries: Sequence[Entry]) -> str:
+    """Checks by name, those of the same methods together."""
+    checks = grouped(entries, lambda entry: entry.case.metric.partition(".")[2])
+    together = grouped(checks, lambda name: _methods(checks[name]))
+    return "; ".join(f"{', '.join(map(code, names))} ({whose})" for whose, names in together.items())
+
+
+def _missing(entries: Sequence[Entry]) -> str:
+    absent = [entry for entry in entries if entry.a.value is None or entry.b.value is None]
+    return f"{plural(len(absent), 'case')} did not run on both sides ({_methods(absent)}), see below." if absent else ""
+
+
+def _advice(comparison: Comparison) -> str:
+    worse = [entry for entry in comparison.entries if entry.verdict is Verdict.WORSE]
+    if comparison.status == 0:
+        return "Nothing here speaks against moving."
+    if comparison.status == 3:
+        return "Before moving, decide what is open: raise `--repetitions` or `--max-tokens`, or mend what did not run."
+    known = [entry for entry in worse if entry.b.detail.get("fault")]
+    new = [entry for entry in worse if entry.case.family == INVARIANT and not entry.b.detail.get("fault")]
+    sentences = ["Before moving, make sure that nothing you do meets what is worse."]
+    if known:
+        counts = f"{len(known):,} of the {len(worse):,} harms are known faults"
+        sentences.append(f"{counts}, each with its reference below.")
+    if new:
+        checks = ", ".join(code(entry.case.metric) for entry in new[:5])
+        sentences.append(f"Not known before: {_methods(new)} ({checks}).")
+    return " ".join(sentences)

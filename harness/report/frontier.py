@@ -12,19 +12,29 @@ Intervals are of 95% each, not corrected for the number of pairs: MEANING says s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 
+from harness.core.errors import HarnessError
+from harness.core.files import replace_text
 from harness.core.records import Row
-from harness.core.text import NOTHING, mib, milliseconds
+from harness.core.text import MIB, NOTHING, mib, milliseconds
 from harness.core.values import decode_number
+from harness.report.account import Section, Text, complete, sections
 from harness.report.markup import code, table
-from harness.report.matrix import Section, Text
-from harness.results.reading import Nll
+from harness.report.plots import BLUE, GREY, STORAGE_LABEL, VERMILION, canvas_of, label, legend, plain, style, svg_text
+from harness.results.directory import Nll, nll_reader, read_report
 
 SPEED = "latency.decode"
-KINDS = ("front", "undecided", "dominated")
+FEWEST = 2  # methods that can be compared
+KINDS = {  # in which a method can stand, with its colour and its words in a plot
+    "front": (BLUE, "front: no other dominates it"),
+    "undecided": (VERMILION, "undecided: the data cannot separate it from a better one"),
+    "dominated": (GREY, "dominated"),
+}
 MEANING = """\
 Methods stand by quality, the best first; a rank is the range of places that the data allow. *Dominated*: another method
 is better in quality, bytes or decode time and worse in none, each of the three separated by the data or equal.
@@ -49,7 +59,7 @@ class Point:
     """One method's three figures."""
 
     method: str
-    delta: float | None  # nat; None where it was not measured
+    delta: float  # nat
     interval: Span | None
     bytes: float | None
     seconds: float | None
@@ -103,24 +113,14 @@ def points(section: Section, text: Text) -> list[Point]:
     """Every method with a quality figure, the reference first."""
     found = []
     for method in section.methods:
-        row = section.row(method, "perplexity.delta", text)
-        reference = method == section.reference
-        speed = section.row(method, SPEED)
-        slowdown = _slowdown(speed)
-        delta = 0.0 if reference else row.value if row is not None else None
-        if delta is None or not math.isfinite(delta):
-            continue
-        found.append(
-            Point(
-                method,
-                delta,
-                CENTRE if reference else _span(row.interval) if row is not None else None,
-                section.value(method, "memory.storage"),
-                section.value(method, SPEED),
-                CENTRE if reference and speed is not None and speed.value is not None else slowdown,
-                section.row(method, "perplexity", text) if reference else row,
-            )
-        )
+        quality, speed = section.row(method, "perplexity.delta", text), section.row(method, SPEED)
+        storage, seconds = section.value(method, "memory.storage"), section.value(method, SPEED)
+        if method == section.reference:
+            own = section.row(method, "perplexity", text)
+            found.append(Point(method, 0.0, CENTRE, storage, seconds, None if seconds is None else CENTRE, own))
+        elif quality is not None and quality.value is not None and math.isfinite(quality.value):
+            span = _span(quality.interval)
+            found.append(Point(method, quality.value, span, storage, seconds, _slowdown(speed), quality))
     return found
 
 
@@ -128,8 +128,7 @@ def _slowdown(row: Row | None) -> Span | None:
     """The interval of the log of a method's time over the reference's, where it may decide anything."""
     if row is None or not row.detail.get("log_ratio_usable"):
         return None
-    ends = [decode_number(row.detail.get(f"log_ratio_{end}")) for end in ("low", "high")]
-    return _span(ends)
+    return _span([decode_number(row.detail.get(f"log_ratio_{end}")) for end in ("low", "high")])
 
 
 def _span(value: Sequence[float] | None) -> Span | None:
@@ -177,7 +176,7 @@ def standings(found: Sequence[Point], nll: Nll) -> list[Standing]:
         axes.append(lambda a, b: exactly(a.bytes, b.bytes))
     if sum(point.slowdown is not None for point in found) > 1:
         axes.append(lambda a, b: apart(a.slowdown, b.slowdown))
-    places = [Standing(point) for point in sorted(found, key=lambda point: point.delta or 0.0)]
+    places = [Standing(point) for point in sorted(found, key=lambda point: point.delta)]
     for place in places:
         better = worse = 0
         for other in places:
@@ -214,31 +213,74 @@ def render(head: Heading, places: Sequence[Standing]) -> str:
     for place in places:
         point, (best, worst) = place.point, place.ranks
         low, high = point.interval or (None, None)
-        delta = f"{point.delta:+.4f}" if point.delta is not None else NOTHING
         span = "" if low is None or high is None or point.interval == CENTRE else f" [{low:+.4f}, {high:+.4f}]"
         rows.append(
             [
                 code(point.method) + head.marks(point.method),
                 f"{best}" if best == worst else f"{best}–{worst}",
-                delta + span,
+                f"{point.delta:+.4f}{span}",
                 mib(point.bytes),
                 milliseconds(point.seconds),
                 place.words,
             ]
         )
     headers = ["method", "rank", "Δ ln PPL, nat [95%]", "storage MiB", "decode ms", "standing"]
-    kept = [index for index in range(len(headers)) if index in (0, 2, 5) or any(row[index] != "–" for row in rows)]
+    kept = [index for index in range(len(headers)) if index in (0, 2, 5) or any(row[index] != NOTHING for row in rows)]
     shown = table([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
     notes = [f"Device {head.device}; text {code(head.text[0])}, protocol {code(head.text[1])}."]
-    if not any(point.seconds is not None for point in (place.point for place in places)):
+    if all(place.point.seconds is None for place in places):
         notes.append(f"No speeds: `{SPEED}` was not measured, so the front is of quality and bytes.")
     if any(place.point.method in head.aligned for place in places):
         notes.append("† Its codes can represent the grid on which the model's weights were stored before.")
-    return "\n\n".join([f"## {code(head.model)}", " ".join(notes), summary(places), shown])
+    by_kind = {kind: [code(place.point.method) for place in places if place.kind == kind] for kind in KINDS}
+    summary = "\n".join(f"- {kind} ({len(names)}): {', '.join(names)}" for kind, names in by_kind.items() if names)
+    return "\n\n".join([f"## {code(head.model)}", " ".join(notes), summary, shown])
 
 
-def summary(places: Sequence[Standing]) -> str:
-    """Who is on the front, who may be, how many are not."""
-    by_kind = {kind: [place.point.method for place in places if place.kind == kind] for kind in KINDS}
-    lines = [f"- {kind} ({len(found)}): {', '.join(map(code, found))}" for kind, found in by_kind.items() if found]
-    return "\n".join(lines)
+def write(folders: Sequence[Path], output: Path) -> str:
+    """The tables of every model and text of the sessions, and where each one's plot lies: in `output` or beside it.
+
+    Raises:
+        HarnessError: no model has two methods to compare.
+    """
+    sessions = [read_report(folder) for folder in folders]
+    nll = nll_reader(*(session.folder for session in sessions))
+    parts = []
+    for section in sections(complete([row for session in sessions for row in session.rows], [])):
+        for text in section.texts:
+            here = points(section, text)
+            if len(here) < FEWEST:
+                continue
+            places, head = standings(here, nll), heading(section, text)
+            name = re.sub(r"[^A-Za-z0-9]+", "-", "-".join((section.model, section.device, *text))).strip("-").lower()
+            path = (output if output.is_dir() else output.parent) / f"frontier-{name}.svg"
+            replace_text(path, svg(head.title, places))
+            parts.append(f"{render(head, places)}\n\nPlot: {path}\n\n")
+    if not parts:
+        raise HarnessError("no model has two methods with `perplexity.delta`: measure with --metrics perplexity,memory")
+    return "".join(parts) + MEANING
+
+
+def svg(title: str, places: Sequence[Standing]) -> str:
+    """One model's plot, quality over bytes; methods without bytes are left out."""
+    with style():
+        canvas, (axes,) = canvas_of(5.2, title)
+        spots, names, lines = [], [], []
+        for place in places:
+            point = place.point
+            if point.bytes is None:
+                continue
+            x, y = point.bytes / MIB, point.delta
+            low, high = point.interval or CENTRE
+            errors = [[max(0.0, y - low)], [max(0.0, high - y)]] if point.interval else None
+            colour = KINDS[place.kind][0]
+            axes.errorbar(x, y, yerr=errors, fmt="o", ms=6.5, color=colour, ecolor=GREY, lw=1, capsize=2)
+            spots.append((x, y))
+            names.append(plain(point.method))
+            lines.append(((x, low), (x, high)))
+        axes.set_xlabel(STORAGE_LABEL)
+        axes.set_ylabel("ln perplexity over the reference's, nat (lower is better)")
+        axes.margins(x=0.12, y=0.12)
+        legend(canvas, [("o", colour, colour, meaning) for colour, meaning in KINDS.values()])
+        label(canvas, axes, names, spots, lines)
+        return svg_text(canvas, title)

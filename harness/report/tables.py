@@ -1,41 +1,58 @@
-"""The tables of one section: a main one per text, then perplexity's relatives, memory, latency and census in full."""
+"""The tables of one section: a main one per text, then perplexity's relatives, memory, latency and census in full.
+
+Ratios of times: to the reference, and to the unquantized model in the dtype in which a method itself runs.
+
+On a card methods run in fp16 beside a reference in fp32, so that a ratio of their times holds dtype and quantization
+together. Where the unquantized model was timed in that dtype too, the ratio to it is the quotient of both ratios to the
+reference: ln(a / b) = ln(a / r) - ln(b / r), with r timed beside each in interleaved blocks of its own process. The
+interval joins theirs by the square root of the sum of squares (MOVER: Zou and Donner 2008), the two being independent.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from harness.core.records import Row
 from harness.core.text import NOTHING, exp, mib, milliseconds, number, perplexity, ratio
-from harness.report import paces
+from harness.core.values import decode_number
+from harness.report.account import NO_TEXT, Section, Text, severest
 from harness.report.markup import code, escape, table
-from harness.report.matrix import NO_TEXT, Section, Text, severest
 
 MISSING = "missing"
 ALIGNED, NO_INTERVAL = "†", "‡"  # footnote marks
 MEMORY = ("parameters", "footprint", "storage", "storage_after", "load_peak", "run_peak", "file")
 IN_MAIN = ("perplexity", "perplexity.delta")  # shown in the main table, not among the others
 
-Column = tuple[str, Callable[[str], str]]  # header, and the cell of a method
+Cell = Callable[[str], str]  # of a method
+Column = tuple[str, Cell]  # with its header
+DTYPE = re.compile(r":dtype=(\w+)")  # as a method id writes it
 
 
 def main(section: Section, text: Text) -> str:
     """Method, perplexity, ratio to the reference, bits per weight, footprint, storage, prefill, decode, verdict."""
-
-    def figure(metric: str, write: Callable[[float | None], str], where: Text = NO_TEXT) -> Callable[[str], str]:
-        return lambda method: shown(section.row(method, metric, where), write)
-
     columns: list[Column] = [
-        ("perplexity", figure("perplexity", perplexity, text)),
+        ("perplexity", _values(section, "perplexity", text, perplexity)),
         ("ratio to reference [95%]", lambda method: quality(section, method, text)),
         ("bits/weight", lambda method: number(bits(section, method))),
-        ("footprint MiB", figure("memory.footprint", mib)),
-        ("storage MiB", figure("memory.storage", mib)),
-        ("prefill ms", figure("latency.prefill", milliseconds)),
-        ("decode ms", figure("latency.decode", milliseconds)),
+        ("footprint MiB", _values(section, "memory.footprint", NO_TEXT, mib)),
+        ("storage MiB", _values(section, "memory.storage", NO_TEXT, mib)),
+        ("prefill ms", _values(section, "latency.prefill", NO_TEXT, milliseconds)),
+        ("decode ms", _values(section, "latency.decode", NO_TEXT, milliseconds)),
         ("verdict", lambda method: verdict(section.rows(method, (text, NO_TEXT)))),
     ]
     return by_method(section, columns)
+
+
+def _cells(section: Section, metric: str, text: Text, write: Callable[[Row | None], str]) -> Cell:
+    """The cells of a column that shows something of one metric's rows."""
+    return lambda method: write(section.row(method, metric, text))
+
+
+def _values(section: Section, metric: str, text: Text, write: Callable[[float | None], str]) -> Cell:
+    """The cells of a column that shows one metric's values."""
+    return _cells(section, metric, text, lambda row: shown(row, write))
 
 
 def by_method(section: Section, columns: Sequence[Column]) -> str:
@@ -129,63 +146,48 @@ def memory(section: Section) -> str:
         return ""
     names = [f"memory.{name}" for name in MEMORY if f"memory.{name}" in present]
     names += [name for name in present if name not in names]
+
+    def share(method: str) -> str:
+        own, reference = (section.value(name, "memory.storage") for name in (method, section.reference))
+        return number(own / reference if own is not None and reference else None, 3)
+
+    def judged(method: str) -> str:
+        rows = [row for row in section.rows(method, (NO_TEXT,)) if row.case.family == "memory"]
+        return verdict(rows, by_metric=True)
+
     columns: list[Column] = [
-        (name.partition(".")[2].replace("_", " ") + " MiB", _memory_cell(section, name)) for name in names
+        (name.partition(".")[2].replace("_", " ") + " MiB", _values(section, name, NO_TEXT, mib)) for name in names
     ]
-    columns.append(("storage / reference", lambda method: number(_share(section, method), 3)))
-    columns.append(("verdict", lambda method: verdict(_family(section, method, "memory"), by_metric=True)))
-    return by_method(section, columns)
-
-
-def _memory_cell(section: Section, metric: str) -> Callable[[str], str]:
-    return lambda method: shown(section.row(method, metric), mib)
-
-
-def _share(section: Section, method: str) -> float | None:
-    own, reference = (section.value(name, "memory.storage") for name in (method, section.reference))
-    return own / reference if own is not None and reference else None
-
-
-def _family(section: Section, method: str, family: str) -> list[Row]:
-    return [row for row in section.rows(method, (NO_TEXT,)) if row.case.family == family]
+    return by_method(section, [*columns, ("storage / reference", share), ("verdict", judged)])
 
 
 def latency(section: Section, metric: str, text: Text) -> str:
-    """One timed measure: p50, p90, p99 and IQR in ms, runs, ratios with interval (`harness.report.paces`), verdict."""
+    """One timed measure: p50, p90, p99 and IQR in ms, runs, ratios with their intervals, verdict."""
 
-    def seconds(name: str) -> Callable[[str], str]:
-        return lambda method: milliseconds(paces.detail(section.row(method, metric, text), name))
+    def cells(write: Callable[[Row | None], str]) -> Cell:
+        return _cells(section, metric, text, write)
 
-    def within(name: str) -> Callable[[str], str]:
-        return lambda method: paces.to_plain(section.row(method, metric, text), section.row(name, metric, text))
+    def seconds(name: str) -> Cell:
+        return cells(lambda row: milliseconds(detail(row, name)))
 
-    window = any(paces.detail(section.row(method, metric, text), "device_tokens") for method in section.methods)
+    def within(name: str) -> Cell:
+        return cells(lambda row: to_plain(row, section.row(name, metric, text)))
+
+    window = any(detail(section.row(method, metric, text), "device_tokens") for method in section.methods)
     columns: list[Column] = [
-        ("p50 ms", lambda method: shown(section.row(method, metric, text), milliseconds)),
+        ("p50 ms", _values(section, metric, text, milliseconds)),
         ("p90 ms", seconds("p90")),
         ("p99 ms", seconds("p99")),
-        ("IQR ms", lambda method: milliseconds(_spread(section.row(method, metric, text)))),
+        ("IQR ms", cells(lambda row: milliseconds(row.spread if row else None))),
         ("device ms of a window" if window else "device ms", seconds("device_seconds")),
-        ("runs", lambda method: _runs(section.row(method, metric, text))),
-        (paces.heading(section, metric, text), lambda method: paces.to_reference(section.row(method, metric, text))),
-        *((f"ratio to {name} [95%]", within(name)) for name in paces.plains(section, metric, text)),
-        ("node", lambda method: _node(section.row(method, metric, text))),
-        ("verdict", lambda method: verdict([row] if (row := section.row(method, metric, text)) else [])),
+        ("runs", cells(lambda row: str(row.count) if row and row.value is not None else NOTHING)),
+        (ratio_heading(section, metric, text), cells(to_reference)),
+        *((f"ratio to {name} [95%]", within(name)) for name in plains(section, metric, text)),
+        # where a cluster timed it; of a session on one machine nothing is said
+        ("node", cells(lambda row: escape(str(row.detail["node"])) if row and row.detail.get("node") else NOTHING)),
+        ("verdict", cells(lambda row: verdict([row] if row else []))),
     ]
     return by_method(section, columns)
-
-
-def _node(row: Row | None) -> str:
-    """Where a cluster timed it; of a session on one machine nothing is said."""
-    return escape(str(row.detail["node"])) if row is not None and row.detail.get("node") else NOTHING
-
-
-def _spread(row: Row | None) -> float | None:
-    return row.spread if row is not None else None
-
-
-def _runs(row: Row | None) -> str:
-    return str(row.count) if row is not None and row.value is not None else NOTHING
 
 
 def others(section: Section, text: Text) -> str:
@@ -197,62 +199,143 @@ def others(section: Section, text: Text) -> str:
     ]
     if not names:
         return ""
-    columns: list[Column] = [(_header(section, name, text), _other_cell(section, name, text)) for name in names]
-    if "divergence.kl" in names:  # a mean hides single tokens
-        columns += [(f"kl {at} (nat)", _kl_cell(section, at, text)) for at in ("p99", "max")]
-    columns.append(
-        ("verdict", lambda method: verdict([row for name in names if (row := section.row(method, name, text))]))
-    )
-    return by_method(section, columns)
 
+    def header(metric: str) -> str:
+        rows = (section.row(method, metric, text) for method in section.methods)
+        unit = next((row.unit for row in rows if row is not None and row.unit), "")
+        return escape(f"{metric} ({unit})" if unit else metric)
 
-def _header(section: Section, metric: str, text: Text) -> str:
-    rows = (section.row(method, metric, text) for method in section.methods)
-    unit = next((row.unit for row in rows if row is not None and row.unit), "")
-    return escape(f"{metric} ({unit})" if unit else metric)
-
-
-def _other_cell(section: Section, metric: str, text: Text) -> Callable[[str], str]:
-    def cell(method: str) -> str:
-        row = section.row(method, metric, text)
+    def estimate(row: Row | None) -> str:
         low, high = interval(row)
-        bounds = "" if low is None else f" [{number(low)}, {number(high)}]"
-        return shown(row, number) + bounds
+        return shown(row, number) + ("" if low is None else f" [{number(low)}, {number(high)}]")
 
-    return cell
+    def quantile(at: str) -> Cell:
+        return _cells(section, "divergence.kl", text, lambda row: number(detail(row, at)))
 
+    def judged(method: str) -> str:
+        return verdict([row for name in names if (row := section.row(method, name, text))])
 
-def _kl_cell(section: Section, at: str, text: Text) -> Callable[[str], str]:
-    return lambda method: number(paces.detail(section.row(method, "divergence.kl", text), at))
+    columns: list[Column] = [(header(name), _cells(section, name, text, estimate)) for name in names]
+    if "divergence.kl" in names:  # a mean hides single tokens
+        columns += [(f"kl {at} (nat)", quantile(at)) for at in ("p99", "max")]
+    return by_method(section, [*columns, ("verdict", judged)])
 
 
 def census(section: Section) -> str:
     """Modules and elements quantized and left, and bytes by dtype, of each method; "" where no census was taken."""
-    rows = {method: section.rows(method, (*section.texts, NO_TEXT)) for method in section.methods}
-    found = {
-        method: taken for method in rows if (taken := next((row.census for row in rows[method] if row.census), {}))
-    }
-    if not found:
+    taken = {}
+    for method in section.methods:
+        rows = section.rows(method, (*section.texts, NO_TEXT))
+        if census := next((row.census for row in rows if row.census), None):
+            taken[method] = census
+    if not taken:
         return ""
 
-    def count(name: str) -> Callable[[str], str]:
-        return lambda method: _count(found.get(method, {}).get(name))
+    def count(name: str) -> Cell:
+        def cell(method: str) -> str:
+            value = taken.get(method, {}).get(name)
+            return f"{value:,}" if isinstance(value, int) else NOTHING
+
+        return cell
+
+    def by_dtype(method: str) -> str:
+        sizes = taken.get(method, {}).get("bytes_by_dtype")
+        if not isinstance(sizes, dict):
+            return NOTHING
+        return ", ".join(f"{escape(str(name))} {mib(size)}" for name, size in sizes.items())
 
     columns: list[Column] = [
         ("modules quantized", count("quantized_modules")),
         ("weights quantized", count("quantized_elements")),
         ("parameters left", count("left_elements")),
-        ("bits/weight", lambda method: number(bits(section, method) if method in found else None)),
-        ("MiB by dtype", lambda method: _by_dtype(found.get(method, {}).get("bytes_by_dtype"))),
+        ("bits/weight", lambda method: number(bits(section, method) if method in taken else None)),
+        ("MiB by dtype", by_dtype),
     ]
     return by_method(section, columns)
 
 
-def _count(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else NOTHING
+def detail(row: Row | None, name: str) -> float | None:
+    """A number of a row's detail, None where there is none."""
+    value = decode_number(row.detail.get(name)) if row is not None else None
+    return float(value) if isinstance(value, (int, float)) else None
 
 
-def _by_dtype(value: object) -> str:
-    if not isinstance(value, dict):
+def to_reference(row: Row | None) -> str:
+    """Time over the reference's, with its interval; for the reference itself its A/A comparison."""
+    shown = _shown(_logs(row))
+    if row is None or row.method != row.reference or row.value is None:
+        return shown
+    return "1" if shown == NOTHING else f"A/A {shown}"
+
+
+def to_plain(row: Row | None, plain: Row | None) -> str:
+    """Time over that of the unquantized model in the same dtype, from both ratios to the reference."""
+    if row is None or plain is None or row.value is None or dtype(row) != dtype(plain):
         return NOTHING
-    return ", ".join(f"{escape(str(name))} {mib(size)}" for name, size in value.items())
+    if row.method == plain.method:
+        return "1"
+    ours, theirs = _logs(row), _logs(plain)
+    if ours is None or theirs is None:
+        return NOTHING
+    value = ours[0] - theirs[0]
+    below = math.hypot(ours[0] - ours[1], theirs[2] - theirs[0])
+    above = math.hypot(ours[2] - ours[0], theirs[0] - theirs[1])
+    return _shown((value, value - below, value + above))
+
+
+def dtype(row: Row | None) -> str:
+    """The dtype in which a row's method ran, '' where it does not say."""
+    match = DTYPE.search(row.method_id) if row is not None else None
+    return match[1] if match else ""
+
+
+def mixed(section: Section, metric: str, text: Text) -> list[str]:
+    """The dtypes, other than the reference's, in which methods ran that are more than a cast to it."""
+    rows = [row for method in section.methods if (row := section.row(method, metric, text))]
+    ids = (str(row.detail.get("reference_id", "")) for row in rows)
+    named = next((match[1] for name in ids if (match := DTYPE.search(name))), section.reference)
+    reference = dtype(section.row(section.reference, metric, text)) or named
+    return list(dict.fromkeys(name for row in rows if (name := dtype(row)) not in ("", reference, row.method)))
+
+
+def plains(section: Section, metric: str, text: Text) -> list[str]:
+    """Of those dtypes the ones in which the unquantized model was timed too."""
+    return [name for name in mixed(section, metric, text) if _logs(section.row(name, metric, text))]
+
+
+def ratio_heading(section: Section, metric: str, text: Text) -> str:
+    """Of the column of ratios: the reference by its name where methods ran in another dtype."""
+    return f"ratio to {escape(section.reference) if mixed(section, metric, text) else 'reference'} [95%]"
+
+
+def ratio_note(section: Section, metric: str, text: Text) -> str:
+    """What a reader must know of ratios across dtypes; '' where there are none."""
+    names, there = mixed(section, metric, text), plains(section, metric, text)
+    if not names:
+        return ""
+    reference, absent = code(section.reference), [code(name) for name in names if name not in there]
+    sentences = [
+        f"Methods ran in {' and '.join(names)}: the ratio to {reference} is of dtype and quantization together."
+    ]
+    if there:
+        sentences.append(
+            f"The ratio to {' and to '.join(map(code, there))} is of quantization alone: the quotient of two ratios to "
+            f"{reference}, each timed in a process of its own; its interval joins theirs."
+        )
+    if absent:
+        sentences.append(f"Measure {' and '.join(absent)} too for a ratio within one dtype.")
+    return " ".join(sentences)
+
+
+def _logs(row: Row | None) -> tuple[float, float, float] | None:
+    """The log of a row's time over the reference's with its interval, infinite where that is not usable."""
+    value, low, high = (detail(row, name) for name in ("log_ratio", "log_ratio_low", "log_ratio_high"))
+    if row is None or value is None or not math.isfinite(value):
+        return None
+    if low is None or high is None or row.detail.get("log_ratio_usable") is False:
+        return value, -math.inf, math.inf
+    return value, low, high
+
+
+def _shown(logs: tuple[float, float, float] | None) -> str:
+    return ratio(*map(exp, logs or (None, None, None)))

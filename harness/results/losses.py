@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZipFile
@@ -17,7 +18,7 @@ from harness.core.values import digest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SHA = re.compile(r"[0-9a-f]{64}")
+SHA = re.compile(r"[0-9a-f]{64}")  # a row is a file's word: no other path than this may come of it
 LARGEST = 2**30  # bytes of one text's losses: a quarter of a billion tokens
 
 
@@ -62,12 +63,17 @@ def load(folder: Path, sha: str) -> NDArray[np.float32] | None:
     return nll
 
 
+def find(homes: Iterable[Path], sha: str) -> NDArray[np.float32] | None:
+    """`load` from the first folder that holds them; None where none does."""
+    return next((nll for home in homes if (nll := load(home, sha)) is not None), None)
+
+
 def _values(data: bytes) -> NDArray[np.float32]:
     with ZipFile(io.BytesIO(data)) as archive:  # small archives can unpack to more than the memory holds
         if sum(item.file_size for item in archive.infolist()) > LARGEST:
             raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        found = arrays["nll"]
-    if found.ndim != 1 or found.dtype.kind != "f":
+        nll = arrays["nll"]
+    if nll.ndim != 1 or nll.dtype.kind != "f":
         raise ValueError("it holds no list of numbers")
-    return found.astype("<f4")  # type: ignore[no-any-return]
+    return nll.astype("<f4")  # type: ignore[no-any-return]

@@ -21,24 +21,20 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness.core import catalog, gpus
-from harness.core import errors as strangers
+from harness.core import catalog, errors, gpus
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
 from harness.core.options import Options
 from harness.core.records import Case
 from harness.core.specification import parse
 from harness.inputs.models import cache, checkpoints, folder, sizes
-from harness.methods.quantizing import (
-    arguments,
-    bnb,
-)
-from harness.metrics.measuring.invariants.checks import LAYER
+from harness.methods.quantizing import arguments, bnb
+from harness.metrics.measuring.checks import LAYER
 from harness.run.fingerprints import files
 from harness.run.group import CODE, Group, LayerGroup
 from harness.run.messages import Job, Reply
 from harness.run.plan import method_of, missing_packages
-from harness.run.upgrade import turns
+from harness.run.upgrade import interleaved
 
 CONSULTED = ("prepare", "needs", "code")
 
@@ -46,7 +42,7 @@ CONSULTED = ("prepare", "needs", "code")
 def prepare(job: Job, cases: list[Case], connection: Connection) -> dict[str, str]:
     """Make every checkpoint and token plan that the cases need, so that what cannot be is said before measuring.
 
-    Returns what identifies each: a group that finds something else later refuses to measure.
+    Returns what identifies each: a group that reads something else later refuses to measure.
     """
 
     def say(line: str) -> None:
@@ -60,7 +56,7 @@ def prepare(job: Job, cases: list[Case], connection: Connection) -> dict[str, st
         group = Group(Job(options, model, first.method, "cpu", job.reference, job.threads, job.log), connection)
         for dataset, protocol in dict.fromkeys((case.dataset, case.protocol) for case in cases if case.dataset):
             group.plan_of(dataset, protocol)
-        inputs |= {**group.inputs.found, files(model): seen}
+        inputs |= {**group.inputs.seen, files(model): seen}
     return inputs
 
 
@@ -84,16 +80,16 @@ def begun(job: Job, connection: Connection) -> Group | LayerGroup:
 
 
 def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
-    """What a living group answers: a key, one turn of a timing, or a row."""
+    """What a living group answers: a key, one repetition of a timing, or a row."""
     if verb == "key":
         return Reply("key", text=group.key(*argument))
-    if verb == "turn" and isinstance(group, Group):
-        return turns.answer(group, argument)
+    if verb == "repetition" and isinstance(group, Group):
+        return interleaved.answer(group, argument)
     if verb == "reference" and isinstance(group, Group):
         group.compute_reference(argument)
         return Reply("done")
     row = group.measure(*argument)
-    kind, _ = strangers.blamed(RuntimeError(row.detail.get("exception", "")))  # a finding of an invariant's
+    kind, _ = errors.blamed(RuntimeError(row.detail.get("exception", "")))  # a finding of an invariant's
     return Reply("row", row=row, data=group.environment.to_dict(), blamed=kind)
 
 
@@ -125,20 +121,20 @@ def serve(job: Job, connection: Connection) -> None:
                     group = group or begun(job, connection)
                     reply = answered(group, verb, argument)
             except Exception as error:
-                reply = told(error)
+                reply = failure(error)
             connection.send(reply)
-            if reply.blamed == strangers.DEVICE:
+            if reply.blamed == errors.DEVICE:
                 return
 
 
-def told(error: Exception) -> Reply:
+def failure(error: Exception) -> Reply:
     """What went wrong: one line where the user or the machine is to blame, else a traceback."""
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, HarnessError):
         return Reply("error", text=str(error))
-    kind, line = strangers.blamed(error)
+    kind, line = errors.blamed(error)
     if kind:
-        return Reply("error", text=strangers.told(kind, line), blamed=kind)
+        return Reply("error", text=errors.explained(kind, line), blamed=kind)
     if cache.no_room(error):
         return Reply("error", text=f"a disk is full or cannot be written ({text}): make room, then --resume")
     return Reply("bug", text="".join(traceback.format_exception(error)))
@@ -154,13 +150,13 @@ class Needs:
 
 def needs(options: Options, cases: Sequence[Case]) -> Needs:
     """Of every group of the cases; a group that cannot be predicted counts as the reference alone."""
-    found = Needs({}, {})
+    predicted = Needs({}, {})
     for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
         checkpoint = checkpoints.of_session(model, options)
-        found.folders[model] = str(checkpoint.directory)
+        predicted.folders[model] = str(checkpoint.directory)
         for case in {case.group: case for case in cases if case.model == model}.values():
-            found.bytes[case.group] = group_bytes(case, checkpoint)
-    return found
+            predicted.bytes[case.group] = group_bytes(case, checkpoint)
+    return predicted
 
 
 def group_bytes(case: Case, checkpoint: Checkpoint) -> int:

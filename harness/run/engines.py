@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from harness.core import gpus as probe
+from harness.core import gpus
 from harness.core.errors import HarnessError
 from harness.core.options import Options
 from harness.core.records import Case
@@ -21,11 +21,11 @@ def check(options: Options, workers: int) -> None:
     """HarnessError where the engine is not installed, or xdist's workers are asked for beside it."""
     if options.engine != "ray":
         return
-    from harness.run.ray import connection  # local: only where Ray is asked for
+    from harness.run.ray import cluster  # local: only where Ray is asked for
 
     if workers:
         raise HarnessError("-n starts workers of pytest-xdist and --engine ray has Ray's: leave one of them out")
-    connection.require()
+    cluster.require()
 
 
 def runner_of(options: Options) -> type[Runner]:
@@ -44,12 +44,12 @@ def cuda(options: Options) -> bool:
     """
     if options.device == "cpu":
         return False
-    here = bool(probe.cuda_devices())
+    here = bool(gpus.cuda_devices())
     if here or options.engine != "ray" or not options.ray_address:
         return here
-    from harness.run.ray import connection  # local: only where Ray is asked for
+    from harness.run.ray import cluster  # local: only where Ray is asked for
 
-    return any(node.gpus for node in connection.living(connection.connect(options.ray_address, threads())))
+    return any(node.gpus for node in cluster.living(cluster.connect(options.ray_address, threads())))
 
 
 def check_cards(cases: Sequence[Case], options: Options, usable: bool, workers: int) -> None:
@@ -65,12 +65,12 @@ def check_cards(cases: Sequence[Case], options: Options, usable: bool, workers: 
     if needy and len(needy) == len(cases) and not usable and not options.allow_missing:
         elsewhere = f", and no node of the Ray cluster at {options.ray_address} has one" if options.ray_address else ""
         fix = f"use --device cpu, or --allow-missing to report the {len(needy)} cases as missing"
-        raise HarnessError(f"no CUDA device: {probe.trouble()}{elsewhere}; {fix}")
-    if needy and workers and (gpus := probe.cuda_devices()):
-        probe.refuse_crowd(workers, gpus)
+        raise HarnessError(f"no CUDA device: {gpus.trouble()}{elsewhere}; {fix}")
+    if needy and workers and (cards := gpus.cuda_devices()):
+        gpus.refuse_crowd(workers, cards)
 
 
 def pin(place: int) -> None:
     """Leave this process and what it starts one card: that at a place of the caller's CUDA_VISIBLE_DEVICES."""
-    if place < len(probe.cuda_devices()):  # beyond it the controller refuses the session
-        os.environ[probe.VISIBLE] = probe.entry(place, os.environ.get(probe.VISIBLE))
+    if place < len(gpus.cuda_devices()):  # beyond it the controller refuses the session
+        os.environ[gpus.VISIBLE] = gpus.entry(place, os.environ.get(gpus.VISIBLE))

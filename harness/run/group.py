@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from harness.core import catalog, environment
-from harness.core.contracts import Member, Method, TokenPlan, Window
+from harness.core.contracts import Arguments, Checkpoint, Member, Method, TokenPlan, Window
 from harness.core.errors import MissingPackage
 from harness.core.files import locked, replace_text, sha256_file
 from harness.core.records import Case, Figure, Row
@@ -26,12 +26,13 @@ from harness.core.specification import parse
 from harness.core.values import digest
 from harness.inputs.models import checkpoints, sizes
 from harness.inputs.texts import corpora, protocols
-from harness.methods.quantizing import arguments, bnb, calibration
+from harness.methods.quantizing import arguments, bnb, calibration, compiled
 from harness.metrics.measuring import census, engine, sequential
 from harness.metrics.measuring.devices import open_device
-from harness.results import losses as nllfiles
+from harness.results import losses
+from harness.results.directory import LOSSES
 from harness.run import project
-from harness.run.fingerprints import Inputs
+from harness.run.fingerprints import StartInputs
 from harness.run.messages import Job, Reply, Stop
 from harness.run.plan import method_of, missing_packages, packages
 
@@ -44,24 +45,38 @@ if TYPE_CHECKING:
 RESOLUTION_NATS = 0.005  # half-width at which an undecided, early-stopped delta is known well enough: 0.5% perplexity
 
 
+def as_run(text: str, device: str, batch_size: int, known: Mapping[str, Method]) -> tuple[Method, Arguments, int, str]:
+    """A method as it is run on a device: itself, its arguments, windows in one forward pass, and the id of all that."""
+    method = method_of(parse(text), known)
+    values = arguments.resolve(parse(text), method, device)
+    windows = batch_size if method.batch_invariant else 1
+    return method, values, windows, arguments.method_id(method, values, windows)
+
+
 class Group:
     """One model under one method in this process: the `Subject` that metrics measure."""
 
-    def __init__(self, job: Job, connection: Connection) -> None:
+    def __init__(
+        self,
+        job: Job,
+        connection: Connection | None,
+        methods: Mapping[str, Method] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Of the catalogue's methods and the job's checkpoint, unless others are given (`live`)."""
         self.job, self.connection, options = job, connection, job.options
         project.open_to(options.declared)
-        self.method: Method = method_of(parse(job.method), catalog.methods())
-        self.arguments = arguments.resolve(parse(job.method), self.method, job.device)
-        self.batch_size = options.batch_size if self.method.batch_invariant else 1
-        self.method_id = arguments.method_id(self.method, self.arguments, self.batch_size)
+        known = catalog.methods() if methods is None else methods
+        batch = options.batch_size
+        self.method, self.arguments, self.batch_size, self.method_id = as_run(job.method, job.device, batch, known)
+        self.arguments = replace(self.arguments, declared=options.declared)
+        reference = as_run(job.reference, job.device, batch, known)
+        self.reference_method, self.reference_arguments, self.reference_batch, self.reference_id = reference
         every = packages(self.method, self.arguments.values)
+        every |= {name: environment.installed_version(name) or "absent" for name in self.method.uses}
         self.libraries = {name: version for name, version in every.items() if name not in environment.LIBRARIES}
-        self.reference_method = method_of(parse(job.reference), catalog.methods())
-        self.reference_arguments = arguments.resolve(parse(job.reference), self.reference_method, job.device)
-        self.reference_batch = options.batch_size if self.reference_method.batch_invariant else 1
-        self.reference_id = arguments.method_id(self.reference_method, self.reference_arguments, self.reference_batch)
-        self.inputs = Inputs(job.inputs)
-        self.checkpoint = self.inputs.checkpoint(lambda: checkpoints.of_session(job.model, options))
+        self.inputs = StartInputs(job.inputs)
+        self.checkpoint = checkpoint or self.inputs.checkpoint(lambda: checkpoints.of_session(job.model, options))
         self.repetitions = options.repetitions
         self.device = open_device(job.device)
         self.environment = environment.capture(job.device, job.threads, loaded_facts(job.device))
@@ -117,17 +132,26 @@ class Group:
                 raise MissingPackage(name, f"the method '{self.job.method}'")
             predicted = sizes.predict(self.config, self.method, self.arguments)
             self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
-            self.connection.send(Reply("predicted", data=self.predicted))
+            if self.connection is not None:
+                self.connection.send(Reply("predicted", data=self.predicted))
             original = checkpoints.modules(self.checkpoint, self.config, self.arguments.dtype)
             self.device.reset_peak()
             model = self.method.load(self.checkpoint, self.arguments, self.job.device)
-            self.before = {**self.device.peak(), **sizes.measure(model)}
-            self.census = census.census(model, self.method, self.arguments, original)
-            if self.job.device != "cpu":  # evidence that the device did the work, kept with every row; else no row
-                ids = torch.ones((1, 8), dtype=torch.long, device=self.job.device)
-                self.proof = self.device.proof(lambda: model(input_ids=ids))
+            self.examine(model, original)
             self._model = model
         return self._model
+
+    def examine(self, model: nn.Module, original: Mapping[str, nn.Module]) -> None:
+        """What every row of the loaded model holds; `original` as in `census`."""
+        self.before = {**self.device.peak(), **sizes.measure(model)}
+        self.census = self.counted(model, original)
+        if self.job.device != "cpu":  # evidence that the device did the work, kept with every row; else no row
+            ids = torch.ones((1, 8), dtype=torch.long, device=self.job.device)
+            self.proof = self.device.proof(lambda: model(input_ids=ids))
+
+    def counted(self, model: nn.Module, original: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """The census of the loaded model."""
+        return census.census(model, self.method, self.arguments, original)
 
     @property
     def reference(self) -> nn.Module:
@@ -154,16 +178,16 @@ class Group:
         """The reference's, once a session: the first process to need it computes it, the others wait and read."""
         plan = (self.plan.protocol_id, self.plan.token_hash)
         key = digest([self.checkpoint.revision, self.reference_id, *plan, *self.world])
-        folder = self.job.options.report_dir / "nll"
+        folder = self.job.options.report_dir / LOSSES
         index = folder / f"reference-{key[:32]}"
         with locked(folder / f".{key[:32]}.lock"):
             sha = index.read_text(errors="replace") if index.is_file() else ""
-            if not nllfiles.holds(folder, sha):  # nobody computed it yet, or what was kept is damaged
+            if not losses.holds(folder, sha):  # nobody computed it yet, or what was kept is damaged
                 model = self.model if self.case.method == self.case.reference else self.reference
-                sha = nllfiles.save(folder, self.score(model, self.reference_method, self.reference_batch))
+                sha = losses.save(folder, self.score(model, self.reference_method, self.reference_batch))
                 self.inputs.untouched(self.checkpoint)
                 replace_text(index, sha)
-            nll = nllfiles.load(folder, sha)
+            nll = losses.load(folder, sha)
             assert nll is not None
             return nll
 
@@ -204,12 +228,12 @@ class Group:
         texts = self._text_facts(member, figure.detail.get("whole", True)) if case.dataset else {}
         calibrated = self._calibration(case)
         aligned = bool(self.method.grid) and self.method.grid == self.checkpoint.grid
-        told = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": aligned}
-        told |= {"libraries": self.libraries, "precision": self.device.precision}
-        told |= {"method_note": self.method.notes.get(case.device, "")}
+        facts = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": aligned}
+        facts |= {"libraries": self.libraries, "precision": self.device.precision}
+        facts |= {"method_note": self.method.notes.get(case.device, "")}
         if member.timed and case.method != case.reference:
-            told |= {"reference_id": self.reference_id}  # its dtype may be another: a ratio of times holds both
-        notes = {name: value for name, value in told.items() if value}
+            facts |= {"reference_id": self.reference_id}  # its dtype may be another: a ratio of times holds both
+        notes = {name: value for name, value in facts.items() if value}
         detail = {**figure.detail, **calibrated, **notes, **texts.pop("detail", {})}
         self.inputs.untouched(self.checkpoint)
         return Row.of(
@@ -242,26 +266,32 @@ class Group:
         windows = [window for window in self.plan.windows if window.scored]
         counts, spans = [window.scored for window in windows], protocols.window_slices(self.plan)
         reference = self.reference_nll().astype(np.float64)
-        known = stop.variance if stop.token_hash == self.plan.token_hash else None
-        sequence = sequential.Sequential(known, stop.bound, RESOLUTION_NATS, counts=counts, alpha=stop.alpha)
+        variance = stop.variance if stop.token_hash == self.plan.token_hash else None
+        sequence = sequential.Sequential(variance, stop.bound, RESOLUTION_NATS, counts=counts, alpha=stop.alpha)
 
-        losses: dict[int, NDArray[np.float32]] = {}  # of the windows read, by their place in the text
+        known: dict[int, NDArray[np.float32]] = {}  # losses of the windows read, by their place in the text
         order = sequential.order(self.plan.token_hash, counts).tolist()
 
         def difference(index: int) -> tuple[float, int]:
-            if index not in losses:  # as many as run at once: the next one is hardly ever read in vain
+            if index not in known:  # as many as run at once: the next one is hardly ever read in vain
                 ahead = order[order.index(index) :][: engine.STREAMS]
-                found = self.score(self.model, self.method, 1, [windows[place] for place in ahead])
+                values = self.score(self.model, self.method, 1, [windows[place] for place in ahead])
                 ends = np.cumsum([counts[place] for place in ahead])
-                losses.update(zip(ahead, np.split(found, ends[:-1]), strict=True))
-            return float((losses[index] - reference[spans[index]]).mean()), counts[index]
+                known.update(zip(ahead, np.split(values, ends[:-1]), strict=True))
+            return float((known[index] - reference[spans[index]]).mean()), counts[index]
 
         state = sequential.read(sequence, order, difference)
-        told = {"decided": state.decided, "tokens_used": state.tokens_used, "tokens_available": state.tokens_available}
-        detail = {**told, "whole": state.decided == "end", "why_whole": state.whole, "usable": True}
+        detail = {
+            "decided": state.decided,
+            "tokens_used": state.tokens_used,
+            "tokens_available": state.tokens_available,
+            "whole": state.decided == "end",
+            "why_whole": state.whole,
+            "usable": True,
+        }
         if detail["whole"]:  # every token was read: the ordinary figure, with its losses
             key = self.plan.token_hash + self.plan.protocol_id
-            self._nll[key] = np.concatenate([losses[index] for index in range(len(windows))])
+            self._nll[key] = np.concatenate([known[index] for index in range(len(windows))])
             figure = catalog.metrics()[self.case.family].measure(self, catalog.member_of(self.case))
             return replace(figure, detail=detail | dict(figure.detail))
         return Figure(state.value, "nat", state.windows, interval=(state.low, state.high), detail=detail)
@@ -271,11 +301,11 @@ class Group:
         facts: dict[str, Any] = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash}
         if not member.timed and whole:
             counts = [window.scored for window in plan.windows if window.scored]
-            folder = self.job.options.report_dir / "nll"
-            facts["nll"] = nllfiles.save(folder, self.nll())
+            folder = self.job.options.report_dir / LOSSES
+            facts["nll"] = losses.save(folder, self.nll())
             facts["detail"] = {"window_counts": counts, "tokens": plan.tokens, "protocol": plan.protocol}
             if self.case.method != self.case.reference:
-                facts["detail"]["reference_nll"] = nllfiles.save(folder, self.reference_nll())
+                facts["detail"]["reference_nll"] = losses.save(folder, self.reference_nll())
         return facts
 
 
@@ -287,7 +317,8 @@ def loaded_facts(device: str) -> dict[str, str]:
     bnb.preload()  # beside a card the fork server has left it to this process
     library = getattr(getattr(sys.modules["bitsandbytes.cextension"], "lib", None), "_lib", None)
     name = Path(getattr(library, "_name", "") or "").name
-    return {"cuda": str(torch.version.cuda or ""), "bitsandbytes_library": name}
+    cuda = str(torch.version.cuda or "")
+    return {"cuda": cuda, "bitsandbytes_library": name, "loops": compiled.runner()}
 
 
 class LayerGroup:
@@ -297,9 +328,7 @@ class LayerGroup:
     checkpoint: Any = None  # no model
 
     def __init__(self, job: Job) -> None:
-        self.method: Method = method_of(parse(job.method), catalog.methods())
-        self.arguments = arguments.resolve(parse(job.method), self.method, job.device)
-        self.method_id = arguments.method_id(self.method, self.arguments, 1)
+        self.method, self.arguments, _, self.method_id = as_run(job.method, job.device, 1, catalog.methods())
         self.device = open_device(job.device)
         self.environment = environment.capture(job.device, job.threads, loaded_facts(job.device))
 

@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from harness.core import gpus
@@ -20,7 +22,6 @@ from harness.core.catalog import member_of
 from harness.core.errors import DEVICE, HarnessError
 from harness.core.files import locked
 from harness.core.records import Case, Row, Verdict
-from harness.run import fingerprints
 from harness.run.messages import Asked, Job, Reply, Stop
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ class Process:
         except (EOFError, OSError) as error:
             raise Died(self.obituary()) from error
 
+    @property
+    def need(self) -> str:
+        """What the group's model takes, as the end of a sentence; '' where it was not predicted yet."""
+        needed = self.predicted.get("memory.storage")
+        return f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed else ""
+
     def obituary(self) -> str:
         """How the process ended and what it needed by prediction."""
         self.process.join(10)
@@ -96,6 +103,7 @@ class Runner:
     def __init__(self, options: Options, *, threads: int, lock: Path) -> None:
         self.options, self.threads, self.lock = options, threads, lock
         self.environments: dict[str, dict[str, Any]] = {}
+        self.inputs: Mapping[str, str] = {}  # what weights and texts were when the session began, where that is known
         self.arrived: Arrived = lambda row, world: None  # told of rows that were measured ahead
         self._group = ""
         self._process: Process | None = None
@@ -107,9 +115,10 @@ class Runner:
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Make checkpoints and token plans; a HarnessError here is the user's to act on, before anything ran.
 
-        Returns what identifies the weights and texts (`child.prepare`).
+        Returns what identifies the weights and texts (`child.prepare`): every group is held to it.
         """
-        return self.consult("prepare", cases, say).data or {}
+        self.inputs = self.consult("prepare", cases, say).data or {}
+        return self.inputs
 
     def consult(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
         """Ask about all cases, in a process that loads no model; its failure is the session's, its death is not yet."""
@@ -147,8 +156,8 @@ class Runner:
             try:
                 stack.enter_context(locked(self.lock, shared=not exclusive))
             except OSError as error:
-                told = f"the lock {self.lock} cannot be written ({error.strerror})"
-                return missing(case, f"{told}: make room, or set HARNESS_CACHE to a folder with more"), ""
+                fix = "make room, or set HARNESS_CACHE to a folder with more"
+                return missing(case, f"the lock {self.lock} cannot be written ({error.strerror}): {fix}"), ""
             return self._measure(case, resumable, stop)
 
     def _measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None) -> tuple[Row, str]:
@@ -165,8 +174,7 @@ class Runner:
                 process = self._process_for(case)  # another where the asked one ended
             reply = process.ask("measure", (case, stop))
         except Died as error:
-            needed = process.predicted.get("memory.storage") if process else None
-            reason = f"{error}" + (f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed else "")
+            reason = f"{error}{process.need if process else ''}"
             self._died[case.group] = self._died.get(case.group, 0) + 1
             self._deaths[case.group] = reason
             self.close()
@@ -175,9 +183,7 @@ class Runner:
             self.environments[reply.row.environment] = dict(reply.data or {})
             return reply.row, ""
         if reply.kind == "error":
-            needed = process.predicted.get("memory.storage")
-            more = f"; it needs {needed / 2**20:,.0f} MiB by prediction" if needed and reply.blamed else ""
-            return missing(case, reply.text + more), ""
+            return missing(case, reply.text + (process.need if reply.blamed else "")), ""
         return missing(case, reply.text.strip().splitlines()[-1]), reply.text
 
     def ask(self, case: Case, verb: str, argument: Any) -> Reply:
@@ -191,21 +197,21 @@ class Runner:
     def _process_for(self, case: Case) -> Process:
         if self._process is None or self._process.ended or self._group != case.group:
             self.close()
-            self._process, self._group = self._start(case, fingerprints.read(self.options.report_dir)), case.group
+            self._process, self._group = self._start(case, self.inputs), case.group
         return self._process
 
-    def _start(self, case: Case, began: Mapping[str, str]) -> Process:
+    def _start(self, case: Case, inputs: Mapping[str, str]) -> Process:
         """A group's process; `Died` where the system gives none, a fork server that went down tried anew once."""
         for tries in range(DEATHS):
             try:
-                return self._started(case, began)
+                return self._started(case, inputs)
             except (OSError, EOFError) as error:
                 if tries + 1 == DEATHS:
                     fix = ": set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
                     raise Died(f"the group's process could not be started ({error!r}){fix}") from error
         raise AssertionError("unreachable")
 
-    def _started(self, case: Case, began: Mapping[str, str]) -> Process:
+    def _started(self, case: Case, inputs: Mapping[str, str]) -> Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["harness.run.preload"])
         beside = {BESIDE_CARD: "1"} if gpus.beside_card() else {}
@@ -213,10 +219,11 @@ class Runner:
             forkserver.ensure_running()
         asked = (case.model, case.method, case.device, case.reference)
         shown = os.environ.get(gpus.VISIBLE) if case.device == "cuda" else ""  # a case on the processor sees no card
-        job = Job(self.options, *asked, self.threads, self._logs / "child.log", began, shown)
+        job = Job(self.options, *asked, self.threads, self._logs / "child.log", inputs, shown)
         here, there = context.Pipe()
         process = context.Process(target=run_group, args=(job, there), daemon=True)
-        process.start()
+        with without_main():
+            process.start()
         there.close()
         return Process(process, here, job.log)
 
@@ -255,6 +262,17 @@ def server_environment(threads: int) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
     }
+
+
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Hide the caller's script from multiprocessing, which would run it again in a process that needs nothing of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextlib.contextmanager

@@ -47,12 +47,12 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One turn of a timing that several processes take in turn: `lead` untimed repetitions, then a timed one."""
+class Repetition:
+    """One step of a timing interleaved over processes: `lead` untimed repetitions, then a timed one."""
 
     case: Case
     lead: int = 0
-    figure: Figure | None = None  # what came of all turns: answered by the row that holds it
+    figure: Figure | None = None  # what came of all of them: answered by the row that holds it
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from harness.core.specification import Specification
 from harness.inputs.models import names as models
 from harness.inputs.texts import corpora, protocols
 from harness.methods.quantizing import arguments, calibration
-from harness.metrics.measuring.invariants import checks
+from harness.metrics.measuring import checks
 from harness.run.shards import partition
 
 CORE = (
@@ -41,24 +42,38 @@ def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     for model in options.models:
         models.declared_source(model, options.declared)
     for dataset in options.datasets:
-        corpora.check_name(dataset, options.declared)
-    texts = [(dataset, protocols.parse(protocol)) for dataset in options.datasets for protocol in options.protocols]
-    found: dict[Case, None] = {}  # a set that keeps its order
+        corpora.resolve(dataset, options.declared)
+    planned: dict[Case, None] = {}  # a set that keeps its order
     for device in devices(options, cuda_visible):
         for specification, method in methods:
             calibration.refuse_evaluation_text(
                 arguments.resolve(specification, method, device), options.datasets, str(specification)
             )
-        for model, (specification, method), member in itertools.product(options.models, methods, members):
-            if not applies(member, method, options, own=specification == options.reference):
-                continue
-            rest = (member.name, device, str(options.reference))
-            for dataset, protocol in texts if member.textual else ():
-                if not member.protocols or protocol.name in member.protocols:
-                    found[Case(str(model), str(specification), str(dataset), str(protocol), *rest)] = None
-            if not member.textual:
-                found[Case(str(model), str(specification), "", "", *rest)] = None
-    return tuple(found)
+        planned |= dict.fromkeys(cases(options, methods, members, device))
+    return tuple(planned)
+
+
+def cases(
+    options: Options, methods: Sequence[tuple[Specification, Method]], members: Sequence[Member], device: str
+) -> Iterator[Case]:
+    """The cases of the options' models and texts under some methods, on one device."""
+    texts = [(dataset, protocols.parse(protocol)) for dataset in options.datasets for protocol in options.protocols]
+    for model, (specification, method), member in itertools.product(options.models, methods, members):
+        if not applies(member, method, options, own=specification == options.reference):
+            continue
+        rest = (member.name, device, str(options.reference))
+        for dataset, protocol in texts if member.textual else ():
+            if not member.protocols or protocol.name in member.protocols:
+                yield Case(str(model), str(specification), str(dataset), str(protocol), *rest)
+        if not member.textual:
+            yield Case(str(model), str(specification), "", "", *rest)
+
+
+def whole(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
+    """`plan`, and before it the invariants, which are planned apart and cost little, where the metrics name them."""
+    rest = tuple(name for name in options.metrics if name != "invariant")
+    behaviour = invariant_plan(options, cuda_visible) if rest != options.metrics else ()
+    return (*behaviour, *(plan(replace(options, metrics=rest), cuda_visible) if rest or not behaviour else ()))
 
 
 def applies(member: Member, method: Method, options: Options, *, own: bool) -> bool:
@@ -72,17 +87,17 @@ def applies(member: Member, method: Method, options: Options, *, own: bool) -> b
 def invariant_plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     """Every invariant of the methods asked for, on a layer and on the tiny models; a process's cases together."""
     members = {member.name: member for member in catalog.metrics()["invariant"].members}
-    found: list[Case] = []
+    planned: list[Case] = []
     for device in devices(options, cuda_visible):
         for model in (checks.LAYER, *checks.MODELS):
             for specification, method in chosen_methods(options):
                 arguments.resolve(specification, method, device)
                 names = [checks.metric(check) for check in checks.CHECKS if check.runs(model, method)]
-                found += [
+                planned += [
                     Case(model, str(specification), "", "", members[name].name, device, str(options.reference))
                     for name in names
                 ]
-    return tuple(found)
+    return tuple(planned)
 
 
 def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
@@ -133,11 +148,11 @@ def packages(method: Method, values: Mapping[str, Any]) -> dict[str, str]:
     """Distributions that the method needs with these values of its arguments, and their versions: '' where absent."""
     chosen = ((parameter, values.get(key, parameter.default)) for key, parameter in method.parameters.items())
     names = [*method.requires, *(one.requires[value] for one, value in chosen if value in one.requires)]
-    found = dict.fromkeys(names, "")
+    versions = dict.fromkeys(names, "")
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def missing_packages(method: Method, values: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
@@ -176,9 +191,9 @@ def chosen_members(asked: Iterable[str]) -> list[Member]:
 
 def selected(items: Iterable[Any]) -> tuple[Case, ...]:
     """The cases of pytest's collected items, each once."""
-    found = (getattr(item, "callspec", None) for item in items)
-    cases = (spec.params.get("harness_case") for spec in found if spec)
-    return tuple(dict.fromkeys(case for case in cases if case is not None))
+    calls = (getattr(item, "callspec", None) for item in items)
+    planned = (call.params.get("harness_case") for call in calls if call)
+    return tuple(dict.fromkeys(case for case in planned if case is not None))
 
 
 def cut(items: Iterable[T], whole: Sequence[Case], shard: Shard) -> tuple[list[T], list[T]]:

@@ -12,11 +12,11 @@ import os
 
 gc.disable()
 try:
-    from harness.methods.quantizing import bnb, fused
+    from harness.methods.quantizing import bnb, int8
 
     if "HARNESS_BESIDE_CARD" not in os.environ:
         bnb.preload()
-    fused.preload()
+    int8.preload()
     from harness.run import child, local  # noqa: F401
 finally:  # the fork server goes on where an import fails, and its children tell why
     gc.freeze()

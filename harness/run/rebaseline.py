@@ -5,10 +5,11 @@ Figures are looked up and judged as a session does it; exact facts are compared 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -17,23 +18,19 @@ from harness.core.catalog import member_of
 from harness.core.environment import Environment, difference
 from harness.core.errors import HarnessError
 from harness.core.files import replace_text
-from harness.core.records import Case, Row, Verdict
-from harness.core.text import NOTHING, percent, plural
+from harness.core.records import Row, Verdict
+from harness.core.text import NOTHING, plural
 from harness.judge import baselines, bounds
-from harness.judge.facts import changes, exact_document, exact_facts, exact_path, holds, provenance, read_exact
+from harness.judge.baselines import changes, exact_document, exact_facts, exact_path, holds, provenance, read_exact
 from harness.judge.recorded import Recorded
-from harness.judge.wording import shown
-from harness.report.markup import code, escape, table
-from harness.results import losses as nllfiles
-from harness.results.reading import read_report
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from harness.judge.verdicts import shown
+from harness.report.account import change
+from harness.report.markup import bullets, code, escape, measure, table
+from harness.results.directory import LOSSES, nll_reader, read_report
 
 
 @dataclass(frozen=True)
-class Figure:
+class Proposed:
     """One figure that would be recorded: as judged, and what is recorded of it now."""
 
     row: Row
@@ -50,7 +47,7 @@ class Figure:
 class Proposal:
     """What would be written, and why other rows would not."""
 
-    figures: tuple[Figure, ...]
+    figures: tuple[Proposed, ...]
     facts: Mapping[Path, tuple[dict[str, Any], tuple[str, ...]]]  # file -> the document, and what changes in it
     same: int
     refused: tuple[tuple[Row, str], ...]  # with the reason
@@ -65,61 +62,43 @@ def propose(report: Path, folder: Path) -> Proposal:
     if not rows:
         raise HarnessError(f"{report} holds no measured case: nothing to record")
     rules, known = bounds.load(folder), baselines.Baselines(folder)
-    figures, refused, same = list[Figure](), list[tuple[Row, str]](), 0
+    nll = nll_reader(report, *(path.parent for path in sorted(folder.glob("*/nll"))))
+    figures, refused, same = list[Proposed](), list[tuple[Row, str]](), 0
     for row in {row.case: row for row in rows}.values():
         if row.environment not in session.environments:
             refused.append((row, f"its environment {row.environment} is not in environments.json"))
             continue
         world = Environment.from_dict(session.environments[row.environment])
-        found = known.find(row.case, world)
-        judged = judge.judge(
-            row, member_of(row.case), bounds=rules, recorded=found, environment=world,
-            nll=losses(report, folder),
-        )  # fmt: skip
+        recorded = known.find(row.case, world)
+        judged = judge.judge(row, member_of(row.case), bounds=rules, recorded=recorded, environment=world, nll=nll)
         if member_of(row.case).exact:
             continue  # its file is compared below
-        if judged.verdict_baseline is Verdict.SAME and found and found.carries:
+        if judged.verdict_baseline is Verdict.SAME and recorded and recorded.carries:
             same += 1
         elif baselines.to_record([judged], "all"):
-            figures.append(Figure(judged, found, world))
+            figures.append(Proposed(judged, recorded, world))
         else:
             refused.append((judged, judged.reason or "nothing that can be recorded"))
-    return Proposal(tuple(figures), facts(rows, session.environments, folder), same, tuple(refused), report,
-                    session.environments)  # fmt: skip
-
-
-def losses(report: Path, folder: Path) -> Callable[[str], NDArray[np.float32] | None]:
-    """Per-token NLL by sha, of the report or of any model's baselines."""
-    homes = [report / "nll", *sorted(folder.glob("*/nll"))]
-
-    def read(sha: str) -> NDArray[np.float32] | None:
-        return next((found for home in homes if (found := nllfiles.load(home, sha)) is not None), None)
-
-    return read
+    worlds = session.environments
+    return Proposal(tuple(figures), facts(rows, worlds, folder), same, tuple(refused), report, worlds)
 
 
 def facts(
     rows: Sequence[Row], environments: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> dict[Path, tuple[dict[str, Any], tuple[str, ...]]]:
     """The files of exact facts that would change: the document, and the facts that are new or other."""
-    found: dict[Path, tuple[dict[str, Any], tuple[str, ...]]] = {}
+    changed: dict[Path, tuple[dict[str, Any], tuple[str, ...]]] = {}
     for row in rows:
-        brought = exact_facts(row, member_of(row.case))
+        brought, case = exact_facts(row, member_of(row.case)), row.case
         if not brought or row.environment not in environments:
             continue
-        path = exact_path(folder, row.case)
-        before = found[path][0] if path in found else read_exact(path)
-        lines = changes(before, brought) + ([] if holds(before, brought) else [added(row.case)])
-        if lines:
-            kept = found[path][1] if path in found else ()
+        path = exact_path(folder, case)
+        before, kept = changed.get(path) or (read_exact(path), ())
+        new = f"new: {case.metric}" + (f" on {case.dataset} under {case.protocol}" if case.dataset else "")
+        if lines := changes(before, brought) + ([] if holds(before, brought) else [new]):
             document = exact_document(before, brought, provenance(environments[row.environment]))
-            found[path] = document, tuple(dict.fromkeys((*kept, *lines)))
-    return found
-
-
-def added(case: Case) -> str:
-    """What a case's facts are of, where none were recorded."""
-    return f"new: {case.metric}" + (f" on {case.dataset} under {case.protocol}" if case.dataset else "")
+            changed[path] = document, tuple(dict.fromkeys((*kept, *lines)))
+    return changed
 
 
 def render(proposal: Proposal) -> str:
@@ -136,44 +115,35 @@ def render(proposal: Proposal) -> str:
         parts.append(table(headers, [_line(figure) for figure in proposal.figures], words=(0, 1, 2, -2)))
     parts += _environments(proposal.figures)
     for path, (_, lines) in proposal.facts.items():
-        parts.append("\n".join([f"Exact facts, {code(path.name)} of {code(path.parent.name)}:", "",
-                                *(f"- {escape(line)}" for line in lines)]))  # fmt: skip
+        parts.append(bullets(f"Exact facts, {code(path.name)} of {code(path.parent.name)}:", map(escape, lines)))
     if proposal.refused:
-        told = (f"- {code(row.case.id)}: {escape(reason)}" for row, reason in proposal.refused)
-        parts.append("\n".join(["Not recorded, and why:", "", *told]))
+        reasons = (f"{code(row.case.id)}: {escape(reason)}" for row, reason in proposal.refused)
+        parts.append(bullets("Not recorded, and why:", reasons))
     return "\n\n".join(parts) + "\n"
 
 
-def _line(figure: Figure) -> list[str]:
+def _line(figure: Proposed) -> list[str]:
     row, recorded = figure.row, figure.recorded
-    text = f" {code(row.dataset)} {code(row.protocol)}" if row.dataset else ""
     old = shown(recorded.value, row.unit) if recorded else NOTHING
-    told: Any = row.detail.get("change")
-    change = NOTHING
-    if isinstance(told, Mapping):
-        change = "{} [{}, {}]".format(*(percent(told[name]) for name in ("value", "low", "high")))
-    elif recorded and row.value is not None:
-        change = f"{row.value - recorded.value:+.6g} {row.unit}"
+    moved = change(row)
+    if moved == NOTHING and recorded and row.value is not None:
+        moved = f"{row.value - recorded.value:+.6g} {row.unit}"
     times = f"{recorded.repeats if recorded else NOTHING} → {max(1, len(row.samples))}"
     value = shown(row.value, row.unit) if row.value is not None else NOTHING
-    names = [code(row.model), code(row.method), code(row.metric) + text]
+    names = [code(row.model), code(row.method), measure(row.case)]
     beside = recorded is not None and not figure.replaces
     word = f"new beside {recorded.file}" if recorded and beside else str(row.verdict_baseline)
-    return [*names, old, value, change, escape(word), times]
+    return [*names, old, value, moved, escape(word), times]
 
 
-def _environments(figures: Sequence[Figure]) -> list[str]:
-    groups: dict[tuple[str, ...], list[Figure]] = {}
-    for figure in figures:
-        if figure.recorded is not None:
-            lines = tuple(difference(figure.recorded.environment, figure.environment))
-            groups.setdefault(lines, []).append(figure)
+def _environments(figures: Sequence[Proposed]) -> list[str]:
+    compared = [
+        tuple(difference(figure.recorded.environment, figure.environment)) for figure in figures if figure.recorded
+    ]
+    none = ["none: the same environment gave another figure"]
     return [
-        "\n".join(
-            [f"Environment difference of {plural(len(found), 'figure')}:", ""]
-            + ([f"- {escape(line)}" for line in lines] or ["- none: the same environment gave another figure"])
-        )
-        for lines, found in groups.items()
+        bullets(f"Environment difference of {plural(count, 'figure')}:", map(escape, lines or none))
+        for lines, count in Counter(compared).items()
     ]
 
 
@@ -184,7 +154,7 @@ def write(proposal: Proposal, folder: Path) -> list[Path]:
         The files written, in order.
     """
     rows = [figure.row for figure in proposal.figures]
-    written = baselines.record(folder, rows, proposal.environments, proposal.report / "nll")
+    written = baselines.record(folder, rows, proposal.environments, proposal.report / LOSSES)
     for path, (document, _) in proposal.facts.items():
         replace_text(path, yaml.safe_dump(document, default_flow_style=False, allow_unicode=True, indent=2))
         written.append(path)

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness import judge
 from harness.core.catalog import member_of
 from harness.core.environment import Environment, capture
-from harness.core.errors import BadFile, HarnessError
-from harness.core.files import cache_dir, owned
+from harness.core.errors import HarnessError
+from harness.core.files import timing_lock
 from harness.core.records import Case, Row, Verdict
 from harness.core.specification import parse
-from harness.core.values import parse_json
-from harness.inputs.models import names as models
+from harness.inputs.models import names
 from harness.inputs.texts import corpora
 from harness.judge import baselines, bounds, error_rate, known_faults
-from harness.judge.facts import changes, exact_facts
+from harness.judge.baselines import changes, exact_facts
 from harness.metrics.measuring import sequential
-from harness.metrics.measuring.invariants.checks import LAYER
-from harness.results import losses as nllfiles
-from harness.results.reading import sound_rows
+from harness.metrics.measuring.checks import LAYER
+from harness.results import losses
+from harness.results.directory import ReportDirectory
 from harness.run import engines
 from harness.run.messages import Asked, Stop
 
@@ -35,39 +30,34 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from harness.core.options import Options
-
-
-# what a session leaves in its report directory beside plots and losses
-TABLES = (
-    "measurements.jsonl",
-    "environments.json",
-    "plan.json",
-    "session.json",
-    "shard.json",
-    "published.json",
-    "report.md",
-    "inputs.json",
-)
-OWNED = ".session.lock"  # in a report directory: held by the session that writes it
-UNFINISHED = (*(f".{name}.*" for name in TABLES), ".*.svg.*", ".writable-*", "nll/.*.npz.*", "nll/.reference-*")
+    from harness.run.local import Runner
 
 
 class Session:
     """Everything a process needs to answer `check(case)`."""
 
-    def __init__(self, options: Options, threads: int, cases: Sequence[Case] = ()) -> None:
+    def __init__(
+        self,
+        options: Options,
+        threads: int,
+        cases: Sequence[Case] = (),
+        runner: Callable[..., Runner] | None = None,
+    ) -> None:
+        """`runner` makes what measures; None: what the options' engine is."""
         self.options = options
+        self.directory = ReportDirectory(options.report_dir)
         self.bounds = bounds.load(options.baselines)
         self.faults = known_faults.load(options.baselines)
         self.baselines = baselines.Baselines(options.baselines)
         self.tests = error_rate.tests(cases, self.bounds, stop_early=options.stop_early)
         # machine-wide: a latency measured in one session must not run beside another session's cases
-        self.runner = engines.runner_of(options)(options, threads=threads, lock=cache_dir() / "timing.lock")
+        runner = runner or engines.runner_of(options)
+        self.runner: Runner = runner(options, threads=threads, lock=timing_lock())
 
     @cached_property
     def resumable(self) -> dict[str, Row]:
         """Finished rows of the report directory by case id, with --resume."""
-        return read_rows(self.options.report_dir / "measurements.jsonl") if self.options.resume else {}
+        return self.directory.resumable() if self.options.resume else {}
 
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Check assets here, without torch, then make checkpoints and token plans in a process of their own.
@@ -76,7 +66,7 @@ class Session:
         """
         declared = self.options.declared
         for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
-            models.check(
+            names.locate(
                 parse(model),
                 declared,
                 allow_pickle=self.options.allow_pickle,
@@ -87,6 +77,10 @@ class Session:
         inputs = self.runner.prepare(cases, say)
         self.runner.begin(cases, lambda case: Asked(case, self.resumable.get(case.id), self.stop(case)))
         return inputs
+
+    def hold_inputs(self) -> None:
+        """In a worker: hold groups to what the controller's `prepare` found, as the report directory has it."""
+        self.runner.inputs = self.directory.known_inputs()
 
     def check(self, case: Case, *, reason_missing: str = "") -> tuple[Row, str]:
         """Measure and judge a case; returns its row and, where a bug was met, the traceback."""
@@ -141,15 +135,11 @@ class Session:
     def world(self, row: Row) -> Mapping[str, Any]:
         """The same as JSON: of this process's measurements, or of the report that is being resumed."""
         here = self.runner.environments.get(row.environment)
-        return here or known_environments(self.options.report_dir).get(row.environment, {})
+        return here or self.directory.known_environments().get(row.environment, {})
 
     def nll(self, sha: str) -> NDArray[np.float32] | None:
         """Per-token NLL by its sha, from this report or from the baselines of any model."""
-        for folder in (self.options.report_dir / "nll", *sorted(self.options.baselines.glob("*/nll"))):
-            found = nllfiles.load(folder, sha)
-            if found is not None:
-                return found
-        return None
+        return losses.find((self.directory.losses, *sorted(self.options.baselines.glob("*/nll"))), sha)
 
     def facts(self, row: Row) -> dict[str, Any]:
         """The exact facts a row brings, to be held with pytest-regressions."""
@@ -158,91 +148,3 @@ class Session:
     def close(self) -> None:
         """End the group's process."""
         self.runner.close()
-
-
-def read_rows(path: Path, note: Callable[[str], None] = lambda line: None) -> dict[str, Row]:
-    """Measured rows by case id that can be resumed, the last one winning.
-
-    A damaged line, and a row whose losses or environment are gone or damaged, are left out: their cases are measured
-    again. `note` gets a line on them.
-    """
-    rows, damaged = sound_rows(path) if path.is_file() else ((), 0)
-    measured = {row.case.id: row for row in rows if row.value is not None}
-    worlds = known_environments(path.parent)
-    whole = functools.cache(functools.partial(nllfiles.holds, path.parent / "nll"))  # many rows share a loss
-    found = {name: row for name, row in measured.items() if row.environment in worlds and losses_hold(row, whole)}
-    if damaged or len(found) < len(measured):
-        lost = len(measured) - len(found)
-        note(f"harness: {damaged} damaged lines and {lost} rows without their losses or environment: measured again")
-    return found
-
-
-def losses_hold(row: Row, whole: Callable[[str], bool]) -> bool:
-    """Whether the per-token losses that a row names are there and whole."""
-    names = [name for name in (row.nll, row.detail.get("reference_nll")) if name]
-    return all(isinstance(name, str) and whole(name) for name in names)
-
-
-def open_report(folder: Path, *, keep: bool) -> None:
-    """Make the report directory ready, emptied of an earlier session's measurements unless they are kept.
-
-    Only what sessions leave is removed, never what lies behind a link.
-    """
-    losses = folder / "nll"
-    try:
-        for path in (losses, *(folder / name for name in TABLES)):
-            if path.is_symlink():  # what is written and removed here stays here
-                raise HarnessError(f"--report-dir {folder}: its {path.name} is a link to another place: remove it")
-        losses.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        for pattern in UNFINISHED:  # of a session that was killed
-            for left in folder.glob(pattern):
-                left.unlink(missing_ok=True)
-        for old in () if keep else (*(folder / name for name in TABLES), *folder.glob("*.svg"), *losses.iterdir()):
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        raise HarnessError(f"--report-dir {folder} cannot be written: {error.strerror or error}") from error
-
-
-def take(folder: Path) -> IO[str]:
-    """The lock that one session holds on its report directory; HarnessError where another one has it."""
-    with writing(folder, "--report-dir "):
-        folder.mkdir(parents=True, exist_ok=True)
-        owner = owned(folder / OWNED)
-    if owner is None:
-        raise HarnessError(f"another session writes --report-dir {folder}: wait for its end, or name another directory")
-    return owner
-
-
-def give_up(folder: Path, owner: IO[str] | None) -> None:
-    """Leave a report directory that a session took and could not begin in; nothing half-made stays."""
-    if owner is None:
-        return
-    with contextlib.suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [OWNED]:
-            (folder / OWNED).unlink()
-            folder.rmdir()
-    owner.close()
-
-
-@contextlib.contextmanager
-def writing(folder: Path, option: str = "") -> Iterator[None]:
-    """Turn what a disk says (full, read-only, gone) into one line, which names the option that chose the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise HarnessError(
-            f"{option}{folder} cannot be written ({error.strerror or error}): make room or name another"
-        ) from error
-
-
-def known_environments(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """environments.json of a report directory, each known by the digest that it still has; empty without one."""
-    path = folder / "environments.json"
-    try:
-        data = parse_json(path.read_bytes())
-        return {name: world for name, world in data.items() if Environment.from_dict(world).id == name}
-    except (OSError, ValueError, AttributeError, TypeError, BadFile):
-        return {}

@@ -1,7 +1,7 @@
 """Static shards: a plan cut into N parts of about equal predicted cost, alike on every machine. No torch.
 
 A model under a method (a group: loaded and quantized once) stays in one shard, unless it alone is more than a shard's
-fair share; then its cases are cut in plan order, and each piece loads the model again. Pieces go, dearest first, to
+fair share; then its cases are cut in plan order, and each part loads the model again. Parts go, dearest first, to
 the shard that has least so far (longest processing time first, Graham 1969: within 4/3 of the best makespan).
 
 Costs rest on names alone, never on what one machine has on its disk: every machine must cut the same plan alike.
@@ -69,7 +69,7 @@ def costs(cases: Sequence[Case]) -> list[float]:
     loaded: set[str] = set()
     answered: set[tuple[str, ...]] = set()
     sizes: dict[str, float] = {}
-    found = []
+    prices = []
     for case in cases:
         if case.model not in sizes:
             sizes[case.model] = billions(case.model) / BILLIONS["smollm2-135m"]
@@ -81,8 +81,8 @@ def costs(cases: Sequence[Case]) -> list[float]:
         if case.group not in loaded:
             loaded.add(case.group)
             seconds += LOADING_SECONDS
-        found.append(seconds * sizes[case.model] * METHODS.get(case.method.partition(":")[0], OTHER_METHOD))
-    return found
+        prices.append(seconds * sizes[case.model] * METHODS.get(case.method.partition(":")[0], OTHER_METHOD))
+    return prices
 
 
 def partition(cases: Sequence[Case], count: int) -> list[list[Case]]:
@@ -92,14 +92,14 @@ def partition(cases: Sequence[Case], count: int) -> list[list[Case]]:
     for price, place in priced:
         groups.setdefault(cases[place].group, []).append((price, place))
     share = sum(price for price, _ in priced) / count
-    pieces = [piece for group in groups.values() for piece in cut(group, share)]
-    pieces.sort(key=lambda piece: (-sum(price for price, _ in piece), piece[0][1]))
+    parts = [part for group in groups.values() for part in cut(group, share)]
+    parts.sort(key=lambda part: (-sum(price for price, _ in part), part[0][1]))
     loads = [(0.0, index) for index in range(count)]
     shards: list[list[int]] = [[] for _ in range(count)]
-    for piece in pieces:
+    for part in parts:
         load, index = heapq.heappop(loads)
-        shards[index] += [place for _, place in piece]
-        heapq.heappush(loads, (load + sum(price for price, _ in piece), index))
+        shards[index] += [place for _, place in part]
+        heapq.heappush(loads, (load + sum(price for price, _ in part), index))
     return [[cases[place] for place in sorted(places)] for places in shards]
 
 
@@ -121,16 +121,16 @@ def longest_first(cases: Sequence[Case]) -> list[str]:
 
 
 def cut(group: Sequence[tuple[float, int]], share: float) -> list[list[tuple[float, int]]]:
-    """A group's priced cases in pieces of at most `share` seconds (one case may be dearer), in order."""
-    pieces: list[list[tuple[float, int]]] = [[]]
+    """A group's priced cases in parts of at most `share` seconds (one case may be dearer), in order."""
+    parts: list[list[tuple[float, int]]] = [[]]
     filled = 0.0
     for price, place in group:
-        if pieces[-1] and filled + price > share:
-            pieces.append([])
+        if parts[-1] and filled + price > share:
+            parts.append([])
             filled = 0.0
-        pieces[-1].append((price, place))
+        parts[-1].append((price, place))
         filled += price
-    return pieces
+    return parts
 
 
 def plan_digest(cases: Sequence[Case]) -> str:

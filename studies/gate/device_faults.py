@@ -207,7 +207,7 @@ def judged(
     case, what = Case("m", "nf4", "", "", name, "cuda"), member(name)
     row = Row.of(case, value=now, unit=what.unit, count=BLOCKS, detail=dict(detail))
     record = Recorded(name, "cuda", then, what.unit, detail=dict(before), environment=WORLD, file="m/nf4@cuda.yaml")
-    rules = bounds.Bounds(bounds.read(bounds.DEFAULTS))
+    rules = bounds.packaged()
     return judge.judge(row, what, bounds=rules, recorded=record, environment=WORLD, nll=lambda sha: None, tests=tests)
 
 

@@ -20,10 +20,9 @@ from harness.core.contracts import Window
 from harness.core.records import Verdict
 from harness.inputs.models import checkpoints, sizes
 from harness.inputs.texts import corpora, protocols
-from harness.inputs.texts import windows as windows_of
 from harness.methods import linear_int4, nf4
-from harness.methods.quantizing import bnb, codes
-from harness.methods.quantizing import stored as quantized
+from harness.methods.quantizing import bnb, stored
+from harness.methods.quantizing.codes import Functions, Recipe, divide
 from harness.metrics import perplexity
 from harness.metrics.measuring import engine
 from harness.run import group
@@ -70,7 +69,7 @@ class Fault:
         return self.guilty or self.methods[:1]
 
 
-def tampered(method: str, act: Callable[[dict[str, Any], quantized.StoredWeight], None]) -> Switch:
+def tampered(method: str, act: Callable[[dict[str, Any], stored.StoredWeight], None]) -> Switch:
     """What a weight method stored is changed after it was made; `act` gets its buffers and the store."""
 
     def init(self: Any, module: Any, recipe: Any, tables: Any) -> None:
@@ -78,21 +77,23 @@ def tampered(method: str, act: Callable[[dict[str, Any], quantized.StoredWeight]
         if recipe.method == method and not self._buffers["codes"].is_meta:
             act(self._buffers, self)
 
-    right = quantized.StoredWeight.__init__
-    return lambda: patch.object(quantized.StoredWeight, "__init__", init)
+    right = stored.StoredWeight.__init__
+    return lambda: patch.object(stored.StoredWeight, "__init__", init)
 
 
-def recipe(method: str, **functions: Callable[[Any], Any]) -> Switch:
-    """A weight method with one of its two functions (or its tables) replaced, and no loops: name=right -> wrong."""
+def recipe(method: str, quantize: Any = None, dequantize: Any = None, **values: int) -> Switch:
+    """A weight method with a wrong function, or wrong values, in place of its own, and no loops."""
 
-    def init(self: Any, module: Any, given: Any, tables: Any) -> None:
+    def init(self: Any, module: Any, given: Recipe, tables: Any) -> None:
         if given.method == method:
-            wrong = {name: make(getattr(given, name)) for name, make in functions.items()}
-            given = dataclasses.replace(given, fused=None, compiled=None, **wrong)
-        right(self, module, given, tables)
+            right = given.codes
+            functions = quantize or right.encode, dequantize or right.decode
+            codes = Functions(*functions, tables=right.tables, grain=right.grain)
+            given = dataclasses.replace(given, codes=codes, values={**given.values, **values})
+        kept(self, module, given, tables)
 
-    right = quantized.StoredWeight.__init__
-    return lambda: patch.object(quantized.StoredWeight, "__init__", init)
+    kept = stored.StoredWeight.__init__
+    return lambda: patch.object(stored.StoredWeight, "__init__", init)
 
 
 def wrong(target: Any, name: str, make: Callable[[Any], Any]) -> Switch:
@@ -102,7 +103,7 @@ def wrong(target: Any, name: str, make: Callable[[Any], Any]) -> Switch:
 
 def per_row(weight: Any, scale: Any, limit: int = 127, rounding: Any = torch.round) -> dict[str, Any]:
     """Symmetric int8 codes under a scale (out, 1)."""
-    return {"codes": rounding(codes.divide(weight, scale)).clamp_(-limit, limit).char(), "scale": scale}
+    return {"codes": rounding(divide(weight, scale)).clamp_(-limit, limit).char(), "scale": scale}
 
 
 def absmax(weight: Any) -> Any:
@@ -133,9 +134,9 @@ def in_half(weight: Any) -> dict[str, Any]:
     return {**right, "scale": right["scale"].half()}
 
 
-def first_zero(stored: dict[str, Any], store: Any) -> None:
+def first_zero(kept: dict[str, Any], store: Any) -> None:
     """The first quarter of a weight's blocks lose their scale."""
-    stored["scale"][: len(stored["scale"]) // 4] = 0
+    kept["scale"][: len(kept["scale"]) // 4] = 0
 
 
 def loaded(act: Callable[[Any], None], kind: str = "") -> Switch:
@@ -188,7 +189,7 @@ def scb_changed(model: Any) -> None:
 def bias_lost(model: Any) -> None:
     """Linear biases are dropped."""
     for module in model.modules():
-        if isinstance(module, quantized.QuantizedLinear) and module.bias is not None:
+        if isinstance(module, stored.QuantizedLinear) and module.bias is not None:
             module.bias.data.zero_()
 
 
@@ -202,12 +203,12 @@ def swapped_layers(model: Any) -> None:
 def leaking(model: Any) -> None:
     """The unquantized weight stays beside its codes."""
     for module in model.modules():
-        if isinstance(module, quantized.QuantizedLinear):
+        if isinstance(module, stored.QuantizedLinear):
             module.kept = torch.zeros(module.store.matrix)
 
 
 def skipping(right: Any) -> Any:
-    """`quantized.apply` that leaves the first weight as it is."""
+    """`stored.apply` that leaves the first weight as it is."""
 
     def apply(model: Any, recipe: Any, names: Any, *, read: Any = None, **rest: Any) -> None:
         first, *others = names
@@ -219,7 +220,7 @@ def skipping(right: Any) -> Any:
 
 
 def and_head(right: Any) -> Any:
-    """`quantized.apply` that takes lm_head too."""
+    """`stored.apply` that takes lm_head too."""
 
     def apply(model: Any, recipe: Any, names: Any, *, read: Any = None, **rest: Any) -> None:
         def known(name: str) -> None:
@@ -367,28 +368,28 @@ def one_for_all(weight: Any) -> dict[str, Any]:
     return per_row(weight, absmax(weight).amax().expand(len(weight), 1).clone())
 
 
-def swapped(stored: Any, shape: Any, block: int) -> Any:
+def swapped(kept: Any, shape: Any, block: int) -> Any:
     """NF4 with its codes 4 and 5 exchanged."""
-    levels = stored["levels"][[0, 1, 2, 3, 5, 4, *range(6, 16)]]
-    return nf4.dequantize({**stored, "levels": levels}, shape, block)
+    levels = kept["levels"][[0, 1, 2, 3, 5, 4, *range(6, 16)]]
+    return nf4.CODES.decode({**kept, "levels": levels}, shape, block)
 
 
-def mistyped(stored: Any, shape: Any, block: int) -> Any:
+def mistyped(kept: Any, shape: Any, block: int) -> Any:
     """NF4 with one level typed 0.44 for 0.3379."""
-    levels = stored["levels"].clone()
+    levels = kept["levels"].clone()
     levels[11] = 0.44
-    return nf4.dequantize({**stored, "levels": levels}, shape, block)
+    return nf4.CODES.decode({**kept, "levels": levels}, shape, block)
 
 
-def zero_at_seven(stored: Any, shape: Any, block: int) -> Any:
+def zero_at_seven(kept: Any, shape: Any, block: int) -> Any:
     """Symmetric int4 whose codes are read one level too high."""
-    step = stored["scale"].repeat_interleave(block)[: shape[0] * shape[1]].view(shape)
-    return linear_int4.dequantize(stored, shape, block) + step
+    step = kept["scale"].repeat_interleave(block)[: shape[0] * shape[1]].view(shape)
+    return linear_int4.CODES.decode(kept, shape, block) + step
 
 
-def one_row_lost(stored: Any, shape: Any, block: int) -> Any:
+def one_row_lost(kept: Any, shape: Any, block: int) -> Any:
     """NF4 whose first row comes out as not a number."""
-    right = nf4.dequantize(stored, shape, block)
+    right = nf4.CODES.decode(kept, shape, block)
     return torch.cat([torch.full_like(right[:1], torch.nan), right[1:]])
 
 
@@ -422,38 +423,36 @@ WORSE, OUT, OTHER, MISSING = Verdict.WORSE, Verdict.OUT_OF_BOUND, Verdict.NOT_CO
 BOTH, PAIR = ("nf4", INT8), (INT8, "fp16")
 FP32_TOO: dict[str, Any] = {"guilty": ALL}
 QUANTIZERS = (
-    worse("scale off by 1%", tampered(INT8, lambda stored, _: stored["scale"].mul_(1.01)), INT8),
-    worse("one scale a tensor instead of a channel", recipe(INT8, quantize=instead(one_for_all)), INT8),
-    worse("scales of the input channels (Conv1D not transposed)", recipe(INT8, quantize=instead(by_input)), INT8),
+    worse("scale off by 1%", tampered(INT8, lambda kept, _: kept["scale"].mul_(1.01)), INT8),
+    worse("one scale a tensor instead of a channel", recipe(INT8, quantize=one_for_all), INT8),
+    worse("scales of the input channels (Conv1D not transposed)", recipe(INT8, quantize=by_input), INT8),
     worse(
         "codes truncated instead of rounded",
-        recipe(INT8, quantize=instead(lambda weight: per_row(weight, absmax(weight), rounding=torch.trunc))),
+        recipe(INT8, quantize=lambda weight: per_row(weight, absmax(weight), rounding=torch.trunc)),
         INT8,
     ),
     worse(
         "half of the int8 range used",
-        recipe(INT8, quantize=instead(lambda weight: per_row(weight, 2 * absmax(weight), 63))),
+        recipe(INT8, quantize=lambda weight: per_row(weight, 2 * absmax(weight), 63)),
         INT8,
     ),
-    worse("scales rolled by a channel", tampered(INT8, lambda stored, _: roll(stored["scale"])), INT8),
+    worse("scales rolled by a channel", tampered(INT8, lambda kept, _: roll(kept["scale"])), INT8),
     worse(
         "zero point off by one",
-        tampered("zeropoint-int8", lambda stored, _: stored["zero_point"].add_(1)),
+        tampered("zeropoint-int8", lambda kept, _: kept["zero_point"].add_(1)),
         "zeropoint-int8",
     ),
-    worse("one pair of code levels swapped", recipe("nf4", dequantize=instead(swapped)), "nf4"),
-    worse("one code level mistyped", recipe("nf4", dequantize=instead(mistyped)), "nf4"),
-    worse("absmax of the wrong block", tampered("nf4", lambda stored, _: roll(stored["scale"])), "nf4"),
+    worse("one pair of code levels swapped", recipe("nf4", dequantize=swapped), "nf4"),
+    worse("one code level mistyped", recipe("nf4", dequantize=mistyped), "nf4"),
+    worse("absmax of the wrong block", tampered("nf4", lambda kept, _: roll(kept["scale"])), "nf4"),
     worse("scales of a quarter of the blocks lost", tampered("nf4", first_zero), "nf4"),
-    worse("nibbles unpacked in the other order", tampered("fp4", lambda stored, _: turn(stored["codes"])), "fp4"),
+    worse("nibbles unpacked in the other order", tampered("fp4", lambda kept, _: turn(kept["codes"])), "fp4"),
     worse(
         "minimum of affine blocks off by a tenth",
-        tampered("linear-int4-affine", lambda stored, _: stored["minimum"].mul_(0.9)),
+        tampered("linear-int4-affine", lambda kept, _: kept["minimum"].mul_(0.9)),
         "linear-int4-affine",
     ),
-    worse(
-        "int4 codes read one level too high", recipe("linear-int4", dequantize=instead(zero_at_seven)), "linear-int4"
-    ),
+    worse("int4 codes read one level too high", recipe("linear-int4", dequantize=zero_at_seven), "linear-int4"),
     worse("biases lost", loaded(bias_lost, INT8), INT8),
     worse("two layers' weights exchanged", loaded(swapped_layers, INT8), INT8, "perplexity"),
     worse("outlier threshold ignored", option(llm_int8_threshold=0.0), "bnb-int8:threshold=1.0"),
@@ -461,15 +460,15 @@ QUANTIZERS = (
     worse("SCB changed by a move", loaded(scb_changed, "bnb-int8"), "bnb-int8"),
 )
 SHAPES = (
-    Fault("blocks of 128 for 64", recipe("nf4", values=instead({"block": 128})), BOTH, "memory.storage", WORSE,
+    Fault("blocks of 128 for 64", recipe("nf4", block=128), BOTH, "memory.storage", WORSE,
           "memory.storage on cpu"),
-    Fault("scales stored in fp16", recipe(INT8, quantize=instead(in_half)), BOTH[::-1],
+    Fault("scales stored in fp16", recipe(INT8, quantize=in_half), BOTH[::-1],
           "memory.storage", WORSE, "memory.storage on cpu"),
-    Fault("one layer skipped", wrong(quantized, "apply", skipping), PAIR, "perplexity", MISSING,
+    Fault("one layer skipped", wrong(stored, "apply", skipping), PAIR, "perplexity", MISSING,
           "left 1 of 8 modules unquantized: transformer.h.0.attn.c_attn"),
     Fault("one layer skipped, and the selection with it", silently_fewer, PAIR, "memory.storage", WORSE,
           "census on cpu, quantized_modules: 8 -> 7"),
-    Fault("lm_head quantized by mistake", wrong(quantized, "apply", and_head), PAIR, "perplexity", MISSING,
+    Fault("lm_head quantized by mistake", wrong(stored, "apply", and_head), PAIR, "perplexity", MISSING,
           "quantized 1 modules it was not asked to: lm_head", model="tiny-olmo"),
     Fault("tied head counted twice", wrong(sizes, "measure", tied_twice), ("fp32", INT8), "memory.parameters", OUT,
           "predicted", guilty=("fp32", INT8)),
@@ -479,7 +478,7 @@ SHAPES = (
           "predicted"),
     Fault("double quantization not asked for", option(bnb_4bit_use_double_quant=False), ("bnb-nf4-dq", "nf4"),
           "memory.storage", WORSE, "memory.storage on cpu"),
-    Fault("not a number in one row", recipe("nf4", dequantize=instead(one_row_lost)), BOTH, "perplexity", OUT,
+    Fault("not a number in one row", recipe("nf4", dequantize=one_row_lost), BOTH, "perplexity", OUT,
           "non-finite loss"),
 )  # fmt: skip
 TEXTS = (
@@ -491,7 +490,7 @@ TEXTS = (
           **FP32_TOO),
     Fault("text cut short by a token", contextlib.nullcontext, ALL, "perplexity", OTHER, "the first 2047",
           changes=(("max_tokens", 2047),), **FP32_TOO),
-    Fault("a token a window scored fewer", wrong(windows_of, "all_but_first", instead(fewer)), ALL, "perplexity", OTHER,
+    Fault("a token a window scored fewer", wrong(protocols, "all_but_first", instead(fewer)), ALL, "perplexity", OTHER,
           "count of tokens scored: 2040 -> 2032", **FP32_TOO),
 )  # fmt: skip
 MOVER = "the unquantized reference itself moved"
@@ -499,7 +498,7 @@ SCORING = (
     Fault("labels off by one", wrong(engine, "batch_nll", shifted_labels), ALL, "perplexity", WORSE, MOVER, **FP32_TOO),
     Fault("padding scored", wrong(engine, "batch_nll", scored_padding), ALL, "perplexity", WORSE, "on this very text",
           setup=(("max_tokens", 2100),), changes=(("batch_size", 9),), **FP32_TOO),
-    Fault("context of strided windows lost", wrong(windows_of, "stride", overlap_lost), ALL, "perplexity", WORSE, MOVER,
+    Fault("context of strided windows lost", wrong(protocols, "stride", overlap_lost), ALL, "perplexity", WORSE, MOVER,
           protocol="stride:64:8", setup=(("max_tokens", 512),), **FP32_TOO),
     Fault("mean over windows for mean over tokens", wrong(perplexity, "aggregate", instead(of_windows)), ALL,
           "perplexity", WORSE, "from losses bit-identical to the record", setup=(("max_tokens", 2100),), **FP32_TOO),

@@ -21,10 +21,10 @@ from harness.core.text import NOTHING
 from harness.inputs.models import checkpoints
 from harness.inputs.texts import protocols, synthetic
 from harness.judge import bounds, error_rate
-from harness.judge.compare import decide
+from harness.judge.rules import decide
 from harness.methods.quantizing import arguments
 from harness.methods.quantizing.stored import StoredWeight
-from harness.metrics.measuring import predictions, sequential
+from harness.metrics.measuring import engine, sequential
 from harness.report import markup
 
 SIZES = (0.0, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)  # of every scale; 0 is how often nothing is called
@@ -71,14 +71,14 @@ def judged(model: str, place: int, own: Any, reference: Any, tokenizer: Any) -> 
         ours = logits(own, ids)
         scaled(own, 1 / (1 + size) - 1)
         losses.append((-ours.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).double().numpy())
-        kl.append(float(predictions.divergences(theirs, ours, targets)[0].double().mean()))
+        kl.append(float(engine.divergences(theirs, ours, targets)[0].double().mean()))
     base = (-theirs.log_softmax(-1).gather(-1, targets[:, None])[:, 0]).double().numpy()
     return verdicts(model, losses, base, kl)
 
 
 def verdicts(model: str, losses: Sequence[Losses], base: Losses, kl: Sequence[float]) -> dict[str, list[Any]]:
     """The rules of the harness on losses (positions,) by size; size 0 is the record."""
-    rules = bounds.Bounds(bounds.read(bounds.DEFAULTS))
+    rules = bounds.packaged()
     loss, far = (Case(model, METHOD, "t", f"chunk:{WIDTH}", name, "cpu") for name in ("perplexity", "divergence.kl"))
     slices = [slice(start, start + WIDTH - 1) for start in range(0, len(base), WIDTH - 1)]
     recorded = stats.paired_delta(losses[0], base, slices)
@@ -98,7 +98,7 @@ def verdicts(model: str, losses: Sequence[Losses], base: Losses, kl: Sequence[fl
     return found
 
 
-def early(means: Losses, recorded: stats.Estimate, bound: float) -> sequential.State:
+def early(means: Losses, recorded: stats.Estimate, bound: float) -> sequential.Progress:
     """The sequence over windows in their seeded order, with the recorded variance."""
     counts = [WIDTH - 1] * len(means)
     v = sequential.variance_bound((recorded.low, recorded.high), recorded.count)
@@ -149,7 +149,7 @@ def plots(found: Mapping[str, Any]) -> dict[str, str]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from harness.report.plots.draw import STYLE
+    from harness.report.plots import STYLE
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from harness.core import stats
 from harness.core.records import Row, Verdict
 from harness.judge import error_rate
-from harness.judge.compare import decide
+from harness.judge.rules import decide
 from harness.metrics.measuring import sequential
 from harness.report import markup
 

@@ -30,12 +30,13 @@ from harness.core.records import Case, Row, Verdict
 from harness.core.specification import parse
 from harness.judge import error_rate
 from harness.methods.quantizing import arguments, bnb
+from harness.results.directory import ReportDirectory
 from harness.run import plan as planning
 from harness.run import rebaseline
 from harness.run.group import Group
 from harness.run.local import missing
 from harness.run.messages import Job, Stop
-from harness.run.session import Session, open_report
+from harness.run.session import Session
 
 MODELS = ("tiny-gpt2", "tiny-olmo")
 MOVED = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE, Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.BETTER)
@@ -112,17 +113,15 @@ class Bench:
         """Measure and judge every planned case."""
         options = dataclasses.replace(self.options, **changes)
         cases = planning.plan(options, False)
-        open_report(options.report_dir, keep=False)
+        directory = ReportDirectory(options.report_dir)
+        directory.open(keep=False)
         live = Session(options, torch.get_num_threads(), cases)
         live.runner = Inline(options, kept)  # type: ignore[assignment]
         with bnb.quiet():
             found = {case: live.check(case)[0] for case in order(cases)}
         rows = error_rate.settle([found[case] for case in cases], live.tests)
-        texts = {"measurements.jsonl": "".join(row.to_json() + "\n" for row in rows)}
-        texts["environments.json"] = json.dumps(live.runner.environments)
-        texts["plan.json"] = json.dumps([case.told() for case in cases])
-        for name, text in texts.items():
-            replace_text(options.report_dir / name, text)
+        directory.keep(rows, live.runner.environments)
+        directory.keep_plan(cases)
         return Outcome(tuple(rows), live.tests)
 
     def workers(self, count: int) -> Outcome:

@@ -106,7 +106,7 @@ def stops(
     return read, side
 
 
-def in_order(token_hash: str, means: Array, counts: Array, v: float, bound: float, alpha: float) -> sequential.State:
+def in_order(token_hash: str, means: Array, counts: Array, v: float, bound: float, alpha: float) -> sequential.Progress:
     """The state at which the harness itself would stop."""
     planned = counts.astype(int).tolist()
     fresh = sequential.Sequential(v, bound, counts=planned, alpha=alpha)

@@ -36,9 +36,10 @@ def make(model: str, folder: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from harness.inputs.models import architectures, checkpoints
+    from harness.inputs.models import checkpoints
+    from harness.inputs.models.names import config_of
 
-    config = architectures.config_of(model)
+    config = config_of(model)
     whole = checkpoints.sketch_model(config, "bf16").state_dict(keep_vars=True)
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(list(whole.items()))}  # a tied tensor once
     state = dict(reversed(list(unique.values())))
@@ -122,12 +123,12 @@ def load(method: str, folder: str) -> dict[str, Any]:
     from harness.core.contracts import Checkpoint
     from harness.core.specification import parse
     from harness.inputs.models import checkpoints, sizes
-    from harness.methods.quantizing import arguments, fused
+    from harness.methods.quantizing import arguments, int8
     from harness.metrics.measuring import devices
 
     checkpoint = Checkpoint(method, Path(folder), "")
     shapes = checkpoints.sketch_model(checkpoints.read_config(checkpoint), "bf16").state_dict().values()
-    fused.preload()  # as every group's process finds it done
+    int8.preload()  # as every group's process finds it done
     if method == READING:
         return {"seconds": read_seconds(Path(folder))}
     specification, device = parse(method), devices.Cpu()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.report import markup
-from harness.report.plots.draw import style
+from harness.report.plots import style
 from studies import pages
 from studies.performance.engine import kept
 from studies.performance.peers import ROOT, middle

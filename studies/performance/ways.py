@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.methods.quantizing import codes, fused, products
+from harness.methods.quantizing import int4, int8, products
+from harness.methods.quantizing.codes import Codes
+from harness.methods.quantizing.compiled import Loops
 from harness.report import markup
 from studies import pages
 
@@ -24,6 +26,13 @@ ROWS = (1, 2, 4, 8, 16, 128)
 REPETITIONS = 5
 BLOCK = 64
 Way = Callable[[int, Tensor], Tensor]
+
+
+def loops_of(lying: Codes, shape: tuple[int, int], *block: int, **stored: Tensor) -> Loops:
+    """The compiled loops, without which most ways of this page are not there."""
+    loops = lying.loops(stored, shape, *block)
+    assert loops is not None, "install numba"
+    return loops
 
 
 class Weights:
@@ -42,20 +51,19 @@ class Weights:
         self.levels = torch.randn(16, generator=made)
 
         self.loops8 = [
-            fused.int8({"codes": codes, "scale": scale}, shape)
+            loops_of(int8.Rows8(), shape, codes=codes, scale=scale)
             for codes, scale, shape in zip(self.int8, self.scale, SHAPES, strict=True)
         ]
-        four = (
-            fused.int4({"codes": packed, "scale": absmax}, shape, BLOCK, tuple(self.levels.tolist()))
+        self.loops4 = [  # blocks divide every row of these
+            loops_of(int4.Blocks4(tuple(self.levels.tolist())), shape, BLOCK, codes=packed, scale=absmax)
             for packed, absmax, shape in zip(self.packed, self.absmax, SHAPES, strict=True)
-        )
-        self.loops4 = [loops for loops in four if loops is not None]  # blocks divide every row of these
+        ]
 
     def four_bit(self, index: int, unpack: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
         """A 4-bit weight by one of two look-ups, its blocks scaled."""
         shape = SHAPES[index]
         values = unpack(self.packed[index], self.levels, shape[0] * shape[1])
-        return codes.rescale(values, BLOCK, self.absmax[index]).view(shape)
+        return int4.rescale(values, BLOCK, self.absmax[index]).view(shape)
 
 
 @functools.cache
@@ -64,7 +72,7 @@ def ones(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def pairs_of_levels(packed: Tensor, levels: Tensor, count: int) -> Tensor:
-    """One byte looked up at a time: what `codes.unpack` does where the count is no multiple of four."""
+    """One byte looked up at a time: what `int4.unpack` does where the count is no multiple of four."""
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(torch.int64).view(-1)
     return pairs.index_select(0, packed.int()).view(torch.float32)[:count]
 
@@ -89,10 +97,9 @@ def by_digits(count: int, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return total.float().mul_(step).mul_(scale.view(-1))
 
 
-def by_loops(x: Tensor, loops: fused.Loops) -> Tensor:
+def by_loops(x: Tensor, loops: Loops) -> Tensor:
     """As a layer has it: few rows while codes are read, more with the unpacked weight."""
-    few = products.few(x, loops.shape[1])
-    return fused.multiply(x, loops) if few else F.linear(x, fused.whole(loops))
+    return loops.multiply(x) if len(x) <= products.FEW_ROWS else F.linear(x, loops.decode())
 
 
 def rounded_inside(x: Tensor, weight: Tensor) -> Tensor:
@@ -121,17 +128,17 @@ def ways(kept: Weights) -> dict[str, Way]:
         "`_weight_int8pack_mm` in bf16, scale behind": lambda i, x: torch.mul(
             torch._weight_int8pack_mm(x.bfloat16(), eight[i], ones(len(eight[i]), torch.bfloat16)), scale[i].view(-1)
         ),
-        "`compute=bf16` (one of the two above)": lambda i, x: products.in_bf16(x, eight[i], scale[i], None),
+        "`compute=bf16` (one of the two above)": lambda i, x: int8.in_bf16(x, eight[i], scale[i], None),
         "`_weight_int8pack_mm` in fp32": lambda i, x: torch._weight_int8pack_mm(x, eight[i], scale[i].view(-1)),
         "int8 to fp32, rounded to bf16 by oneDNN": lambda i, x: rounded_inside(x, eight[i]),
-        "activations in one int8 digit (w8a8, used)": lambda i, x: products.in_int8(x, eight[i], scale[i], None),
+        "activations in one int8 digit (w8a8, used)": lambda i, x: int8.in_int8(x, eight[i], scale[i], None),
         "activations in two int8 digits": lambda i, x: by_digits(2, x, eight[i], scale[i]),
         "activations in three int8 digits": lambda i, x: by_digits(3, x, eight[i], scale[i]),
         "4 bits, two codes a look-up": lambda i, x: F.linear(x, kept.four_bit(i, pairs_of_levels)),
         "4 bits by compiled loops (used)": lambda i, x: by_loops(x, kept.loops4[i]),
-        "4 bits, four codes a look-up": lambda i, x: F.linear(x, kept.four_bit(i, codes.unpack)),
+        "4 bits, four codes a look-up": lambda i, x: F.linear(x, kept.four_bit(i, int4.unpack)),
         "4 bits by loops, bf16 product (`compute=bf16`)": lambda i, x: products.dequantized(
-            x, fused.whole(kept.loops4[i]), None, "bf16"
+            x, kept.loops4[i].decode(), None, "bf16"
         ),
     }
 

@@ -15,9 +15,8 @@ from harness.core.contracts import Arguments, Scope
 from harness.core.errors import BadSpecification
 from harness.core.stats import summarise
 from harness.inputs.models import sizes
-from harness.methods.quantizing import scopes
-from harness.methods.quantizing import stored as quantized
-from harness.methods.quantizing.codes import divide
+from harness.methods.quantizing import scopes, stored
+from harness.methods.quantizing.codes import Functions, Recipe, divide
 from harness.metrics.measuring.devices import open_device
 from harness.metrics.measuring.timing import Work, measure
 from harness.published.pitfalls import in_fp32, perplexity
@@ -27,9 +26,9 @@ BLOCKS = 6  # of timed pairs: the times are shown, and decide nothing
 SEED = 20_251_122  # of the token ids that are timed; any number would do
 
 
-def stores(model: nn.Module) -> Iterator[quantized.StoredWeight]:
+def stores(model: nn.Module) -> Iterator[stored.StoredWeight]:
     """Every quantized weight of a model once."""
-    found = {id(store): store for store in map(quantized.store_of, model.modules()) if store is not None}
+    found = {id(store): store for store in map(stored.store_of, model.modules()) if store is not None}
     yield from found.values()
 
 
@@ -96,10 +95,9 @@ def affine_weight(stored: Mapping[str, Tensor], shape: tuple[int, int], divisor:
     return stored["codes"].float().mul_(stored["scale"]).add_(stored["minimum"])
 
 
-def affine_recipe(divisor: int, by_row: int) -> quantized.Recipe:
+def affine_recipe(divisor: int, by_row: int) -> Recipe:
     """The recipe of the two functions above."""
-    values = {"divisor": divisor, "by_row": by_row}
-    return quantized.Recipe("affine-uint8", affine_codes, affine_weight, values=values)
+    return Recipe("affine-uint8", Functions(affine_codes, affine_weight), {"divisor": divisor, "by_row": by_row})
 
 
 def overflowing_code(bench: Bench) -> Shown:
@@ -113,10 +111,10 @@ def overflowing_code(bench: Bench) -> Shown:
         model = bench.open()
         names = scopes.select(model, Scope())
         plain = {name: model.get_submodule(name).weight for name in names}
-        quantized.apply(model, affine_recipe(divisor, by_row), names)
+        stored.apply(model, affine_recipe(divisor, by_row), names)
         worst, wrapped = 0.0, 0
         for name, weight in plain.items():
-            store = quantized.store_of(model.get_submodule(name))
+            store = stored.store_of(model.get_submodule(name))
             assert store is not None
             matrix = weight.T if store.transposed else weight
             steps = divide((store.dequantize() - matrix).abs(), store.get_buffer("scale"))  # type: ignore[operator]
@@ -171,7 +169,7 @@ def empty_scope(bench: Bench) -> Shown:
 def unpacked_once(model: nn.Module) -> nn.Module:
     """Every QuantizedLinear replaced by an nn.Linear that holds its dequantized weight: fp32 bytes, fp32 speed."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, quantized.QuantizedLinear):
+        if isinstance(module, stored.QuantizedLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
             plain.weight = nn.Parameter(module.store.dequantize(), requires_grad=False)
             plain.register_parameter("bias", module.bias)
@@ -182,7 +180,8 @@ def unpacked_once(model: nn.Module) -> nn.Module:
 def without_kernel(model: nn.Module) -> nn.Module:
     """The same codes and scales, with no product that reads codes: the weight is dequantized at every call."""
     for store in stores(model):
-        store.recipe = dataclasses.replace(store.recipe, product=None, fused=None)
+        codes = store.recipe.codes
+        store.recipe = dataclasses.replace(store.recipe, codes=Functions(codes.encode, codes.decode))
     return model
 
 
@@ -196,7 +195,8 @@ def counted(model: nn.Module) -> list[int]:
         return result
 
     for store in stores(model):
-        store.recipe = dataclasses.replace(store.recipe, dequantize=partial(counting, store.recipe.dequantize))
+        functions = Functions(store.recipe.codes.encode, partial(counting, store.recipe.codes.decode))
+        store.recipe = dataclasses.replace(store.recipe, codes=functions)
     return calls
 
 

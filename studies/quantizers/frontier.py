@@ -16,8 +16,7 @@ from typing import Any
 from harness import report
 from harness.core.errors import HarnessError
 from harness.report import frontier, nll_reader
-from harness.report.matrix import complete, sections
-from harness.report.plots import frontier_plot
+from harness.report.account import complete, sections
 from studies import pages
 
 SESSION = Path("harness-report-methods")
@@ -101,7 +100,7 @@ def render(results: Mapping[str, Any]) -> str:
 def plots(results: Mapping[str, Any]) -> dict[str, str]:
     """One a model."""
     tables = [restored(found) for found in results["tables"]]
-    return {plot_name(head): frontier_plot.svg(head.title, places) for head, places in tables}
+    return {plot_name(head): frontier.svg(head.title, places) for head, places in tables}
 
 
 DOCUMENT = pages.Document(

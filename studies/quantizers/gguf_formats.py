@@ -73,10 +73,10 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
 
     from harness.core.options import Declared
     from harness.core.specification import parse
-    from harness.inputs.models import names as sources
+    from harness.inputs.models import names
     from harness.inputs.models.gguf_format.file import GgufFile
 
-    path = sources.locate(parse("smollm2-135m"), Declared(Path())).path
+    path = names.locate(parse("smollm2-135m"), Declared(Path())).path
     tensors = GgufFile(path).tensors.values()
     counts, weights, held = Counter[str](), Counter[str](), Counter[str]()
     for tensor in tensors:

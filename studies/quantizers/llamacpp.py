@@ -33,14 +33,14 @@ def one_model(name: str, folder: Path) -> dict[str, Any]:
     from harness.core import catalog
     from harness.core.contracts import Arguments
     from harness.inputs.models import checkpoints
-    from harness.inputs.models.gguf_format import write as gguf_write
+    from harness.inputs.models.gguf_format import write
 
     checkpoint = opened(name, folder)
     windows = texts(name, checkpoint)
     result: dict[str, Any] = {"formats": {}}
     for kind in KINDS:
         path = folder / "x.gguf"
-        gguf_write.write(checkpoint, kind.upper(), path)
+        write.write(checkpoint, kind.upper(), path)
         model = catalog.methods()[f"gguf-{kind}"].load(checkpoint, Arguments("fp32"), "cpu")
         ours, theirs = our_nll(model, windows), their_nll(path, windows)
         with rounded_inputs(model, kind):

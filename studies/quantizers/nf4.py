@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.core.text import NOTHING
 from harness.report import markup
-from harness.report.plots.draw import STYLE, WIDTH_INCHES
+from harness.report.plots import STYLE, WIDTH_INCHES
 from studies import pages
 from studies.quantizers.nf4_figures import BITS, BLOCKS, NAMES, measure
 

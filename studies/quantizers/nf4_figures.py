@@ -11,7 +11,8 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from harness.methods import fp4, nf4
-from harness.methods.quantizing.codes import blocks, divide
+from harness.methods.quantizing.codes import divide
+from harness.methods.quantizing.int4 import blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,8 @@ def table_of_levels(weight: Tensor, method: Any, block: int) -> Tensor:
     import torch
 
     flat = weight.reshape(1, -1)
-    stored = {**method.quantize(flat, block), "levels": torch.tensor(method.LEVELS)}
-    found: Tensor = method.dequantize(stored, flat.shape, block)
+    stored = {**method.CODES.encode(flat, block), "levels": torch.tensor(method.LEVELS)}
+    found: Tensor = method.CODES.decode(stored, flat.shape, block)
     return found.view(-1)
 
 
@@ -140,7 +141,7 @@ def use(levels: Sequence[float]) -> list[float]:
     """Share of Gaussian weights that take each level, in ascending order, blocks of 64."""
     import torch
 
-    from harness.methods.quantizing.codes import nearest
+    from harness.methods.quantizing.int4 import nearest
 
     rows = blocks(torch.randn(SAMPLES, generator=torch.Generator().manual_seed(SEED)), 64)
     codes = nearest(rows / rows.abs().amax(dim=1, keepdim=True), levels)
@@ -165,24 +166,23 @@ def bench(model: str) -> Any:
 
 def linear_recipe(kind: str, bits: int, block: int) -> Any:
     """A recipe that stores what `symmetric` or `affine` rounds to, for its perplexity; its bytes are not counted."""
-    from harness.methods.quantizing import stored as quantized
+    from harness.methods.quantizing.codes import Functions, Recipe
 
     rounding = {"symmetric": symmetric, "affine": affine}[kind]
-    return quantized.Recipe(
-        f"{kind}{bits}",
+    functions = Functions(
         lambda weight: {"values": rounding(weight, bits, block).view(weight.shape)},
-        lambda stored, shape: stored["values"].clone(),
+        lambda kept, shape: kept["values"].clone(),
     )
+    return Recipe(f"{kind}{bits}", functions)
 
 
 def losses(model: str) -> dict[str, Any]:
     """Paired changes of NLL against fp32, by method, with bits a weight."""
     from harness.core import catalog
     from harness.core.contracts import Scope
+    from harness.inputs.models import sizes
     from harness.inputs.texts.protocols import aggregate, window_slices
-    from harness.methods.quantizing import scopes
-    from harness.methods.quantizing import stored as quantized
-    from harness.metrics.measuring import census
+    from harness.methods.quantizing import scopes, stored
 
     where = bench(model)
     rows, kept = [], {}
@@ -197,10 +197,10 @@ def losses(model: str) -> dict[str, Any]:
     for specification in (*specifications, "bnb-nf4", "bnb-nf4-dq"):
         candidate = where.open(specification)
         weights = list(catalog.methods()[specification.partition(":")[0]].quantized(candidate))
-        add(specification, census.bits_per_weight(weights, "fp32"), candidate)
+        add(specification, sizes.bits_per_weight(weights, "fp32"), candidate)
     for bits, kind in itertools.product(MODEL_BITS if model.startswith("tiny") else (), ("symmetric", "affine")):
         candidate = where.open()
-        quantized.apply(candidate, linear_recipe(kind, bits, 64), scopes.select(candidate, Scope()))
+        stored.apply(candidate, linear_recipe(kind, bits, 64), scopes.select(candidate, Scope()))
         add(f"{NAMES[kind].format(bits)}, block 64", bits + SCALE_BITS / 64 * (1 + (kind == "affine")), candidate)
     pairs = [
         {"block": block, **change(kept[f"nf4:block={block}"], kept[f"linear-int4-affine:block={block}"], slices)}

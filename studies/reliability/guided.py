@@ -30,11 +30,11 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[bytes], object], bytes]]:
     from harness.core import options
     from harness.core.records import Row
     from harness.inputs.models import folder as weightfiles
-    from harness.inputs.models.gguf_format import file as gguf_file
-    from harness.judge import facts
+    from harness.inputs.models.gguf_format import file
+    from harness.judge import baselines as facts
     from harness.results import losses
 
-    baselines, made = ROOT / "baselines" / "tiny-gpt2", ROOT / "tests" / "unit" / "data" / "made-session"
+    baselines, made = ROOT / "baselines" / "tiny-gpt2", ROOT / "tests" / "report" / "data" / "made-session"
 
     def through(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
         path = folder / name
@@ -57,7 +57,7 @@ def readers(folder: Path) -> dict[str, tuple[Callable[[bytes], object], bytes]]:
     return {
         "a measurements line": (line, (made / "measurements.jsonl").read_bytes().splitlines()[1]),
         "facts of a baseline": whole("nf4.yaml", facts.read_exact, baselines / "nf4.yaml"),
-        "a GGUF file": (through("x.gguf", gguf_file.GgufFile), gguf_seed(folder / "seed.gguf")),
+        "a GGUF file": (through("x.gguf", file.GgufFile), gguf_seed(folder / "seed.gguf")),
         "losses": whole(f"{LOSSES}.npz", lambda path: losses.load(folder, LOSSES), next(baselines.glob("nll/*.npz"))),
         "a safetensors header": (
             through("x.safetensors", lambda path: weightfiles.check_whole(path, "x")),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.files import replace_text
-from harness.results.reading import latest, read_report
+from harness.results.directory import latest, read_report
 from studies import pages
 
 KEPT = Path(__file__).with_name("costs.json")

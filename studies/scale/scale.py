@@ -21,9 +21,9 @@ from harness.core.files import replace_bytes, replace_text
 from harness.core.options import Shard
 from harness.core.records import Case
 from harness.core.values import digest
-from harness.report import publishing
+from harness.report import document
 from harness.report.markup import table
-from harness.report.plots.draw import BLUE, DARK, GREY, canvas_of, style, svgs
+from harness.report.plots import BLUE, DARK, GREY, canvas_of, style, svgs
 from harness.run import merge as merging
 from harness.run import plan as planning
 from harness.run import shards
@@ -121,7 +121,7 @@ def measure_merge(cases: int, home: Path) -> dict[str, float]:
         drawing.append(seconds)
         return dict(pictures)
 
-    with patch.object(publishing, "svgs", drawn):
+    with patch.object(document, "svgs", drawn):
         whole, merged = timed(lambda: merging.merge(folders, home / "out"))
     assert len(merged.rows) == cases
     facts = {"read_bytes": size, "report_bytes": merged.report.stat().st_size}

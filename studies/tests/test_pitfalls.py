@@ -14,7 +14,7 @@ from harness.core.options import Declared
 from harness.core.specification import parse
 from harness.inputs.models import checkpoints, tiny
 from harness.inputs.texts import corpora, protocols
-from harness.methods.quantizing import stored as quantized
+from harness.methods.quantizing import stored
 from harness.metrics.measuring import engine
 from harness.published.pitfalls import PITFALLS, kept_code, perplexity, restored, tied_twice, with_padding
 from studies.pitfalls import CONTROLS, EMBEDDED, TINY, Bench, Control, scoring, sink, weights
@@ -127,7 +127,7 @@ def test_unpacking_once_gives_the_same_numbers_without_further_work() -> None:
         assert calls == [2 * 8]  # two forwards of eight projections
         assert torch.equal(first, second)
         torch.testing.assert_close(once(input_ids=ids).logits, first, rtol=0, atol=1e-5)
-    assert not any(isinstance(module, quantized.QuantizedLinear) for module in once.modules())
+    assert not any(isinstance(module, stored.QuantizedLinear) for module in once.modules())
 
 
 def test_labels_shifted_by_one_are_the_engine_s() -> None:

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from harness import report
+import harness
 from harness.core.records import Verdict
 from harness.report import Comparison, Entry
 
@@ -24,7 +24,7 @@ def folders(name: str) -> list[Path]:
 @cache
 def compared(name: str, a: int, b: int) -> Comparison:
     sides = folders(name)
-    return report.compare_paths(sides[a], sides[b], ROOT / "baselines")
+    return harness.compare(sides[a], sides[b], baselines=ROOT / "baselines")
 
 
 def entries(name: str, a: int, b: int, metric: str) -> dict[tuple[str, str], Entry]:

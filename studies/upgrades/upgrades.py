@@ -21,7 +21,7 @@ from pathlib import Path
 from harness import __main__ as commands
 from harness.core.files import replace_text
 from harness.report import read_report
-from harness.run.upgrade.answering import report_on
+from harness.run.upgrade.driver import report_on
 from studies.upgrades import seeded
 
 HOME = Path(__file__).parents[2]

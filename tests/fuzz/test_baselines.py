@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from harness.core.environment import Environment
 from harness.core.records import Case
-from harness.judge import baselines, bounds, facts, known_faults
+from harness.judge import baselines, bounds, known_faults
+from harness.judge import baselines as facts
 from harness.run import rebaseline
 from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import altered, damaged
@@ -96,7 +97,7 @@ def test_damaged_rules(folder: Path, name: str, load: object, data: st.DataObjec
 @slow
 @given(data=st.data())
 def test_a_proposal_from_damaged_measurements(folder: Path, data: st.DataObject) -> None:
-    made = Path(__file__).parents[1] / "unit" / "data" / "made-session"
+    made = Path(__file__).parents[1] / "report" / "data" / "made-session"
     report = folder.parent / "report"
     shutil.copytree(made, report, dirs_exist_ok=True)
     name = data.draw(st.sampled_from(("measurements.jsonl", "environments.json")))

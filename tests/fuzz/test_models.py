@@ -142,10 +142,10 @@ def test_no_code_of_a_folder_runs_without_its_option(copy: Path, monkeypatch: py
 
 @pytest.fixture(scope="module")
 def gguf(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from harness.inputs.models.gguf_format import write as gguf_write
+    from harness.inputs.models.gguf_format import write
 
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    gguf_write.write(Checkpoint("x", sound, ""), "F32", path)
+    write.write(Checkpoint("x", sound, ""), "F32", path)
     return path
 
 

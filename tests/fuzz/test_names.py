@@ -17,7 +17,7 @@ from harness.core.specification import parse, parse_list
 from harness.inputs.models import names as models
 from harness.inputs.texts import corpora, protocols
 from harness.judge import baselines
-from harness.judge.facts import exact_path
+from harness.judge.baselines import exact_path
 from harness.methods.quantizing import arguments
 from harness.run import plan
 from tests.fuzz.bounds import harmless_line, quick, survives
@@ -56,7 +56,7 @@ def test_specifications(text: str) -> None:
     for read in (parse, parse_list, options.names, options.positive, resolved):
         survives(read, text)
     survives(lambda: protocols.parse(parse(text)))
-    survives(lambda: corpora.check_name(parse(text), Declared(Path("/nowhere"))))
+    survives(lambda: corpora.resolve(parse(text), Declared(Path("/nowhere"))))
     survives(lambda: models.declared_source(parse(text), Declared(Path("/nowhere"))))
 
 

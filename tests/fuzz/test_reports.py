@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 
 from harness import report
 from harness.core.records import Row
-from harness.report.plots.draw import svgs
-from harness.results.reading import read_report
+from harness.report.plots import svgs
+from harness.results.directory import ReportDirectory, read_report
 from harness.run import merge as merging
-from harness.run.session import known_environments, open_report, read_rows
 from tests.fuzz.bounds import SCALE, harmless_line, quick, slow, slowest, survives
 from tests.fuzz.damage import HOSTILE, altered, damaged, texts
 
-MADE = Path(__file__).parents[1] / "unit" / "data" / "made-session"
+MADE = Path(__file__).parents[1] / "report" / "data" / "made-session"
 TABLES = sorted(path.name for path in MADE.iterdir() if path.suffix in (".json", ".jsonl"))
 LINES = [json.loads(line) for line in (MADE / "measurements.jsonl").read_text().splitlines()]
 SHARD = {"index": 1, "count": 2, "plan": "", "tests": 3, "cases": json.loads((MADE / "plan.json").read_text())}
@@ -47,8 +46,9 @@ def test_damaged_bytes(made: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(TABLES))
     (made / name).write_bytes(data.draw(damaged((MADE / name).read_bytes())))
     survives(read_report, made)
-    survives(read_rows, made / "measurements.jsonl")
-    known_environments(made)
+    survives(ReportDirectory(made).resumable)
+    ReportDirectory(made).known_environments()
+    ReportDirectory(made).known_inputs()
     shutil.copyfile(MADE / name, made / name)
 
 
@@ -59,7 +59,7 @@ def test_a_line_of_any_shape_is_refused_or_rendered(made: Path, data: st.DataObj
     others = [json.dumps(other) for other in WHOLE]
     (made / "measurements.jsonl").write_text("\n".join([*others, json.dumps(line)]) + "\n")
     survives(render, made)
-    survives(read_rows, made / "measurements.jsonl")
+    survives(ReportDirectory(made).resumable)
 
 
 @slow
@@ -130,7 +130,7 @@ def test_what_lies_behind_a_link_is_left_alone(tmp_path: Path, name: str) -> Non
     folder.mkdir()
     (folder / name).symlink_to(outside if name == "nll" else outside / "precious")
     for keep in (False, True):
-        assert survives(open_report, folder, keep=keep) is None
+        assert survives(ReportDirectory(folder).open, keep=keep) is None
     assert (outside / "precious").read_text() == "mine"
 
 
@@ -139,6 +139,11 @@ def test_losses_are_looked_for_in_their_folder_alone(made: Path, sha: str) -> No
     import numpy as np
 
     np.savez(made.parent / "precious.npz", nll=np.zeros(3, np.float32))
-    line = {**WHOLE[0], "nll": sha, "value": 1.0, "environment": next(iter(known_environments(made)), "")}
+    line = {
+        **WHOLE[0],
+        "nll": sha,
+        "value": 1.0,
+        "environment": next(iter(ReportDirectory(made).known_environments()), ""),
+    }
     (made / "measurements.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_rows(made / "measurements.jsonl") == {}
+    assert ReportDirectory(made).resumable() == {}

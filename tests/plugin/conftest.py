@@ -12,8 +12,6 @@ import pytest
 
 from harness.core.files import cache_dir
 
-pytest_plugins = ("pytester",)
-
 CACHE = cache_dir()  # of the real home: pytester moves HOME
 
 FAULTS = '''

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.run.session import take
+from harness.results.directory import ReportDirectory
 
 if TYPE_CHECKING:
     from tests.plugin.conftest import Project
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 WANTED = ("--methods", "absmax-int8", "--metrics", "memory.storage,perplexity")
 FULL = """
 import errno
-from harness.plugin import collector
+from harness.results import directory
 
-def full(path, line, kept=collector.append_line):
+def full(path, line, kept=directory.append_line):
     if path.read_text().count("\\n") >= 2 if path.is_file() else False:
         raise OSError(errno.ENOSPC, "No space left on device")
     kept(path, line)
 
-collector.append_line = full
+directory.append_line = full
 """
 CHANGED = """
 from pathlib import Path
 
 def pytest_runtest_logreport(report):
     if report.when == "call" and "fp32" in report.nodeid and "perplexity" in report.nodeid:
-        Path("text.txt").write_text(Path("text.txt").read_text()[::-1])
+        Path("text.txt").write_text(" ".join(sorted(Path("text.txt").read_text().split())))
 """
 
 
@@ -48,23 +48,28 @@ def test_a_full_disk_ends_the_session_in_one_line(project: Project, workers: str
 
 
 def test_a_report_directory_in_use_is_refused(project: Project) -> None:
-    owner = take(project.path / "harness-report")
+    other = ReportDirectory(project.path / "harness-report")
+    other.own()
     result = project.run(*WANTED)
     assert result.ret == 4
     result.stderr.fnmatch_lines(["ERROR: another session writes --report-dir *"])
-    owner.close()
+    other.release()
 
 
-def test_a_text_that_changes_is_refused_by_name(project: Project) -> None:
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_text_that_changes_is_refused_by_name(project: Project, workers: str) -> None:
     from harness.inputs.texts import synthetic
 
     project.write("text.txt", synthetic.text(1200, 5))
     project.write("conftest.py", CHANGED)
-    base = (*WANTED, "--datasets", "text:text.txt")
+    base = (*WANTED, "--datasets", "text:text.txt", "-n", workers)
     assert project.run(*base).ret == 1
     missing = {row["metric"]: row["reason"] for row in project.rows() if row["value"] is None}
     assert set(missing) == {"perplexity", "perplexity.delta"}
     assert "changed while the session ran" in missing["perplexity"]
+    left = {path.name for path in (project.path / "harness-report").iterdir()}
+    assert "inputs.json" not in left
+    assert "inputs" not in (project.path / "harness-report" / "session.json").read_text()
     project.write("conftest.py", "")
     assert project.run(*base, "--resume").ret == 0
     rows = project.rows()

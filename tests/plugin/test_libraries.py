@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -86,6 +88,34 @@ def test_a_project_s_own_files(project: Project, by_metric: Pick) -> None:
     result = project.run("--methods", "mine")
     assert result.ret == 4
     result.stderr.fnmatch_lines(["*quant/mine.py (declared under [[]tool.harness[]]) fails to import: ModuleNotFound*"])
+
+
+def test_a_session_started_elsewhere_calibrates_on_its_project_s_text(
+    project: Project, by_metric: Pick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write("pyproject.toml", '[tool.harness.datasets]\nmine = "text:mine.txt"\n')
+    project.write("mine.txt", "one line and another line of this very text\n" * 20)
+    elsewhere = project.write("elsewhere/pyproject.toml", '[tool.harness.datasets]\nmine = "text:gone.txt"\n').parent
+    monkeypatch.chdir(elsewhere)
+    method, root = "gptq-int4:length=16:text=mine:windows=2", ("--rootdir", str(project.path))
+    cases, folder = str(project.path / "test_cases.py"), ("--report-dir", str(project.path / "harness-report"))
+    result = project.run(cases, *root, *folder, "--methods", method, "--metrics", "memory.storage")
+    assert result.ret == 0
+    assert by_metric(project.rows(), method)["memory.storage"]["detail"]["calibration"]["text"] == "mine"
+
+
+def test_a_session_without_numba_measures_and_says_so(project: Project, by_metric: Pick) -> None:
+    for index, folder in enumerate(("with", "without")):
+        if index:
+            project.write("site/numba.py", "raise ImportError('not for this NumPy')\n")
+        arguments = ("--methods", "nf4", "--metrics", "perplexity,memory.storage", "--report-dir", folder)
+        assert project.run(*arguments).ret == 0
+        facts = json.loads((project.path / folder / "environments.json").read_text())
+        assert {one["loops"] for one in facts.values()} == {("compiled", "torch")[index]}
+        assert f"| loops | {('compiled', 'torch')[index]}" in " ".join(project.report(folder).split())
+    ours, theirs = (by_metric(project.rows(folder), "nf4") for folder in ("with", "without"))
+    assert all(ours[name]["value"] == row["value"] for name, row in theirs.items())  # windows have many rows
+    assert ours["memory.storage"]["detail"]["libraries"] == {"numba": version("numba")}
 
 
 def test_gguf_and_gptq_in_a_session(project: Project, by_metric: Pick) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from harness.core.options import Declared, Options
 from harness.plugin.publisher import Publisher
-from harness.run.session import open_report
+from harness.results.directory import ReportDirectory
 
 if TYPE_CHECKING:
     from tests.plugin.conftest import Project
@@ -89,13 +89,13 @@ def test_figures_join_the_report_of_what_was_measured(toy: Project) -> None:
     (folder / "published.json").unlink()
     assert toy.run("-m", "published", "test_figures.py").ret == 0
     assert toy.report().split("## To reproduce")[0] == report.split("## To reproduce")[0]  # what was measured stays
-    open_report(folder, keep=False)
+    ReportDirectory(folder).open(keep=False)
     assert not (folder / "published.json").exists()  # a new session starts anew
 
 
 def test_measurements_that_do_not_read_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "measurements.jsonl").write_text("no row\n")
-    publisher = Publisher(Options(Declared(tmp_path), report_dir=tmp_path), pytest.UsageError)
+    publisher = Publisher(Options(Declared(tmp_path), report_dir=tmp_path))
     publisher.entries = {"toy": {}}
     with pytest.raises(pytest.UsageError, match=r"measurements.jsonl:1 is no measurement"):
         publisher.pytest_sessionfinish(None)  # type: ignore[arg-type]

@@ -176,8 +176,8 @@ SHARES = """
 import json, os, time
 from pathlib import Path
 import ray
-from harness.run.ray.connection import VARIABLES
-from harness.metrics.measuring.invariants.checks import LAYER
+from harness.run.ray.cluster import VARIABLES
+from harness.metrics.measuring.checks import LAYER
 from harness.core.options import Declared, Options
 from harness.core.records import Case
 from harness.run.local import Runner

@@ -11,9 +11,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from harness.inputs.hub import parse_text
 from harness.inputs.models import names as models
-from harness.inputs.models.architectures import ARCHITECTURES
-from harness.inputs.texts import corpora, hub_texts
+from harness.inputs.models.names import ARCHITECTURES
+from harness.inputs.texts import corpora
 from tests.rehearsal.hub import Hub, Repository
 
 SEED = 20_261_204
@@ -101,7 +102,7 @@ def text(folder: Path) -> None:
     """Write the made-up text as the dataset's parquet file of the split `test`, with the card that names it."""
     from datasets import Dataset
 
-    asked = hub_texts.parse(corpora.WIKITEXT_2)
+    asked = parse_text(corpora.WIKITEXT_2)
     files = {"split": asked.split, "path": f"{asked.config}/{asked.split}-*"}
     card = {"configs": [{"config_name": asked.config, "data_files": [files]}]}
     place = f"{asked.config}/{asked.split}-00000-of-00001.parquet"
@@ -117,7 +118,7 @@ def stock(hub: Hub, folder: Path, *names: str) -> None:
             model(name, folder / name)
         source = models.KNOWN[name].removeprefix("hub:")
         hub.repositories["models"][source] = Repository.of(folder / name, COMMIT)
-    asked = hub_texts.parse(corpora.WIKITEXT_2)
+    asked = parse_text(corpora.WIKITEXT_2)
     if not (folder / "text").is_dir():
         text(folder / "text")
     hub.repositories["datasets"][asked.repository] = Repository.of(folder / "text", asked.commit)

@@ -20,9 +20,9 @@ from harness.methods.quantizing import bnb
 from harness.methods.quantizing.arguments import resolve
 from harness.metrics.measuring import card_memory
 from harness.run import plan as planning
-from harness.run.commands.memory import find_config
 from harness.run.group import Group
 from harness.run.messages import Job, Reply
+from harness.run.prediction import find_config
 from tests.rehearsal.card import MEMORY, Card, half_products, pretended
 
 CORE = (

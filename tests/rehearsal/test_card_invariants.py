@@ -11,7 +11,7 @@ from harness.core.records import Verdict
 from harness.core.specification import parse_list
 from harness.judge import known_faults
 from harness.methods.quantizing import bnb
-from harness.metrics.measuring.invariants.checks import LAYER, MODELS
+from harness.metrics.measuring.checks import LAYER, MODELS
 from harness.run import plan
 from harness.run.group import Group, LayerGroup
 from harness.run.messages import Job

@@ -24,7 +24,7 @@ BAD = "CUDA was initialised before this process was forked: "
 ASK = """
 import json, os
 from pathlib import Path
-from harness.metrics.measuring.invariants.checks import LAYER
+from harness.metrics.measuring.checks import LAYER
 from harness.core.options import Declared, Options
 from harness.core.records import Case
 from harness.run.local import Runner

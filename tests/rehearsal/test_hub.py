@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.inputs.texts import corpora, hub_texts
+from harness.inputs.hub import parse_text
+from harness.inputs.texts import corpora
 from tests.rehearsal import folders
 from tests.rehearsal.hub import Cut, Hub, Repository, serving
 
@@ -24,7 +25,8 @@ FETCH = """
 import sys
 from pathlib import Path
 from huggingface_hub import constants, file_download
-from harness.inputs.models import hub_models, names
+from harness.inputs import hub
+from harness.inputs.models import names
 from harness.inputs.texts import corpora
 from harness.core.errors import HarnessError
 from harness.core.options import Declared
@@ -36,7 +38,7 @@ kind, name = sys.argv[1:]
 here = Declared(Path())
 try:
     if kind == "model":
-        print(hub_models.download(names.locate(parse(name), here).snapshot))
+        print(hub.download_model(names.locate(parse(name), here).snapshot))
     else:
         corpora.check(parse(name), here)
         read = corpora.read(parse(name), here)
@@ -220,7 +222,7 @@ def test_a_hub_out_of_order_and_a_token_out_of_date(client: Client) -> None:
     assert "takes no token of yours for the model 'org/name'" in client.told("model", "hub:org/name", HF_TOKEN="hf_x")
 
 
-WIKITEXT = hub_texts.parse(corpora.WIKITEXT_2)
+WIKITEXT = parse_text(corpora.WIKITEXT_2)
 
 
 def rows_of(printed: str) -> list[str]:

@@ -16,7 +16,7 @@ from harness.core.specification import parse
 from harness.methods.quantizing.arguments import resolve
 from harness.metrics.measuring import card_memory
 from harness.metrics.measuring.card_memory import Prediction
-from harness.run.commands.memory import find_config
+from harness.run.prediction import find_config
 from tests.rehearsal import folders
 from tests.rehearsal.measuring import AGREEMENT, Plan, group_of, run
 

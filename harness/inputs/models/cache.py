@@ -13,7 +13,7 @@ from typing import Any
 from harness.core.errors import HarnessError
 from harness.core.files import cache_dir, locked, replace_text, sha256_file
 from harness.core.values import digest, parse_json
-from harness.inputs.models import folder as weightfiles
+from harness.inputs.models.folder import revision
 
 RECORD = "harness.json"  # beside a built folder's weights: what it is, its files' sizes, times and hashes
 CHECK = "check"  # in it: a digest of all the rest
@@ -37,7 +37,7 @@ def built(name: str, build: Callable[[Path], dict[str, str]], verify: bool = Fal
         record = _record(folder, verify)
         if record is None:
             with locked(home / f"{name}.lock"):
-                record = _record(folder, True) or _adopted(folder) or _build(folder, build)
+                record = _record(folder, True) or _build(folder, build)
     except Exception as error:
         if not no_room(error):
             raise
@@ -55,39 +55,17 @@ def _build(folder: Path, build: Callable[[Path], dict[str, str]]) -> dict[str, A
             shutil.rmtree(left)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
-        facts = build(temporary)
-        revision = weightfiles.revision(temporary, f"the built {folder.name}")
+        facts = {**build(temporary), "revision": revision(temporary, f"the built {folder.name}")}
         for file in temporary.iterdir():
             file.chmod(0o644)  # a cache may be shared; safetensors writes for its owner alone
-        record = _write_record(temporary, {**facts, "revision": revision})
+        record = {**facts, "files": {file.name: [*_stamp(file), sha256_file(file)] for file in temporary.iterdir()}}
+        replace_text(temporary / RECORD, json.dumps({**record, CHECK: digest(record)}, indent=1) + "\n")
         temporary.chmod(0o755)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return record
-
-
-def _write_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Note what a folder holds; `sizes` are what harnesses of before look at, so that two versions share a cache."""
-    files = {file.name: [*_stamp(file), sha256_file(file)] for file in sorted(folder.iterdir()) if file.name != RECORD}
-    record = {**facts, "sizes": {name: size for name, (size, *_) in files.items()}, "files": files}
-    replace_text(folder / RECORD, json.dumps({**record, CHECK: digest(record)}, indent=1) + "\n")
-    return record
-
-
-def _adopted(folder: Path) -> dict[str, Any] | None:
-    """The record, written anew, of a folder that a harness of before built: its weights are what it says."""
-    try:
-        facts: dict[str, Any] = parse_json((folder / RECORD).read_bytes())
-        sizes = facts.pop("sizes")
-        if CHECK in facts or any((folder / name).stat().st_size != size for name, size in sizes.items()):
-            return None
-        if weightfiles.revision(folder, str(folder)) != facts["revision"]:
-            return None
-    except (FileNotFoundError, HarnessError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    return _write_record(folder, facts)
 
 
 def _stamp(file: Path) -> list[int]:
@@ -102,8 +80,8 @@ def _record(folder: Path, verify: bool) -> dict[str, Any] | None:
         if record.pop(CHECK) != digest(record):
             return None
         for name, (size, written, sha) in record["files"].items():
-            found = _stamp(folder / name)
-            if found[0] != size or ((verify or found[1] != written) and sha256_file(folder / name) != sha):
+            size_now, written_now = _stamp(folder / name)
+            if size_now != size or ((verify or written_now != written) and sha256_file(folder / name) != sha):
                 return None
     except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError):
         return None

@@ -1,7 +1,8 @@
 """Plain model folders from whatever holds the weights, and models from plain folders.
 
-GGUF files are converted and tiny models trained once, into the cache: built in a folder of their own under a lock,
-renamed when whole. The random parts of a model are never filled in silently: a missing weight is an error.
+GGUF files are converted, quantized checkpoints unpacked and tiny models trained once, into the cache: built in a folder
+of their own under a lock, renamed when whole. The random parts of a model are never filled in silently: a missing
+weight is an error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import copy
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +21,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from harness.core.contracts import Checkpoint
+from harness.core.contracts import DTYPES, Checkpoint
 from harness.core.errors import reading
 from harness.core.files import sha256_file
 from harness.core.options import Declared, Options
 from harness.core.specification import Specification, parse
-from harness.inputs.models import folder as weightfiles
-from harness.inputs.models import hub_models, names, prequantized
+from harness.inputs import hub
+from harness.inputs.models import folder, names
 from harness.inputs.models.cache import built
 
 if TYPE_CHECKING:  # annotations only
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in DTYPES.items()}
 # Written out because the default follows what is installed. The fused kernel never holds the (L, L) scores, and every
 # architecture named in the README has it; eager attention differs from it by rounding only.
 ATTENTION = "sdpa"
-DESCRIBED = "the model that config.json describes"
+UNPACKING_VERSION = 1  # part of the cache's key
 EXPANSION = 8  # fp32 bytes for a byte of GGUF at 4 bits: room asked of the disk before a conversion
 Say = Callable[[str], None]
 
@@ -65,49 +66,75 @@ def materialise(
     `say` gets a line before and after what takes long; `verify` hashes what lies in the cache. Raises as
     `models.locate`, and HarnessError where the cache cannot be written.
     """
-    found = names.locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    located = names.locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     allowed: Any = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     name = str(specification)
-    if found.snapshot is not None:
-        if found.snapshot.directory is None:
-            say(f"fetching {found.snapshot.repository} at {found.snapshot.commit[:12]}")
-        directory = hub_models.download(found.snapshot)
-        return _plain(Checkpoint(name, directory, found.snapshot.commit, **allowed), say, verify)
-    if found.kind == "folder":
-        revision = weightfiles.revision(found.path, f"model '{name}'", allow_pickle=allow_pickle)
-        return _plain(Checkpoint(name, found.path, revision, **allowed), say, verify)
-    directory, record = _tiny(found.tiny, say, verify) if found.tiny else _converted(found, say, verify)
+    if located.snapshot is not None:
+        if located.snapshot.directory is None:
+            say(f"fetching {located.snapshot.repository} at {located.snapshot.commit[:12]}")
+        directory = hub.download_model(located.snapshot)
+        return _plain(Checkpoint(name, directory, located.snapshot.commit, **allowed), say, verify)
+    if located.kind == "folder":
+        revision = folder.revision(located.path, f"model '{name}'", allow_pickle=allow_pickle)
+        return _plain(Checkpoint(name, located.path, revision, **allowed), say, verify)
+    directory, record = _tiny(located.tiny, say, verify) if located.tiny else _converted(located, say, verify)
     return Checkpoint(name, directory, record["revision"], record.get("note", ""), record.get("grid", ""), **allowed)
 
 
 def _plain(checkpoint: Checkpoint, say: Say, verify: bool) -> Checkpoint:
     """The checkpoint, unpacked into the cache where it is quantized already."""
-    prequantized.check(checkpoint.directory, f"model '{checkpoint.specification}'")
-    if prequantized.configuration(checkpoint.directory) is None:
+    folder.check_quantization(checkpoint.directory, f"model '{checkpoint.specification}'")
+    quantization = folder.quantization(checkpoint.directory)
+    if quantization is None:
         return checkpoint
 
-    def build(folder: Path) -> dict[str, str]:
+    def build(destination: Path) -> dict[str, str]:
         say(f"unpacking the quantized {checkpoint.specification} to fp32 (once)")
         with quiet(), reading(f"the quantized {checkpoint.specification}"):
-            return prequantized.unpack(checkpoint.directory, folder, trust_remote_code=checkpoint.trust_remote_code)
+            return _unpack(checkpoint, quantization, destination)
 
-    directory, record = built(f"unpacked-{checkpoint.revision[:16]}-v{prequantized.VERSION}", build, verify)
+    directory, record = built(f"unpacked-{checkpoint.revision[:16]}-v{UNPACKING_VERSION}", build, verify)
     return replace(checkpoint, directory=directory, revision=record["revision"], note=record["note"])
 
 
-def _converted(found: names.Located, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
+def _unpack(checkpoint: Checkpoint, quantization: Mapping[str, Any], destination: Path) -> dict[str, str]:
+    """Write the model that a quantized checkpoint stands for as a plain fp32 folder; returns a row's note.
+
+    transformers reads it with the library that wrote it. What is measured afterwards is the model that it holds.
+    """
+    kind, directory = quantization["quant_method"], checkpoint.directory
+    options: dict[str, Any] = {"trust_remote_code": checkpoint.trust_remote_code, "local_files_only": True}
+    unpacking = {}
+    if kind == "compressed-tensors":
+        from transformers import CompressedTensorsConfig
+
+        unpacking = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True, **unpacking, **options
+    )
+    folder.require_match(report, f"the weights in {directory}")
+    form = quantization.get("format")
+    if kind == "bitsandbytes":
+        loaded = loaded.dequantize()
+        form = "LLM.int8" if quantization.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type")
+    folder.save_plain(loaded, {name: tensor.float() for name, tensor in loaded.state_dict().items()}, destination)
+    AutoTokenizer.from_pretrained(directory, **options).save_pretrained(destination)
+    return {"note": f"weights were stored by {kind} ({form}) before they became this fp32 reference"}
+
+
+def _converted(located: names.Located, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
     from harness.inputs.models.gguf_format import read
 
-    source = found.sha256 or sha256_file(found.path)
+    source = located.sha256 or sha256_file(located.path)
 
-    def build(folder: Path) -> dict[str, str]:
-        needed, free = EXPANSION * found.path.stat().st_size, shutil.disk_usage(folder).free
+    def build(destination: Path) -> dict[str, str]:
+        needed, free = EXPANSION * located.path.stat().st_size, shutil.disk_usage(destination).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, {free >> 20} MiB free")
-        say(f"converting {found.path.name} to fp32 (once, some 10 seconds)")
-        with quiet(), reading(str(found.path)):
-            facts = read.convert(found.path, folder)
-        say(f"converted {found.path.name}")
+        say(f"converting {located.path.name} to fp32 (once, some 10 seconds)")
+        with quiet(), reading(str(located.path)):
+            facts = read.convert(located.path, destination)
+        say(f"converted {located.path.name}")
         return {**facts, "source_sha256": source}
 
     return built(f"gguf-{source[:16]}-v{read.VERSION}", build, verify)
@@ -116,9 +143,9 @@ def _converted(found: names.Located, say: Say, verify: bool) -> tuple[Path, dict
 def _tiny(architecture: str, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
     from harness.inputs.models import tiny
 
-    def build(folder: Path) -> dict[str, str]:
+    def build(destination: Path) -> dict[str, str]:
         with quiet():
-            tiny.build(architecture, folder, say)
+            tiny.build(architecture, destination, say)
         return {"note": "trained by the harness on its synthetic language; never quantized"}
 
     return built(tiny.cache_name(architecture), build, verify)
@@ -146,7 +173,7 @@ def read_config(checkpoint: Checkpoint | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
     if isinstance(checkpoint, Checkpoint):
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        weightfiles.require_layers(directory, layers, allow_pickle=checkpoint.allow_pickle)
+        folder.require_layers(directory, layers, allow_pickle=checkpoint.allow_pickle)
     return config
 
 
@@ -174,7 +201,7 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
     if quantization_config is not None or device != "cpu":
         options["device_map"] = {"": device}  # straight to the device, one tensor at a time
     name = f"model '{checkpoint.specification}'"
-    weights = weightfiles.weights_files(checkpoint.directory, name, allow_pickle=checkpoint.allow_pickle)
+    weights = folder.weights_files(checkpoint.directory, name, allow_pickle=checkpoint.allow_pickle)
     with quiet(), reading(f"{name}: the model in {checkpoint.directory}"):
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory,
@@ -183,36 +210,25 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
             use_safetensors=weights[0].suffix == ".safetensors",
             local_files_only=True,
             trust_remote_code=checkpoint.trust_remote_code,
-            ignore_mismatched_sizes=True,  # told below, by name, rather than by a raised table
+            ignore_mismatched_sizes=True,  # refused below, by name, rather than by a raised table
             output_loading_info=True,
             **options,
         )
-    weightfiles.require_match(report, f"{name}: the weights in {checkpoint.directory}")
+    folder.require_match(report, f"{name}: the weights in {checkpoint.directory}")
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 
 
-def empty_model(config: PretrainedConfig, dtype: str) -> nn.Module:
-    """`sketch_model` with real buffers: parameters on the meta device, to be read into their places."""
+def sketch_model(config: PretrainedConfig, dtype: str, *, real_buffers: bool = False) -> nn.Module:
+    """The model that `open_model` gives, on the meta device: same parameters, buffers, dtypes and ties, no weights.
+
+    With `real_buffers` parameters alone lie there, to be read into their places.
+    """
     from accelerate import init_empty_weights
 
-    trusted = type(config).__module__.startswith("transformers_modules")
-    with quiet(), reading(DESCRIBED), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config),
-            dtype=TORCH_DTYPES[dtype],
-            attn_implementation=ATTENTION,
-            trust_remote_code=trusted,
-        )
-    model.tie_weights()
-    model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def sketch_model(config: PretrainedConfig, dtype: str) -> nn.Module:
-    """The model that `open_model` gives, on the meta device: same parameters, buffers, dtypes and ties, no weights."""
     trusted = type(config).__module__.startswith("transformers_modules")  # whoever read the config allowed its code
-    with quiet(), reading(DESCRIBED), torch.device("meta"):
+    empty = init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
+    with quiet(), reading("the model that config.json describes"), empty:
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),  # building a model writes into it
             dtype=TORCH_DTYPES[dtype],
@@ -228,7 +244,7 @@ def modules(checkpoint: Checkpoint, config: PretrainedConfig, dtype: str) -> dic
     """The unquantized model's modules without weights; BadFile where the folder's weights cannot be so many."""
     sketch = sketch_model(config, dtype)
     count, pickle = sum(one.numel() for one in sketch.parameters()), checkpoint.allow_pickle
-    weightfiles.require_parameters(checkpoint.directory, checkpoint.specification, count, allow_pickle=pickle)
+    folder.require_parameters(checkpoint.directory, checkpoint.specification, count, allow_pickle=pickle)
     return dict(sketch.named_modules())
 
 

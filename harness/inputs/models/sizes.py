@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -34,19 +34,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.core.contracts import Arguments, Method
+from harness.core.contracts import Arguments, Method, QuantizedWeight
 from harness.core.errors import BadSpecification
 from harness.inputs.models import checkpoints
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-EXACT = ("memory.parameters", "memory.footprint", "memory.storage")
 REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})  # of a module: walked by their names instead
 TRANSIENT = frozenset({("MatmulLtState", "idx")})  # bitsandbytes: outlier columns of the last input, not needed to run
 OPAQUE = (nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size)
-BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0}
 
 
 def _children(holder: Any) -> Iterable[Any]:
@@ -82,9 +80,9 @@ def tensors(*holders: Any) -> Iterator[torch.Tensor]:
         todo += _children(holder)
 
 
-def bytes_of(found: Iterable[torch.Tensor]) -> int:
+def bytes_of(held: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind the tensors, each storage once (whole, where a tensor is a view of a part)."""
-    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in found)}
+    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in held)}
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -101,8 +99,8 @@ def storage_bytes(model: nn.Module) -> int:
     return bytes_of(held(model))
 
 
-def _tensor_bytes(found: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+def _tensor_bytes(listed: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in listed)
 
 
 def measure(model: nn.Module) -> dict[str, int]:
@@ -121,15 +119,18 @@ def predict(config: PretrainedConfig, method: Method, arguments: Arguments) -> d
     Beside the bytes: `linear_elements`, how many weights the method quantizes, and `bits_per_weight`, 8 times the
     bytes of their codes, scales and tables over that count (of a method that quantizes none, its dtype's bits).
     """
-    from harness.inputs.models import checkpoints
-
     model = checkpoints.sketch_model(config, arguments.dtype)
     method.sketch(model, arguments)
     weights = list(method.quantized(model))
     elements = sum(weight.elements for weight in weights)
-    stored = sum(weight.storage for weight in weights)
-    bits = 8 * stored / elements if elements else BITS[arguments.dtype]
+    bits = bits_per_weight(weights, arguments.dtype)
     return {**measure(model), "linear_elements": elements, "bits_per_weight": bits}
+
+
+def bits_per_weight(weights: Sequence[QuantizedWeight], dtype: str) -> float:
+    """8 * bytes of codes, scales and tables / elements; of an unquantized model the bits of its dtype."""
+    elements, stored = sum(weight.elements for weight in weights), sum(weight.storage for weight in weights)
+    return 8 * stored / elements if elements else 8.0 * checkpoints.TORCH_DTYPES[dtype].itemsize
 
 
 FP32_BYTES = 4
@@ -139,10 +140,10 @@ UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 def parse_size(text: str) -> int:
     """Bytes of '24GiB', '512 MB', '1.5GB'; a unit is required, since GB and GiB differ by 7%."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip(), re.ASCII)
-    if not found or found[2] not in UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip(), re.ASCII)
+    if not match or match[2] not in UNITS:
         raise BadSpecification(f"'{text}' is no size: write a number and one of {', '.join(UNITS)}, as in 24GiB")
-    size = int(Decimal(found[1]) * UNITS[found[2]])
+    size = int(Decimal(match[1]) * UNITS[match[2]])
     if size <= 0:
         raise BadSpecification(f"'{text}' is no size above zero")
     return size
@@ -156,31 +157,37 @@ class Peak:
     how: str
 
 
-class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage alive from the ops under it; `peak` is the most there were."""
+class StorageCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of every storage that operations under it make, for as long as it lives.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        now: bytes of all storages alive.
+        peak: the most there were since `reset`.
+    """
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now: int = 0
-        self.peak: int = 0
-        self.alive: set[int] = set()
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.see(tensor)
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
 
-    def see(self, tensor: torch.Tensor) -> None:
+    def take(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, once, until it is freed."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.alive:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
             return
-        self.alive.add(key)
-        self.now += storage.nbytes()
+        self._alive.add(key)
+        self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, key, storage.nbytes())
+        weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
-        self.alive.discard(key)
+        self._alive.discard(key)
         self.now -= size
+
+    def reset(self) -> None:
+        """Begin a new peak."""
+        self.peak = self.now
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -189,7 +196,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.see(tensor)
+                self.take(tensor)
         return result
 
 
@@ -200,10 +207,12 @@ def traced_peak(model: nn.Module, method: Method, arguments: Arguments) -> int:
     of the largest parameter, its mask, is added there.
     """
     masks = max((parameter.numel() for parameter in model.parameters() if parameter.is_meta), default=0)
-    live = Live(model)
-    with live:
+    count = StorageCount()
+    for tensor in (*model.parameters(), *model.buffers()):
+        count.take(tensor)
+    with count:
         method.sketch(model, arguments)
-    return live.peak + masks
+    return count.peak + masks
 
 
 def loading_peak(config: PretrainedConfig, method: Method, arguments: Arguments) -> Peak:

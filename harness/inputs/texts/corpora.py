@@ -4,7 +4,10 @@ Specifications: `lee`, `lee-50` (other articles, for calibration), `wikitext-2`,
 `package:DIST/FILE`, `hub:ORG/NAME[/CONFIG[/SPLIT]][@REVISION]` (split `test` unless named), a name declared under
 `[tool.harness.datasets]` (its files relative to that pyproject.toml) or by an entry point `harness.datasets`
 (an object that is one of these specifications as a string). Known names beat declared ones.
-How a dataset's documents reach a protocol stands in one table, `joining.LAYOUTS`.
+
+How each kind of dataset reaches each protocol, which documents and how they are joined, stands in the table `LAYOUTS`.
+An over-long text is cut by the protocol (`--max-tokens`, windows); a text of which nothing can be scored is
+`TextTooShort`, except that under `sentence` single documents may be empty or hold one token: they are counted.
 """
 
 from __future__ import annotations
@@ -12,16 +15,134 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from harness.core import catalog
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.core.options import Declared
 from harness.core.specification import Specification, parse
-from harness.inputs.texts import hub_texts
-from harness.inputs.texts.joining import LAYOUTS, Reading
+from harness.inputs import hub
+
+JOINED = frozenset({"chunk", "stride", "gptq", "half"})  # protocols that read one running text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one protocol reads of a dataset.
+
+    texts: tokenized one by one. originals: of the same length, the texts whose words and bytes normalise a figure.
+    how: the words that stand in the protocol id.
+    """
+
+    texts: tuple[str, ...]
+    originals: tuple[str, ...]
+    how: str
+
+
+def join(separator: str, what: str) -> Callable[[Sequence[str]], Reading]:
+    """One text: the documents with a separator between them."""
+
+    def read(documents: Sequence[str]) -> Reading:
+        text = separator.join(documents)
+        return Reading((text,), (text,), f"{what} joined by {separator!r}")
+
+    return read
+
+
+def whole(documents: Sequence[str]) -> Reading:
+    """The file as it is."""
+    return Reading(tuple(documents), tuple(documents), "the file as it is")
+
+
+def each(what: str) -> Callable[[Sequence[str]], Reading]:
+    """Every document by itself, without its line end."""
+
+    def read(documents: Sequence[str]) -> Reading:
+        texts = tuple(document.removesuffix("\n") for document in documents)
+        return Reading(texts, texts, f"each {what} by itself")
+
+    return read
+
+
+def file_lines(documents: Sequence[str]) -> Reading:
+    """Every line of a file by itself; only line feeds end a line, and the last need not."""
+    lines = tuple("".join(documents).removesuffix("\n").split("\n"))
+    return Reading(lines, lines, "each line by itself")
+
+
+TITLE = re.compile(r"\s*= (?!= ).*(?<! =) =\s*")  # ' = Title = ', not the ' = = Section = = ' of a part
+
+
+def wikitext_pages(rows: Sequence[str]) -> tuple[str, ...]:
+    """The pages of WikiText, cut before each title line (62 in WikiText-2's test split).
+
+    The Hub stores a blank line, which is one space in the original file, as an empty row: the space is put back.
+    Lines before the first title, if blank, are no page.
+    """
+    pages: list[list[str]] = [[]]
+    for row in rows:
+        line = row.removesuffix("\n") or " "
+        if TITLE.fullmatch(line):
+            pages.append([])
+        pages[-1].append(line)
+    pages[-1].append("")  # the file's last line ends like every other
+    return tuple("\n".join(page) for page in pages if "".join(page).strip())
+
+
+# What lm-evaluation-harness undoes of WikiText's tokenization, in its order: literal pairs, then what stands in pairs
+# of brackets or quotes loses the blanks at its ends, then literal pairs again.
+BEFORE_PAIRS = (
+    ("s '", "s'"),
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+)
+PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
+AFTER_PAIRS = (
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
+
+
+def detokenize_wikitext(page: str) -> str:
+    """A WikiText page as running text, by the rules of lm-evaluation-harness's wikitext task.
+
+    Its rule for "' 5" is left out: it is written with slashes inside the pattern and matches nothing.
+    """
+    for tokenized, plain in BEFORE_PAIRS:
+        page = page.replace(tokenized, plain)
+    for opening, closing in PAIRS:
+        first, last = re.escape(opening), re.escape(closing)
+        page = re.sub(rf"{first}\s*([^{last}]*?)\s*{last}", rf"{opening}\1{closing}", page)
+    for tokenized, plain in AFTER_PAIRS:
+        page = page.replace(tokenized, plain)
+    return page
+
+
+def detokenized_pages(rows: Sequence[str]) -> Reading:
+    """WikiText's pages as lm-evaluation-harness reads them; words and bytes are counted in the original page."""
+    pages = wikitext_pages(rows)
+    return Reading(tuple(map(detokenize_wikitext, pages)), pages, "each page by itself, detokenized")
+
+
+# how documents are read as one running text, page by page and sentence by sentence
+LAYOUTS: Mapping[str, Mapping[str, Callable[[Sequence[str]], Reading]]] = {
+    "file": {"joined": whole, "rolling": whole, "sentence": file_lines},
+    "lines": {"joined": join("\n", "lines"), "rolling": join("\n", "lines"), "sentence": each("line")},
+    "wikitext": {"joined": join("\n\n", "rows"), "rolling": detokenized_pages, "sentence": each("row")},
+    "rows": {"joined": join("\n\n", "rows"), "rolling": each("row"), "sentence": each("row")},
+}
+
 
 LEE_FILE = "gensim/test/test_data/lee_background.cor"
 LEE_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
@@ -52,7 +173,7 @@ class Corpus:
 
     def joined(self, protocol_name: str) -> Reading:
         """The texts that a protocol tokenizes, one by one."""
-        return LAYOUTS[self.layout].read(self.documents, protocol_name)
+        return LAYOUTS[self.layout]["joined" if protocol_name in JOINED else protocol_name](self.documents)
 
 
 @dataclass(frozen=True)
@@ -109,33 +230,28 @@ def package_file(argument: str) -> Path:
     if not slash or not inside:
         raise BadSpecification(f"'package:{argument}' names no file: write package:DIST/FILE")
     try:
-        found = distribution(name)
+        package = distribution(name)
     except PackageNotFoundError as error:
         raise MissingAsset(f"'package:{argument}' needs the distribution '{name}': pip install {name}") from error
-    package = re.sub(r"[-.]+", "_", name)
-    for candidate in (inside, f"{package}/{inside}"):
-        path = Path(str(found.locate_file(candidate)))
+    home = re.sub(r"[-.]+", "_", name)
+    for candidate in (inside, f"{home}/{inside}"):
+        path = Path(str(package.locate_file(candidate)))
         if path.is_file():
             return path
-    raise MissingAsset(f"the distribution '{name}' {found.version} holds no file '{inside}'")
-
-
-def gensim_file(inside: str, text: str) -> Path:
-    """A text file of the distribution gensim."""
-    try:
-        return package_file(f"gensim/{inside}")
-    except MissingAsset as error:
-        raise MissingAsset(f"the text '{text}' lies in the package gensim: {GENSIM}") from error
+    raise MissingAsset(f"the distribution '{name}' {package.version} holds no file '{inside}'")
 
 
 def lee_content(text: str, inside: str, sha256: str, encoding: str) -> Content:
-    """`lee` or `lee-50`, held to its checksum."""
-    path = gensim_file(inside, text)
+    """`lee` or `lee-50`, of the distribution gensim, held to its checksum."""
+    try:
+        path = package_file(f"gensim/{inside}")
+    except MissingAsset as error:
+        raise MissingAsset(f"the text '{text}' lies in the package gensim: {GENSIM}") from error
     data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise BadFile(f"'{path}' has another sha256 than the text '{text}': {GENSIM}")
-    found = data.decode(encoding)
-    return Content((found,), sha256_text(found), text)
+    words = data.decode(encoding)
+    return Content((words,), sha256_text(words), text)
 
 
 def ptb_content(argument: str, root: Path) -> Content:
@@ -144,14 +260,14 @@ def ptb_content(argument: str, root: Path) -> Content:
     if not path.is_file():
         raise MissingAsset(f"there is no file '{argument}': {PTB_ADVICE}")
     data = read_bytes(path)
-    found, lines = hashlib.sha256(data).hexdigest(), data.count(b"\n")
-    if found != PTB_SHA256:
+    sha256, lines = hashlib.sha256(data).hexdigest(), data.count(b"\n")
+    if sha256 != PTB_SHA256:
         raise BadFile(
-            f"'{path}' is not the expected Penn Treebank test split: {lines:,} lines, sha256 {found[:12]}, not "
+            f"'{path}' is not the expected Penn Treebank test split: {lines:,} lines, sha256 {sha256[:12]}, not "
             f"{PTB_LINES:,} lines, sha256 {PTB_SHA256[:12]} (any other text goes as text:FILE)"
         )
     documents = tuple(line.strip() for line in decode(data, path).removesuffix("\n").split("\n"))
-    return Content(documents, found, "ptb", "test")
+    return Content(documents, sha256, "ptb", "test")
 
 
 def synthetic_content() -> Content:
@@ -165,7 +281,7 @@ def synthetic_content() -> Content:
 
 def hub_content(argument: str, name: str) -> Content:
     """Rows of a Hub dataset."""
-    rows, revision, split = hub_texts.read(argument)
+    rows, revision, split = hub.read_text(argument)
     return Content(rows, revision, name, split)
 
 
@@ -190,7 +306,7 @@ DATASETS: Mapping[str, Dataset] = {
     "wikitext-2": Dataset(
         "wikitext",
         lambda argument, root: hub_content(WIKITEXT_2, "wikitext-2"),
-        check=lambda argument, root: hub_texts.check(WIKITEXT_2),
+        check=lambda argument, root: hub.check_text(WIKITEXT_2),
     ),
     "synthetic": Dataset("file", lambda argument, root: synthetic_content(), check=lambda argument, root: None),
     "ptb": Dataset("lines", ptb_content, "FILE"),
@@ -208,8 +324,8 @@ DATASETS: Mapping[str, Dataset] = {
         "rows",
         lambda argument, root: hub_content(argument, f"hub:{argument.partition('@')[0]}"),
         "ORG/NAME[/CONFIG[/SPLIT]][@REVISION]",
-        check=lambda argument, root: hub_texts.check(argument),
-        syntax=hub_texts.parse,
+        check=lambda argument, root: hub.check_text(argument),
+        syntax=hub.parse_text,
     ),
 }
 
@@ -217,23 +333,16 @@ DATASETS: Mapping[str, Dataset] = {
 @functools.cache
 def installed() -> dict[str, str]:
     """Names that installed packages add: entry points `harness.datasets`, each a specification as a string."""
-    found = {}
-    for point in entry_points(group="harness.datasets"):
-        where = f"entry point harness.datasets: {point.name} = {point.value}"
-        try:
-            value = point.load()
-        except Exception as error:
-            raise HarnessError(f"{where} fails: {error!r}") from error
-        if not isinstance(value, str):
-            raise HarnessError(f"{where} is no specification as a string")
-        if point.name in found or point.name in DATASETS:
-            raise HarnessError(f"{where}: '{point.name}' is already a dataset's name: choose another")
-        found[point.name] = value
-    return found
+    datasets: dict[str, str] = {}
+    for name, value, where in catalog.entry_values("harness.datasets", str, "specification as a string"):
+        if name in datasets or name in DATASETS:
+            raise HarnessError(f"{where}: '{name}' is already a dataset's name: choose another")
+        datasets[name] = value
+    return datasets
 
 
 def resolve(specification: Specification, declared: Declared) -> tuple[Dataset, str, Path]:
-    """The kind of a dataset, its argument, and where its relative paths start; names and grammar only."""
+    """The kind of a dataset, its argument, and where its relative paths start; touches no file and no network."""
     root, asked = Path(), specification
     if asked.name not in DATASETS and not asked.words and not asked.arguments:
         if asked.name in declared.datasets:
@@ -253,11 +362,6 @@ def resolve(specification: Specification, declared: Declared) -> tuple[Dataset, 
     return dataset, argument, root
 
 
-def check_name(specification: Specification, declared: Declared) -> None:
-    """Whether the name is known and reads well; touches no file and no network."""
-    resolve(specification, declared)
-
-
 def check(specification: Specification, declared: Declared) -> None:
     """Whether the text is there and reads as text; one line on what is wrong, no torch."""
     dataset, argument, root = resolve(specification, declared)
@@ -267,6 +371,6 @@ def check(specification: Specification, declared: Declared) -> None:
 def read(specification: Specification, declared: Declared) -> Corpus:
     """Read a dataset whole."""
     dataset, argument, root = resolve(specification, declared)
-    found = dataset.read(argument, root)
+    read = dataset.read(argument, root)
     text = str(specification)
-    return Corpus(found.name, text, found.documents, dataset.layout, found.revision, found.split, found.note)
+    return Corpus(read.name, text, read.documents, dataset.layout, read.revision, read.split, read.note)

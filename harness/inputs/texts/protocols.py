@@ -1,6 +1,10 @@
 """Perplexity protocols: what is fed, what is scored, how it becomes one number, and the id that says so. numpy only.
 
-The six protocols stand in the table `windows.FORMS`. BOS: a tokenizer "adds one of itself" if it puts a token
+The six protocols stand in the table `FORMS`. A window's ids (L,) hold what is fed and, last, the last token scored: the
+model reads ids[:-1]. So rolling windows of W hold W + 1 ids and feed W tokens, like lm-evaluation-harness. A window may
+score nothing (a tail of one token, an empty document): it stands in the plan, is counted, and is never run.
+
+BOS: a tokenizer "adds one of itself" if it puts a token
 before a plain word. Then `chunk` and `sentence` begin every window with it; `stride` and `gptq` have it once before
 the text; `half` has it there too and over the first token of every window (llama.cpp); `rolling` begins each document
 with BOS, else EOS, whatever the tokenizer adds.
@@ -13,25 +17,162 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.core.contracts import TokenPlan
+from harness.core.contracts import TokenPlan, Window
 from harness.core.errors import BadSpecification, HarnessError, TextTooShort, UnknownName, reading
 from harness.core.specification import Specification
+from harness.core.stats import spans
 from harness.core.values import digest
-from harness.inputs.texts import windows
-from harness.inputs.texts.corpora import Corpus
-from harness.inputs.texts.joining import Reading
-from harness.inputs.texts.windows import FORMS, Form, Ids
+from harness.inputs.texts.corpora import Corpus, Reading
+
+Ids = NDArray[np.int64]  # (T,) token ids of one text
+
+
+def led(ids: Ids, bos: int | None) -> Ids:
+    """The ids with BOS before them, if there is one."""
+    return ids if bos is None else np.concatenate([np.array([bos], dtype=np.int64), ids])
+
+
+def all_but_first(ids: Ids) -> Window:
+    """A window that scores every token but its first."""
+    return Window(ids, max(len(ids) - 1, 0))
+
+
+def chunk(ids: Ids, width: int, bos: int | None) -> list[Window]:
+    """Disjoint windows of `width` tokens, tail kept; BOS, where there is one, begins each and counts in its width."""
+    room = width - (bos is not None)
+    return [all_but_first(led(ids[start : start + room], bos)) for start in range(0, len(ids), room)]
+
+
+def stride(ids: Ids, width: int, step: int) -> list[Window]:
+    """Windows from 0, step, 2 step, ... to the first that reaches the end; each scores what none before it reached."""
+    windows: list[Window] = []
+    previous_end = 0
+    for start in range(0, len(ids), step):
+        end = min(start + width, len(ids))
+        windows.append(Window(ids[start:end], min(end - previous_end, end - start - 1)))
+        previous_end = end
+        if end == len(ids):
+            break
+    return windows
+
+
+def gptq(ids: Ids, width: int) -> list[Window]:
+    """Disjoint windows of `width`, tail dropped, all but the first token scored."""
+    return [all_but_first(ids[end - width : end]) for end in range(width, len(ids) + 1, width)]
+
+
+def half(ids: Ids, width: int, bos: int | None) -> list[Window]:
+    """Disjoint windows of `width`, tail dropped; the last width - width // 2 - 1 tokens scored.
+
+    BOS, where there is one, overwrites the first token of every window.
+    """
+    windows = []
+    for end in range(width, len(ids) + 1, width):
+        fed = ids[end - width : end].copy()
+        if bos is not None:
+            fed[0] = bos
+        windows.append(Window(fed, width - width // 2 - 1))
+    return windows
+
+
+def rolling(ids: Ids, width: int, prefix: int) -> list[Window]:
+    """Windows that feed `width` tokens and score every token once; the last is extended to the left to full width."""
+    line = led(ids, prefix)  # line[i] precedes ids[i]
+    windows = []
+    for start in range(0, len(ids), width):
+        end = min(start + width, len(ids))
+        begin = start if end - start == width else max(end - width, 0)
+        windows.append(Window(line[begin : end + 1], end - start))
+    return windows
+
+
+def sentence(documents: Sequence[Ids], width: int, bos: int | None) -> list[Window]:
+    """Each document alone, all but its first token scored; one longer than `width` goes in pieces, as `chunk` has it.
+
+    An empty document is a window that scores nothing.
+    """
+    windows: list[Window] = []
+    for ids in documents:
+        windows += chunk(ids, width, bos) or [Window(led(ids, bos), 0)]
+    return windows
+
+
+@dataclass(frozen=True)
+class Form:
+    """One protocol's rules. `build` takes (documents, width, step, bos or prefix id)."""
+
+    build: Callable[[Sequence[Ids], int, int, int | None], list[Window]]
+    windows: str
+    scored: str
+    bos: str  # where a BOS stands that the tokenizer adds; "" for a rule of its own
+    least_width: int  # below it a window scores nothing
+    width: int | None = 512  # default
+    bos_once: bool = False  # BOS belongs to the text, before it is cut into windows
+    aggregate: str = "token"
+
+
+FORMS = {
+    "chunk": Form(
+        lambda documents, width, step, bos: chunk(documents[0], width, bos),
+        "disjoint of {width}, tail kept",
+        "all but the first token of a window",
+        "before every window",
+        2,
+    ),
+    "stride": Form(
+        lambda documents, width, step, bos: stride(documents[0], width, step),
+        "of {width}, one every {step}",
+        "the tokens that no earlier window reached",
+        "once before the text",
+        2,
+        bos_once=True,
+    ),
+    "gptq": Form(
+        lambda documents, width, step, bos: gptq(documents[0], width),
+        "disjoint of {width}, tail dropped",
+        "all but the first token of a window",
+        "once before the text",
+        2,
+        width=2048,
+        bos_once=True,
+        aggregate="window",
+    ),
+    "rolling": Form(
+        lambda documents, width, step, prefix: [
+            window for ids in documents for window in rolling(ids, width, prefix or 0)
+        ],
+        "disjoint of {width} fed tokens, each document by itself, the last extended to the left",
+        "every token once",
+        "",
+        1,
+    ),
+    "half": Form(
+        lambda documents, width, step, bos: half(documents[0], width, bos),
+        "disjoint of {width}, tail dropped",
+        "the last W - W/2 - 1 tokens of a window",
+        "once before the text and over the first token of every window",
+        3,
+        bos_once=True,
+    ),
+    "sentence": Form(
+        lambda documents, width, step, bos: sentence(documents, width, bos),
+        "each document alone, in pieces of {width} where it is longer",
+        "all but the first token of a document or piece",
+        "before every document and piece",
+        2,
+        width=None,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +317,7 @@ def plan(corpus: Corpus, protocol: Protocol, tokenizer: Any, *, context: int, ma
     used, form, reading = fitted(protocol, context), FORMS[protocol.name], corpus.joined(protocol.name)
     documents, cut = planned(reading.texts, tokenizer, max_tokens or sys.maxsize)
     bos = prefix_token(tokenizer) if used.name == "rolling" else leading_token(tokenizer)
-    fed = [windows.led(documents[0], bos)] if form.bos_once else documents
+    fed = [led(documents[0], bos)] if form.bos_once else documents
     width = used.width or context
     built = form.build(fed, width, used.step or width, bos)
     if not any(window.scored for window in built):
@@ -224,8 +365,7 @@ def token_words(form: Form, tokenizer: Any, bos: int | None, limit: int | None) 
 
 def window_slices(plan: TokenPlan) -> list[slice]:
     """Where each window that scores anything lies in the flat array of scored tokens' NLL."""
-    ends = np.cumsum([0, *(window.scored for window in plan.windows if window.scored)]).tolist()
-    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+    return spans(window.scored for window in plan.windows if window.scored)
 
 
 def mean_nll(nll: NDArray[np.float32], plan: TokenPlan) -> float:

@@ -10,7 +10,7 @@ from harness.core.errors import BadSpecification, UnknownName
 from harness.core.specification import Specification
 from harness.methods.quantizing import scopes
 
-DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "fp16"}  # interfaces.md: fp16 is slow or missing in CPU kernels
+DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "fp16"}  # fp16 is slow or missing in CPU kernels
 
 
 def resolve(specification: Specification, method: Method, device: str) -> Arguments:

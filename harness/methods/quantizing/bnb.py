@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # annotations only
     from transformers import BitsAndBytesConfig
 
 DEFAULT_THRESHOLD = 6.0  # activations beyond it are outliers (Dettmers et al. 2022, arXiv:2208.07339, section 3.2)
-TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 FP16_PRODUCT = "bitsandbytes writes the product of 8-bit codes in fp16 on a card, whatever the model's dtype"
 
@@ -133,7 +132,7 @@ def options(format: Format, arguments: Arguments, skip: list[str]) -> dict[str, 
         "llm_int8_skip_modules": skip,  # of the 4-bit types too, despite the name
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "bnb_4bit_compute_dtype": TORCH_NAMES[arguments.dtype if compute == AS_MODEL else compute],
+        "bnb_4bit_compute_dtype": DTYPES[arguments.dtype if compute == AS_MODEL else compute],
         "bnb_4bit_quant_type": "fp4" if format.int8 else format.kind,
         "bnb_4bit_use_double_quant": format.double,
         "bnb_4bit_quant_storage": "uint8",

@@ -9,10 +9,12 @@ with it, is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Arguments, Parameter
 from harness.core.errors import BadSpecification, HarnessError
+from harness.core.options import Declared
 from harness.core.specification import Specification
 from harness.inputs.texts import corpora
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:  # annotations only
     from torch import Tensor
 
     from harness.core.contracts import Checkpoint
-    from harness.core.options import Declared
     from harness.inputs.texts.corpora import Corpus
 
 OWN = "model"  # the text that the model writes
@@ -57,17 +58,17 @@ def refuse_shared_lines(facts: Mapping[str, Any], measured: Corpus, declared: De
     if facts.get("text_revision") == measured.revision:
         raise HarnessError(f"{method} was calibrated on '{text}', which is the very text that it is measured on")
     if shared := lines(corpora.read(Specification(text), declared)) & lines(measured):
-        told = f"{len(shared)} line{'s' * (len(shared) > 1)} ('{min(shared)[:SHORTEST]}...')"
+        which = f"{len(shared)} line{'s' * (len(shared) > 1)} ('{min(shared)[:SHORTEST]}...')"
         raise HarnessError(
-            f"{method} was calibrated on '{text}', which shares {told} with '{measured.name}', on which it is "
+            f"{method} was calibrated on '{text}', which shares {which} with '{measured.name}', on which it is "
             "measured: name another text"
         )
 
 
 def lines(corpus: Corpus) -> set[str]:
     """A text's lines of some length, blanks around them aside."""
-    found = (line.strip() for document in corpus.documents for line in document.splitlines())
-    return {line for line in found if len(line) >= SHORTEST}
+    stripped = (line.strip() for document in corpus.documents for line in document.splitlines())
+    return {line for line in stripped if len(line) >= SHORTEST}
 
 
 def chosen(text: str, checkpoint: Checkpoint) -> str:
@@ -97,14 +98,15 @@ def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[l
     text = chosen(str(values["text"]), checkpoint)
     revision = ""
     if text == OWN:
-        found = drawn(model, count, length, seed)
+        result = drawn(model, count, length, seed)
     else:
-        found, revision = cut(text, checkpoint, count, length, seed, model)
-    ids = np.concatenate([window.cpu().numpy().ravel() for window in found]).astype("<i4")
+        declared = arguments.declared or Declared(Path())
+        result, revision = cut(text, declared, checkpoint, count, length, seed, model)
+    ids = np.concatenate([window.cpu().numpy().ravel() for window in result]).astype("<i4")
     sha = hashlib.sha256(ids.tobytes()).hexdigest()
     facts = {"text": text, "seed": seed, "windows": count, "tokens_a_window": length, "token_sha256": sha}
     facts |= {"text_revision": revision} if revision else {}
-    return found, facts
+    return result, facts
 
 
 def drawn(model: Any, count: int, length: int, seed: int) -> list[Tensor]:
@@ -126,16 +128,14 @@ def drawn(model: Any, count: int, length: int, seed: int) -> list[Tensor]:
     return list(torch.split(ids[:, 1:].to(device), 1))
 
 
-def cut(text: str, checkpoint: Checkpoint, count: int, length: int, seed: int, model: Any) -> tuple[list[Tensor], str]:
-    """Windows of a dataset, their starts drawn with the seed, and the dataset's revision."""
-    from pathlib import Path
-
+def cut(
+    text: str, declared: Declared, checkpoint: Checkpoint, count: int, length: int, seed: int, model: Any
+) -> tuple[list[Tensor], str]:
+    """Windows of a dataset, known or declared, their starts drawn with the seed, and the dataset's revision."""
     import torch
 
-    from harness.core.options import read_declared
     from harness.inputs.models import checkpoints
 
-    _, declared = read_declared(Path.cwd())
     corpus = corpora.read(Specification(text), declared)
     reading = corpus.joined("chunk")
     tokenizer: Any = checkpoints.tokenizer(checkpoint)

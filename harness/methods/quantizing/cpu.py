@@ -6,17 +6,17 @@ Evaluations run within these; timed cases time what the model itself does.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from harness.core.environment import cpu_facts
 
 NATIVE = {  # instruction sets with products in a half precision; without them torch's half GEMM is 5 to 10 times slower
     torch.float16: frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
@@ -30,23 +30,15 @@ BLOCK = 512  # columns at a time: 256 to 1024 are alike, one thread or two
 ROWS = 32  # from so many on
 
 
-@functools.cache
-def cpu_lines() -> dict[str, str]:
-    """What Linux says of the first processor, by name; empty where it says nothing."""
-    path = Path("/proc/cpuinfo")
-    first = path.read_text().partition("\n\n")[0] if path.is_file() else ""
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
-
-
 def cpu_flags() -> frozenset[str]:
     """The processor's instruction sets as Linux names them; empty where it does not say."""
-    lines = cpu_lines()
-    return frozenset(lines.get("flags", lines.get("Features", "")).split())  # x86, ARM
+    facts = cpu_facts()
+    return frozenset(facts.get("flags", facts.get("Features", "")).split())  # x86, ARM
 
 
 def amd() -> bool:
     """Whether AMD made the processor."""
-    return cpu_lines().get("vendor_id") == "AuthenticAMD"
+    return cpu_facts().get("vendor_id") == "AuthenticAMD"
 
 
 def native(dtype: torch.dtype) -> bool:
@@ -100,19 +92,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not in_blocks(x.shape[:-1].numel(), weight):
         return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, in)
-    found = x.new_empty(len(rows), len(weight))
-    into_columns(rows, weight, bias, found)
-    return found.view(*x.shape[:-1], len(weight))
+    result = x.new_empty(len(rows), len(weight))
+    into_columns(rows, weight, bias, result)
+    return result.view(*x.shape[:-1], len(weight))
 
 
-def into_columns(rows: Tensor, weight: Tensor, bias: Tensor | None, found: Tensor, first: int = 0) -> None:
-    """Write the product with some rows of a weight into the columns of `found` that they make.
+def into_columns(rows: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, first: int = 0) -> None:
+    """Write the product with some rows of a weight into the columns of `result` that they make.
 
     Args:
         rows: (M, in).
         weight: (n, in), those rows.
         bias: (out,), the whole weight's, or None.
-        found: (M, out).
+        result: (M, out).
         first: column of the first of them.
     """
     count = len(weight) // BLOCK if in_blocks(len(rows), weight) else 1
@@ -120,9 +112,9 @@ def into_columns(rows: Tensor, weight: Tensor, bias: Tensor | None, found: Tenso
     for start, end in itertools.pairwise(ends):
         part, columns = weight[start:end], slice(first + start, first + end)
         if bias is None:
-            torch.mm(rows, part.t(), out=found[:, columns])
+            torch.mm(rows, part.t(), out=result[:, columns])
         else:
-            torch.addmm(bias[columns], rows, part.t(), out=found[:, columns])
+            torch.addmm(bias[columns], rows, part.t(), out=result[:, columns])
 
 
 def conv1d_in_fp32(module: Any, x: Tensor) -> Tensor:
@@ -170,8 +162,8 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """
     total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
     for start in range(0, a.shape[1], INT8_DEPTH):
-        piece = slice(start, start + INT8_DEPTH)
-        total += (a[:, piece].float() @ b[piece].float()).to(torch.int32)
+        part = slice(start, start + INT8_DEPTH)
+        total += (a[:, part].float() @ b[part].float()).to(torch.int32)
     return total
 
 

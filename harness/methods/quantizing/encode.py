@@ -1,4 +1,4 @@
-"""Quantizing a weight piece by piece: what is made on the way stays in the cache, and pieces run a thread a core."""
+"""Quantizing a weight part by part: what is made on the way stays in the cache, and parts run a thread a core."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor
 from harness.core.errors import HarnessError
 
 if TYPE_CHECKING:
-    from harness.methods.quantizing.rounding import Rounding
-    from harness.methods.quantizing.stored import Recipe
+    from harness.methods.quantizing.codes import Recipe
+    from harness.methods.quantizing.compiled import Rounding
 
-PIECE = 2**18  # weights quantized at once: a megabyte in fp32, and few enough operations to be worth a thread
-CARD_PIECE = 2**22  # on a card: as much work as makes a kernel worth its launch, and little beside a model
+PART = 2**18  # weights quantized at once: a megabyte in fp32, and few enough operations to be worth a thread
+CARD_PART = 2**22  # on a card: as much work as makes a kernel worth its launch, and little beside a model
 TAKEN = frozenset({torch.float32, torch.bfloat16})  # by a compiled loop, as they lie
 
 
 def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the recipe makes of a weight (out, in) rounded to a dtype, piece by piece where its grain allows.
+    """What the recipe makes of a weight (out, in) rounded to a dtype, some rows at a time where their grain allows.
 
     Raises:
         HarnessError: a weight or a scale is not finite.
     """
     loop = None
-    if recipe.compiled is not None and rows.device.type == "cpu" and rows.numel() > PIECE:
-        loop = recipe.compiled((rows.shape[0], rows.shape[1]), **recipe.values)
-    whole = _in_pieces(recipe, rows, dtype) if loop is None else _by_loop(loop, rows, dtype)
+    if rows.device.type == "cpu" and rows.numel() > PART:
+        loop = recipe.codes.rounding((rows.shape[0], rows.shape[1]), **recipe.values)
+    whole = _in_parts(recipe, rows, dtype) if loop is None else _by_loop(loop, rows, dtype)
     for name, tensor in whole.items():
         if not _finite(tensor):
             _refuse(recipe, "weight", rows.to(dtype))
@@ -40,10 +40,10 @@ def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
 
 
 def _by_loop(loop: Rounding, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A compiled loop over the weight as it lies, a share a thread; over pieces of it where they must be made."""
+    """A compiled loop over the weight as it lies, a share a thread; over parts of it where they must be made."""
     outputs, inputs = rows.shape
     as_lies = rows.is_contiguous() and rows.dtype in TAKEN and dtype in (rows.dtype, torch.float32)
-    step = max(1, PIECE // inputs)
+    step = max(1, PART // inputs)
     if as_lies:
         step = max(step, -(-outputs // torch.get_num_threads()))
 
@@ -52,27 +52,27 @@ def _by_loop(loop: Rounding, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
         loop.fill(start, part if as_lies else _fp32(part, dtype))
 
     _in_threads(place, range(0, outputs, step))
-    return loop.found
+    return loop.result
 
 
-def _in_pieces(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The recipe's own operations on a piece at a time, into room for what they make of the whole weight."""
-    step = _piece(recipe, rows)
-    first = recipe.quantize(_fp32(rows[:step], dtype), **recipe.values)
+def _in_parts(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The codes' own operations on a part at a time, into room for what they make of the whole weight."""
+    step = _part(recipe, rows)
+    first = recipe.codes.encode(_fp32(rows[:step], dtype), **recipe.values)
     if step >= rows.shape[0]:
         return first
     like = torch.empty(rows.shape, dtype=torch.float32, device="meta")
-    sizes = recipe.quantize(like, **recipe.values)  # as bytes are predicted
+    sizes = recipe.codes.encode(like, **recipe.values)  # as bytes are predicted
     whole = {name: rows.new_empty(sizes[name].shape, dtype=made.dtype) for name, made in first.items()}
     starts = range(0, rows.shape[0], step)
     for name, made in first.items():
         if not made.dim() or -(-len(whole[name]) // len(made)) != len(starts):
             raise HarnessError(
-                f"{recipe.method} stores no part of its {name} for each piece of a weight: leave out grain"
+                f"{recipe.method} stores no part of its {name} for each part of a weight: leave out grain"
             )
 
     def place(start: int) -> None:
-        made = recipe.quantize(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
+        made = recipe.codes.encode(_fp32(rows[start : start + step], dtype), **recipe.values) if start else first
         for name, tensor in made.items():
             at = start // step * len(first[name])
             whole[name][at : at + len(tensor)] = tensor
@@ -97,7 +97,7 @@ def _in_threads(place: Callable[[int], None], starts: Sequence[int]) -> None:
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        deque(pool.map(run, starts), maxlen=0)  # raises what a piece raised
+        deque(pool.map(run, starts), maxlen=0)  # raises what a part raised
     torch.set_num_threads(threads)  # which threads that are born later take over
 
 
@@ -105,14 +105,14 @@ def _fp32(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype).float().contiguous()
 
 
-def _piece(recipe: Recipe, rows: Tensor) -> int:
-    """Rows quantized at once: about PIECE weights, no block or byte of two codes cut; all of a meta weight."""
+def _part(recipe: Recipe, rows: Tensor) -> int:
+    """Rows quantized at once: about PART weights, no block or byte of two codes cut; all of a meta weight."""
     kind = rows.device.type
-    if not recipe.grain or kind == "meta":
+    if not recipe.codes.grain or kind == "meta":
         return max(1, rows.shape[0])
-    unit = math.lcm(2, int(recipe.values["block"]) if recipe.grain == "block" else 1)
+    unit = math.lcm(2, int(recipe.values["block"]) if recipe.codes.grain == "block" else 1)
     apart = unit // math.gcd(unit, rows.shape[1])  # rows between two possible cuts
-    return apart * max(1, (PIECE if kind == "cpu" else CARD_PIECE) // (apart * rows.shape[1]))
+    return apart * max(1, (PART if kind == "cpu" else CARD_PART) // (apart * rows.shape[1]))
 
 
 def _finite(tensor: Tensor) -> bool:

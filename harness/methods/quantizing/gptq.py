@@ -11,10 +11,8 @@ go by falling diagonal of H, and steps are taken from the original weights, so t
 
 Layers are quantized front to back, each on inputs that have come through the quantized ones before it.
 
-Symmetric int4 codes in blocks of a row, kept for methods that choose their codes by looking at inputs.
-
-The bytes are those of `linear-int4`: two codes a byte, an fp32 step a block. Which codes, is the method's affair: it
-hands over finished tensors, or none where only room is wanted (predicted bytes).
+What is stored are the bytes of `linear-int4`, for every method that chooses codes by looking at inputs: it hands over
+finished tensors, or none where only room is wanted (predicted bytes).
 """
 
 from __future__ import annotations
@@ -28,18 +26,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.core.errors import HarnessError
-from harness.methods.quantizing import codes, scopes
-from harness.methods.quantizing import stored as quantized
-from harness.methods.quantizing.codes import pack, rescale, unpack
+from harness.methods.quantizing import scopes, stored
+from harness.methods.quantizing.codes import Functions, Recipe, divide
+from harness.methods.quantizing.int4 import Steps4, pack
 
-Recipe = Callable[[Mapping[str, Tensor]], quantized.Recipe]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with
 LARGEST = 7  # of a code
 LAZY = 128  # columns whose updates are gathered: the paper's B, of no influence on the result but rounding
 
 
 @dataclass(frozen=True)
-class Options:
+class GptqOptions:
     """How to quantize: `block` weights share a step, `damp` of H's mean diagonal is added to it."""
 
     block: int
@@ -54,7 +51,7 @@ def steps(weight: Tensor, block: int) -> Tensor:
 
 def rounded(values: Tensor, step: Tensor) -> Tensor:
     """Codes -7..7 of values under steps that broadcast."""
-    return codes.divide(values, step).round_().clamp_(-LARGEST, LARGEST)
+    return divide(values, step).round_().clamp_(-LARGEST, LARGEST)
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -66,7 +63,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     return upper.float()
 
 
-def quantize(weight: Tensor, hessian: Tensor, options: Options) -> dict[str, Tensor]:
+def quantize(weight: Tensor, hessian: Tensor, options: GptqOptions) -> dict[str, Tensor]:
     """One matrix.
 
     Args:
@@ -88,7 +85,7 @@ def quantize(weight: Tensor, hessian: Tensor, options: Options) -> dict[str, Ten
         order = hessian.diagonal().argsort(descending=True, stable=True)
     moved, places = weight[:, order], order.tolist()
     factor = inverse_factor(hessian[order][:, order], options.damp)
-    found = torch.empty_like(weight)  # codes, in the order of the columns as they lie
+    result = torch.empty_like(weight)  # codes, in the order of the columns as they lie
     for start in range(0, columns, LAZY):
         stop = min(start + LAZY, columns)
         losses = torch.empty_like(moved[:, start:stop])  # (out, lazy)
@@ -98,11 +95,11 @@ def quantize(weight: Tensor, hessian: Tensor, options: Options) -> dict[str, Ten
                 scale[:, column // options.block] = steps(moved[:, at : at + options.block], options.block)[:, 0]
             step = scale[:, column // options.block]
             code = rounded(moved[:, at], step)
-            found[:, column] = code
+            result[:, column] = code
             losses[:, at - start] = (moved[:, at] - code * step) / factor[at, at]
             moved[:, at:stop] -= losses[:, at - start, None] * factor[at, at:stop]
         moved[:, stop:] -= losses @ factor[start:stop, stop:]
-    return {"codes": codes.pack((found + 8).byte(), found.numel()), "scale": scale.flatten()}
+    return packed(result, scale)
 
 
 class Inputs:
@@ -132,7 +129,13 @@ def matrix(module: nn.Module) -> Tensor:
     return (weight.T if isinstance(module, Conv1D) else weight).contiguous()
 
 
-def apply(model: Any, names: Sequence[str], windows: Sequence[Tensor], options: Options, recipe: Recipe) -> None:
+def apply(
+    model: Any,
+    names: Sequence[str],
+    windows: Sequence[Tensor],
+    options: GptqOptions,
+    recipe: Callable[[Mapping[str, Tensor]], Recipe],
+) -> None:
     """Quantize the named modules in place, layer by layer.
 
     Args:
@@ -153,69 +156,68 @@ def apply(model: Any, names: Sequence[str], windows: Sequence[Tensor], options: 
             if inside:
                 _through(layer, hidden, [call[number] for call in calls])
             for name, gathered in inputs.items():
-                stored = quantize(matrix(model.get_submodule(name)), gathered.close(), options)
-                quantized.apply(model, recipe(stored), [name])
+                tensors = quantize(matrix(model.get_submodule(name)), gathered.close(), options)
+                stored.apply(model, recipe(tensors), [name])
             hidden = _through(layer, hidden, [call[number] for call in calls])
 
 
 def _calls(model: Any, layers: Sequence[nn.Module], windows: Sequence[Tensor]) -> list[list[Call]]:
     """What each layer is called with in each window; of hidden states only the first layer's are kept."""
-    found: list[list[Call]] = []
+    result: list[list[Call]] = []
 
     def note(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         kept = given[:1] if layer is layers[0] else (None,)
-        found[-1].append(((*kept, *given[1:]), dict(named)))
+        result[-1].append(((*kept, *given[1:]), dict(named)))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         for window in windows:
-            found.append([])
+            result.append([])
             model(input_ids=window, use_cache=False)
-            if len(found[-1]) != len(layers) or found[-1][0][0][:1] == ():
+            if len(result[-1]) != len(layers) or result[-1][0][0][:1] == ():
                 raise HarnessError(f"gptq-int4 does not know how {type(model).__name__} calls its layers")
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return result
 
 
 def _through(layer: nn.Module, hidden: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
     """The layer's outputs for every window."""
-    found = []
+    result = []
     for states, (given, named) in zip(hidden, calls, strict=True):
         output = layer(states, *given[1:], **named)
-        found.append(output[0] if isinstance(output, tuple) else output)
-    return found
+        result.append(output[0] if isinstance(output, tuple) else output)
+    return result
 
 
-LOWEST = -8  # of a code
+def inputs_of(module: Any) -> int:
+    """Columns of a module's weight."""
+    return int(module.weight.shape[0 if isinstance(module, Conv1D) else 1])
 
 
-def room(weight: Tensor, block: int, method: str) -> dict[str, Tensor]:
-    """(out, in) -> tensors of the shapes and dtypes that are stored; HarnessError where blocks do not divide a row."""
-    if weight.shape[1] % block:
-        raise HarnessError(f"a row of {weight.shape[1]} weights is no multiple of {block}: write {method}:block=N")
+def refuse_ragged(inputs: int, block: int, method: str) -> None:
+    """HarnessError where blocks do not divide a row."""
+    if inputs % block:
+        raise HarnessError(f"a row of {inputs} weights is no multiple of {block}: write {method}:block=N")
+
+
+def room(weight: Tensor, block: int) -> dict[str, Tensor]:
+    """(out, in) -> tensors of the shapes and dtypes that are stored."""
     codes = torch.empty((weight.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
     return {"codes": codes, "scale": torch.zeros(weight.numel() // block, device=weight.device)}
 
 
-def stored(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def packed(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """Codes -8..7 (out, in) and steps (out, in / block) as they are kept."""
-    return {"codes": pack((codes - LOWEST).byte(), codes.numel()), "scale": scale.float().flatten().contiguous()}
+    return {"codes": pack((codes - Steps4.first).byte(), codes.numel()), "scale": scale.float().flatten().contiguous()}
 
 
-def dequantize(kept: Mapping[str, Tensor], shape: tuple[int, int], block: int) -> Tensor:
-    """(out, in) fp32."""
-    levels = torch.arange(-8.0, 8.0, device=kept["codes"].device)
-    values = unpack(kept["codes"], levels, shape[0] * shape[1])
-    return rescale(values, block, kept["scale"]).view(shape)
-
-
-def recipe(method: str, block: int, kept: Mapping[str, Tensor] | None = None) -> quantized.Recipe:
-    """How `stored` holds a matrix: these tensors, or room for them."""
+def recipe(method: str, block: int, kept: Mapping[str, Tensor] | None = None) -> Recipe:
+    """How a matrix is stored: these tensors, or room for them; read as `linear-int4`'s are."""
 
     def take(weight: Tensor, block: int) -> dict[str, Tensor]:
-        sized = room(weight, block, method)  # refuses what does not divide
-        return sized if kept is None else dict(kept)
+        refuse_ragged(weight.shape[1], block, method)
+        return room(weight, block) if kept is None else dict(kept)
 
-    return quantized.Recipe(method, take, dequantize, values={"block": block})
+    return Recipe(method, Functions(take, Steps4().decode), {"block": block})

@@ -8,7 +8,6 @@ library that is not installed is a visible `missing` with its pip command; nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
@@ -20,41 +19,43 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
 GROUP = Parameter(int, 64, "weights of a row that share a scale", choices=(16, 32, 64, 128, 256))
 
 
-@dataclass(frozen=True)
-class Layers:
-    """What a library does to a layer.
-
-    Attributes:
-        replace: (nn.Linear, **values) -> the library's layer in its place; frozen, ready to run.
-        tensors: a replaced layer -> what holds its weight (scales and zero points too, no bias).
-        read: a replaced layer -> (out, in), the weight it stands for.
-        sketch: as `replace` for a layer on the meta device, where `replace` itself cannot run there.
-    """
-
-    replace: Callable[..., nn.Module]
-    tensors: Callable[[Any], Iterable[Any]]
-    read: Callable[[Any], Tensor]
-    sketch: Callable[..., nn.Module] | None = None
-
-
-def library_method(
+def layer_method(
     *,
     name: str,
     summary: str,
     bits: float,
     requires: tuple[str, ...],
-    layers: Layers,
+    replace: Callable[..., nn.Module],
+    tensors: Callable[[Any], Iterable[Any]],
+    read: Callable[[Any], Tensor],
+    sketch: Callable[..., nn.Module] | None = None,
     parameters: Mapping[str, Parameter] | None = None,
 ) -> Method:
-    """A method of an optional library; planned when named, or with all-installed."""
+    """A method of a library that quantizes one linear layer at a time; planned when named, or with all-installed.
+
+    Args:
+        name: as users write it.
+        summary: one line.
+        bits: of a code, scales not counted.
+        requires: distributions, a missing one is said with its pip command.
+        replace: (nn.Linear, **values) -> the library's layer in its place; frozen, ready to run. A Conv1D comes as the
+            equal Linear.
+        tensors: a replaced layer -> what holds its weight (scales and zero points too, no bias).
+        read: a replaced layer -> (out, in), the weight it stands for.
+        sketch: as `replace` for a layer on the meta device, where `replace` itself cannot run there.
+        parameters: the method's arguments, handed to `replace` as **values.
+
+    Returns:
+        A Method that takes a scope.
+    """
 
     def targets(model: nn.Module, arguments: Arguments) -> list[str]:
         return scopes.select(model, arguments.scope or Scope())
 
-    def rebuild(model: nn.Module, arguments: Arguments, replace: Callable[..., nn.Module]) -> None:
+    def rebuild(model: nn.Module, arguments: Arguments, build: Callable[..., nn.Module]) -> None:
         for target in targets(model, arguments):
             module = model.get_submodule(target)
-            replaced = replace(as_linear(module), **arguments.values)
+            replaced = build(as_linear(module), **arguments.values)
             replaced.original_kind = type(module).__name__  # type: ignore[assignment]
             model.set_submodule(target, replaced)
 
@@ -62,21 +63,21 @@ def library_method(
         from harness.inputs.models import checkpoints
 
         model = checkpoints.open_model(checkpoint, arguments.dtype, device)
-        rebuild(model, arguments, layers.replace)
+        rebuild(model, arguments, replace)
         return model.requires_grad_(False).eval()
 
-    def sketch(model: nn.Module, arguments: Arguments) -> None:
-        rebuild(model, arguments, layers.sketch or layers.replace)
+    def sketched(model: nn.Module, arguments: Arguments) -> None:
+        rebuild(model, arguments, sketch or replace)
 
     def quantized(model: nn.Module) -> Iterator[QuantizedWeight]:
-        return found_in(model, layers)
+        return found_in(model, tensors, read)
 
     return Method(
         name,
         summary,
         bits,
         load,
-        sketch,
+        sketched,
         quantized,
         targets,
         parameters or {},
@@ -103,7 +104,9 @@ def as_linear(module: nn.Module) -> nn.Linear:
     return with_meta.eval()
 
 
-def found_in(model: nn.Module, layers: Layers) -> Iterator[QuantizedWeight]:
+def found_in(
+    model: nn.Module, tensors: Callable[[Any], Iterable[Any]], read: Callable[[Any], Tensor]
+) -> Iterator[QuantizedWeight]:
     """Every replaced layer of a model."""
     from harness.inputs.models import sizes
 
@@ -113,8 +116,8 @@ def found_in(model: nn.Module, layers: Layers) -> Iterator[QuantizedWeight]:
             continue
 
         def dequantize(module: Any = module, kind: str = kind) -> Tensor:
-            weight = layers.read(module).detach().float()  # (out, in)
+            weight = read(module).detach().float()  # (out, in)
             return weight.T.contiguous() if kind == "Conv1D" else weight
 
         elements = int(vars(module)["in_features"]) * int(vars(module)["out_features"])
-        yield QuantizedWeight(name, kind, elements, sizes.bytes_of(sizes.tensors(*layers.tensors(module))), dequantize)
+        yield QuantizedWeight(name, kind, elements, sizes.bytes_of(sizes.tensors(*tensors(module))), dequantize)

@@ -8,40 +8,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.core.contracts import AS_MODEL, QuantizedWeight
+from harness.core.contracts import QuantizedWeight
 from harness.core.errors import HarnessError
-from harness.methods.quantizing import encode, fused, products
-
-if TYPE_CHECKING:
-    from harness.methods.quantizing.fused import Loops
-    from harness.methods.quantizing.rounding import Rounding
-
-Values = Mapping[str, int | float | str]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a method turns a weight into stored tensors and back; `weightmethod.weight_method` says what each does."""
-
-    method: str
-    quantize: Callable[..., dict[str, Tensor]]
-    dequantize: Callable[..., Tensor]
-    tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    product: Callable[..., Tensor] | None = None
-    values: Values = field(default_factory=dict)
-    compute: str = AS_MODEL
-    grain: str = ""
-    fused: Callable[..., Loops | None] | None = None
-    slabs: bool = False
-    compiled: Callable[..., Rounding | None] | None = None
+from harness.methods.quantizing import encode, products
+from harness.methods.quantizing.codes import Recipe
+from harness.methods.quantizing.compiled import Loops
 
 
 class KeepsDtype(nn.Module):
@@ -61,12 +39,12 @@ class Tables(KeepsDtype):
     def __init__(self, recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dtype = dtype
-        for name, levels in recipe.tables.items():
+        for name, levels in recipe.codes.tables.items():
             self.register_buffer(name, torch.tensor(levels, dtype=torch.float32, device=device))
 
 
 class StoredWeight(KeepsDtype):
-    """One quantized weight: what `Recipe.quantize` returned, as buffers.
+    """One quantized weight: what `Codes.encode` returned, as buffers.
 
     Attributes:
         kind: class of the module that the weight was taken from.
@@ -96,7 +74,18 @@ class StoredWeight(KeepsDtype):
 
     def dequantize(self) -> Tensor:
         """(out, in) fp32."""
-        return self.recipe.dequantize(self.tensors(), self.matrix, **self.recipe.values)
+        return self.recipe.codes.decode(self.tensors(), self.matrix, **self.recipe.values)
+
+    def loops(self) -> Loops | None:
+        """The compiled loops over what lies on a CPU, made once for as long as codes and scale are the same tensors."""
+        codes, scale = self._buffers.get("codes"), self._buffers.get("scale")
+        if codes is None or codes.device.type != "cpu":
+            return None
+        kept = _loops.get(self)
+        if kept is None or kept[0] is not codes or kept[1] is not scale:
+            loops = self.recipe.codes.loops(self.tensors(), self.matrix, **self.recipe.values)
+            _loops[self] = kept = (codes, scale, loops)
+        return kept[2]
 
     def restore(self) -> Tensor:
         """The weight it stands for, fp32, in the layout of the module it was taken from."""
@@ -109,6 +98,10 @@ class StoredWeight(KeepsDtype):
         return self.matrix[0] * self.matrix[1]
 
 
+# beside the stores, so that no copy of a model takes it along: what loops were made of, and they
+_loops: MutableMapping[StoredWeight, tuple[Tensor | None, Tensor | None, Loops | None]] = weakref.WeakKeyDictionary()
+
+
 def _owning(tensor: Tensor) -> Tensor:
     """The tensor with a storage of exactly its own size, so that bytes counted are bytes held."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -116,7 +109,7 @@ def _owning(tensor: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """Stands for nn.Linear and Conv1D: x (..., in) -> x @ W.T + bias (..., out), W dequantized at every call."""
+    """Stands for nn.Linear and Conv1D: x (..., in) -> x @ W.T + bias (..., out), from codes."""
 
     bias: nn.Parameter | None
 
@@ -132,41 +125,15 @@ class QuantizedLinear(nn.Module):
         return self.store.restore().to(self.store.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fused loops for few rows, else the recipe's product, else a dequantized weight in the dtype of x."""
+        """As the codes multiply, else as all do."""
         store: Any = self._modules["store"]  # past __getattr__, which a token's 200 layers would feel
-        recipe, bias = store.recipe, self._parameters["bias"]
-        loops = _loops(store) if recipe.fused is not None and x.device.type == "cpu" else None
-        if loops is not None and (recipe.slabs or products.plain(x, recipe.compute)):
-            if products.few(x, store.matrix[1]):
-                return products.of_few_rows(x, loops, bias)
-            if recipe.slabs and (recipe.product is None or not products.quick(x)):
-                return products.in_slabs(x, loops, bias)
-        if recipe.product is not None:
-            found: Tensor = recipe.product(x, store.tensors(), store.matrix, bias, **recipe.values)
-            return found
-        weight = store.dequantize() if loops is None else fused.whole(loops)
-        return products.dequantized(x, weight, bias, recipe.compute)
+        bias = self._parameters["bias"]
+        result: Tensor | None = store.recipe.codes.multiply(x, store, bias)
+        return products.multiply(x, store, bias) if result is None else result
 
     def extra_repr(self) -> str:
         """Shape and method, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, method={self.store.recipe.method}"
-
-
-# beside the modules, so that no copy of a model takes it along: what they were made of, and the loops
-_kept: MutableMapping[StoredWeight, tuple[Tensor, Tensor, Loops | None]] = weakref.WeakKeyDictionary()
-
-
-def _loops(store: StoredWeight) -> Loops | None:
-    """The fused loops of a store, made once for as long as its codes and scale are the same tensors."""
-    codes, scale = store._buffers["codes"], store._buffers["scale"]
-    made = _kept.get(store)
-    if made is None or made[0] is not codes or made[1] is not scale:
-        assert store.recipe.fused is not None
-        assert codes is not None
-        assert scale is not None
-        loops = store.recipe.fused(store.tensors(), store.matrix, **store.recipe.values)
-        _kept[store] = made = (codes, scale, loops)
-    return made[2]
 
 
 @functools.cache

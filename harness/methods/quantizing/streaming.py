@@ -1,14 +1,13 @@
 """Quantizing from safetensors tensor by tensor: no unquantized model is ever whole in memory.
 
 The model is built without weights; what stays unquantized is read into its place, then each weight to be quantized is
-mapped, turned into codes piece by piece and unmapped before the next. The peak is the quantized model and one tensor as
-it lies in the file. Folders whose names are not the architecture's own, one for
-one (older layouts, merged experts), are left to `checkpoints.open_model`, which knows how to convert.
+mapped, turned into codes part by part and unmapped before the next. The peak is the quantized model and one tensor as
+it lies in the file. Folders whose names are not the architecture's own, one for one (older layouts, merged experts),
+are left to `checkpoints.open_model`, which knows how to convert.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -24,6 +23,7 @@ from harness.core.contracts import Checkpoint
 from harness.core.errors import BadFile
 from harness.inputs.models import checkpoints, folder
 from harness.methods.quantizing import stored
+from harness.methods.quantizing.codes import Recipe
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +37,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # as safetensors writes them
 AHEAD = 2**28  # bytes that are on their way while a tensor is worked on
-LONGEST_HEADER = 100_000_000  # bytes: the format's own limit
 
 
 @dataclass(frozen=True)
@@ -105,27 +104,22 @@ class Queue:
 
 
 def places(files: Iterable[Path]) -> dict[str, Place] | None:
-    """Every tensor of some safetensors files by name; None where a header is not understood."""
-    found: dict[str, Place] = {}
+    """Every tensor of some safetensors files by name; None where one's dtype is not known or it has no elements."""
+    result: dict[str, Place] = {}
     for path in files:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > LONGEST_HEADER:
-                return None
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        data, header = folder.header(path, str(path.parent))
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES or not math.prod(entry["shape"]):
                 return None
-            start = 8 + length + entry["data_offsets"][0]
-            found[name] = Place(path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return found
+            start = data + entry["data_offsets"][0]
+            result[name] = Place(path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return result
 
 
 def quantized_model(
     checkpoint: Checkpoint,
     dtype: str,
-    recipe: stored.Recipe,
+    recipe: Recipe,
     targets: Callable[[nn.Module], list[str]],
 ) -> nn.Module | None:
     """The quantized model on the CPU; None where the folder is not streamable.
@@ -143,7 +137,7 @@ def quantized_model(
     there = places(shards) if shards else None
     if there is None:
         return None
-    model = checkpoints.empty_model(checkpoints.read_config(checkpoint), dtype)
+    model = checkpoints.sketch_model(checkpoints.read_config(checkpoint), dtype, real_buffers=True)
     if getattr(model, "_keep_in_fp32_modules", None) or not _match(model, there):
         return None
     names, owners = targets(model), stored.weight_owners(model)

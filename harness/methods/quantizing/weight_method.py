@@ -1,4 +1,4 @@
-"""Factories of methods: a quantizer is two functions, a reference is a dtype. No torch at import."""
+"""Factories of methods: a quantizer is its codes, or two functions; a reference is a dtype. No torch at import."""
 
 from __future__ import annotations
 
@@ -7,27 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import AS_MODEL, Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
-from harness.methods.quantizing import scopes
-from harness.methods.quantizing.fused import FUSED
+from harness.core.errors import BadSpecification
+from harness.methods.quantizing import calibration, scopes
+from harness.methods.quantizing.codes import Codes, Functions, Recipe
+from harness.methods.quantizing.int4 import BLOCK
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
     from torch import Tensor, nn
-
-    from harness.methods.quantizing import stored
-    from harness.methods.quantizing.fused import Loops
-    from harness.methods.quantizing.rounding import Rounding
-
-
-COMPUTE = Parameter(
-    str, AS_MODEL, "dtype of the products: bf16 rounds activations to it; 'dtype' is the model's", (AS_MODEL, "bf16")
-)
-COMPUTE_OR_FUSED = Parameter(
-    str,
-    AS_MODEL,
-    f"as elsewhere, or '{FUSED}': many rows too are multiplied while codes are unpacked, in the cache",
-    (*COMPUTE.choices, FUSED),
-    requires=dict.fromkeys((*COMPUTE.choices, FUSED), "numba"),
-)
 
 
 def weight_method(
@@ -35,56 +21,44 @@ def weight_method(
     name: str,
     summary: str,
     bits: float,
-    quantize: Callable[..., dict[str, Tensor]],
-    dequantize: Callable[..., Tensor],
+    codes: Codes | None = None,
+    quantize: Callable[..., dict[str, Tensor]] | None = None,
+    dequantize: Callable[..., Tensor] | None = None,
     parameters: Mapping[str, Parameter] | None = None,
-    tables: Mapping[str, tuple[float, ...]] | None = None,
-    product: Callable[..., Tensor] | None = None,
-    computes: bool = False,
-    fused: Callable[..., Loops | None] | None = None,
-    compiled: Callable[..., Rounding | None] | None = None,
-    grain: str = "",
     grid: str = "",
     core: bool = True,
 ) -> Method:
-    """A weight-only method from the two functions that define it.
+    """A weight-only method from how its codes lie, or from two functions.
 
     Args:
         name: as users write it, 'nf4'.
         summary: one line.
         bits: of a code, scales not counted.
-        quantize: (weight (out, in) fp32, **values) -> what is stored, by name. Conv1D weights come transposed, 1-D
-            weights as one row. Integers and fp32 scales; must work on meta tensors, which predicts the bytes.
-        dequantize: (stored, shape (out, in), **values) -> (out, in) fp32, a tensor of its own; `stored` holds the
-            tables too. Runs at every forward.
-        parameters: the method's arguments, handed to both functions as **values.
-        tables: code tables, fp32, stored once a model.
-        product: (x (..., in), stored, shape, bias or None, **values) -> (..., out) in x's dtype, where that is
-            faster than F.linear on the dequantized weight; None for the latter.
-        computes: `product` takes the argument `compute` (COMPUTE), as every method without one does.
-        fused: (stored, shape, **values) -> the loops of `fused`, which multiply few rows of fp32 and unpack
-            the weight for more on a CPU, or None where the codes do not fit them.
-        compiled: (shape, **values) -> the loop of `rounding` that gives what `quantize` does, to the bit, on a
-            CPU, or None where it does not fit the shape.
-        grain: 'row' or 'block' where no row, or block of `values["block"]` flattened weights, depends on another: the
-            weight is then quantized piece by piece, in the cache. '' quantizes it whole.
+        codes: what is stored and how it is used: `int8.Rows8`, `int4.Blocks4`, or one's own.
+        quantize: in their place, with `dequantize`: a weight (out, in) fp32, meta tensors too, and **values to tensors
+            by name.
+        dequantize: these tensors, the shape (out, in) and **values to the weight (out, in) fp32.
+        parameters: arguments that both functions take as **values.
         grid: 'affine4:32' where the codes can represent such a grid exactly.
         core: planned by default.
 
     Returns:
         A Method that takes a scope, loads, sketches and counts.
     """
-    takes = (computes or product is None) and "compute" not in (parameters or {})  # an own one is the method's
+    if codes is None:
+        if quantize is None or dequantize is None:
+            raise TypeError(f"the method {name} needs codes, or both quantize and dequantize")
+        lying: Codes = Functions(quantize, dequantize, parameters or {})
+    else:
+        lying = codes
+    choice = {} if lying.compute is None or "compute" in lying.parameters else {"compute": lying.compute}
 
-    def recipe(arguments: Arguments) -> stored.Recipe:
-        from harness.methods.quantizing import stored
-
+    def recipe(arguments: Arguments) -> Recipe:
         values = dict(arguments.values)
-        asked = str(values.pop("compute", AS_MODEL)) if takes else AS_MODEL
-        compute, slabs = (AS_MODEL, True) if asked == FUSED else (asked, False)
-        chosen = functools.partial(product, compute=compute) if product and takes else product
-        loops = fused, slabs, compiled
-        return stored.Recipe(name, quantize, dequantize, tables or {}, chosen, values, compute, grain, *loops)
+        compute = (
+            str(values.pop("compute", AS_MODEL)) if choice else AS_MODEL
+        )  # else it is the codes' own, or there is none
+        return Recipe(name, lying, values, compute)
 
     def targets(model: nn.Module, arguments: Arguments) -> list[str]:
         return scopes.select(model, arguments.scope or Scope())
@@ -107,14 +81,78 @@ def weight_method(
         sketch(model, arguments)
         return model
 
-    def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
-        from harness.methods.quantizing import stored
+    return Method(
+        name,
+        summary,
+        bits,
+        load,
+        sketch,
+        stored_weights,
+        targets,
+        {**lying.parameters, **choice},
+        scoped=True,
+        grid=grid,
+        core=core,
+        concurrent=True,
+        uses=("numba",) if lying.uses_numba else (),
+    )
 
-        return stored.weights(model)
 
-    every = {**(parameters or {}), **({"compute": COMPUTE_OR_FUSED if fused else COMPUTE} if takes else {})}
-    facts: Any = {"scoped": True, "grid": grid, "core": core, "concurrent": True}
-    return Method(name, summary, bits, load, sketch, weights, targets, every, **facts)
+def stored_weights(model: nn.Module) -> Iterator[QuantizedWeight]:
+    """The quantized weights of a loaded or sketched model, where layers of ours hold them."""
+    from harness.methods.quantizing import stored
+
+    return stored.weights(model)
+
+
+def calibrated_method(
+    *,
+    name: str,
+    summary: str,
+    calibrate: Callable[..., None],
+    parameters: Mapping[str, Parameter] | None = None,
+    requires: tuple[str, ...] = (),
+    concurrent: bool = False,
+) -> Method:
+    """A method that stores what `linear-int4` does, its codes chosen by looking at a text; planned when named.
+
+    Args:
+        name: as users write it, 'gptq-int4'.
+        summary: one line.
+        calibrate: (model, names of the modules to quantize, windows of token ids, checkpoint, arguments, device):
+            quantizes them in place.
+        parameters: the method's own, beside `block` and those of a calibration.
+        requires: distributions.
+        concurrent: as `Method.concurrent`.
+    """
+
+    def targets(model: nn.Module, arguments: Arguments) -> list[str]:
+        scope = arguments.scope or Scope()
+        if scope.part == "all":  # embeddings, head and norms have no inputs to calibrate on
+            raise BadSpecification(f"{name} quantizes projections inside the layers: write linear, attention or mlp")
+        return scopes.select(model, scope)
+
+    def sketch(model: nn.Module, arguments: Arguments) -> None:
+        from harness.methods.quantizing import gptq, stored
+
+        stored.apply(model, gptq.recipe(name, int(arguments.values["block"])), targets(model, arguments))
+
+    def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
+        from harness.inputs.models import checkpoints
+        from harness.methods.quantizing import gptq
+
+        model = checkpoints.open_model(checkpoint, arguments.dtype, device)
+        names = targets(model, arguments)
+        for target in names:  # refused before minutes of work
+            gptq.refuse_ragged(gptq.inputs_of(model.get_submodule(target)), int(arguments.values["block"]), name)
+        windows, facts = calibration.windows(model, checkpoint, arguments)
+        calibrate(model, names, windows, checkpoint, arguments, device)
+        model.calibration = facts  # type: ignore[assignment]
+        return model
+
+    every = {"block": BLOCK, **(parameters or {}), **calibration.PARAMETERS}
+    kind: Any = {"scoped": True, "requires": requires, "core": False, "calibrated": True, "concurrent": concurrent}
+    return Method(name, summary, 4, load, sketch, stored_weights, targets, every, **kind)
 
 
 def reference_method(*, name: str, summary: str, bits: float) -> Method:

@@ -33,7 +33,7 @@ from harness.metrics.measuring import fake_card
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from harness.methods.quantizing.stored import Recipe
+    from harness.methods.quantizing.codes import Recipe
     from harness.metrics.measuring.fake_card import Card
 
 NOT_COUNTED = (

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from harness.core.contracts import Arguments, Method, QuantizedWeight
@@ -53,17 +52,9 @@ def census(
         "left_elements": left_elements,
         "elements": quantized_elements + left_elements,
         "bytes_by_dtype": _bytes_by_dtype(model),
-        "bits_per_weight": bits_per_weight(weights, arguments.dtype),
+        "bits_per_weight": sizes.bits_per_weight(weights, arguments.dtype),
         "names": digest(names),
     }
-
-
-def bits_per_weight(weights: Iterable[QuantizedWeight], dtype: str) -> float:
-    """8 * bytes of codes, scales and tables / elements; of an unquantized model the bits of its dtype."""
-    elements, stored = 0, 0
-    for weight in weights:
-        elements, stored = elements + weight.elements, stored + weight.storage
-    return 8 * stored / elements if elements else sizes.BITS[dtype]
 
 
 def _hold(method: str, names: list[str], targets: list[str]) -> None:
@@ -87,19 +78,17 @@ def _left(
     """(module, class, elements) of every parameter that is not a quantized weight, tied ones once."""
     quantized = {weight.name for weight in weights}
     seen: set[int] = set()
-    found: Counter[tuple[str, str]] = Counter()
+    left: Counter[tuple[str, str]] = Counter()
     for name, module in model.named_modules():
         original = original_modules.get(name, module)
         for key, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
-            if name in quantized and (
-                key == "weight" or key not in original._parameters
-            ):  # codes under a library's name
-                continue
+            if name in quantized and (key == "weight" or key not in original._parameters):
+                continue  # codes under a library's name
             seen.add(id(parameter))
-            found[name, type(original).__name__] += parameter.numel()
-    return [(name, kind, elements) for (name, kind), elements in found.items() if elements]
+            left[name, type(original).__name__] += parameter.numel()
+    return [(name, kind, elements) for (name, kind), elements in left.items() if elements]
 
 
 def _folded(entries: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:
@@ -116,22 +105,13 @@ def _folded(entries: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:
     ]
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and the quantization state that libraries hang on their modules."""
-    state = (
-        {name: value for name, value in vars(module).items() if name not in sizes.REGISTERED}
-        for module in model.modules()
-    )
-    return sizes.tensors(*model.parameters(), *model.buffers(), *state)
-
-
 def _bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     """Bytes of each storage once, under the dtype of the first tensor that looks into it: {'uint8': 1024, ...}."""
     seen: set[int] = set()
-    found: Counter[str] = Counter()
-    for tensor in _tensors(model):
+    counts: Counter[str] = Counter()
+    for tensor in sizes.held(model):
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
-            found[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
-    return dict(sorted(found.items()))
+            counts[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
+    return dict(sorted(counts.items()))

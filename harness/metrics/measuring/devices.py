@@ -1,7 +1,8 @@
 """The one place with CUDA-specific code: a clock, a memory peak, a proof of work, alike for CPU and CUDA.
 
-`Cuda` reaches the driver only through the two objects it is given (`torch.cuda` and `torch.profiler` unless told
-otherwise), so its logic is tested through fakes on a machine without a card.
+`Cuda` reaches the driver only through the two objects it is given (`torch.cuda` and `torch.profiler` by
+default), so its logic is tested through fakes on a machine without a card. Before a card computes anything, the
+process that will compute asks whether this torch can use it, and sets the precision of its products.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import re
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from harness.core import gpus
 from harness.core.errors import HarnessError, UnknownName
-from harness.metrics.measuring import cards
 from harness.metrics.measuring.timing import Work
 
 PROC = Path("/proc/self")
@@ -31,54 +33,28 @@ class NoDeviceTime(HarnessError):
     """The profiler cannot look at the device, or saw no kernel, which it reports as zero seconds and no error."""
 
 
-class Device(Protocol):
-    """Where a model runs. Seconds are floats, memory is bytes."""
-
-    name: str  # 'cpu' or 'cuda'
-    torch_device: torch.device
-    peak_note: str  # '' or what is wrong with peak() here
-    precision: Mapping[str, Any]  # switches that the harness has set, for the row; {} where there are none
-
-    def synchronize(self) -> None:
-        """Wait until all work given so far is done."""
-
-    def time(self, *works: Work | Callable[[], object]) -> list[float]:
-        """Seconds of each work, run in order, none beside another; `Work.prepare` is not counted."""
-
-    def device_seconds(self, work: Callable[[], object]) -> float | None:
-        """Seconds the accelerator itself was busy, by the profiler; None where the host is the device."""
-
-    def reset_peak(self) -> None:
-        """Begin a phase: from here on `peak` is of this phase."""
-
-    def peak(self) -> dict[str, int]:
-        """Highest memory since `reset_peak`, what was already held then included."""
-
-    def release(self) -> None:
-        """Give unused memory back, so that the next phase starts from what is really held."""
-
-    def proof(self, work: Callable[[], object]) -> Mapping[str, float | int | str]:
-        """Evidence that the device did the work; HarnessError where there is none."""
-
-
-def open_device(name: str) -> Device:
+def open_device(name: str) -> Cpu | Cuda:
     """The device of that name; UnknownName, or HarnessError where no CUDA device can be used.
 
-    A card is opened at full precision (`cards.full_precision`), whatever the environment says.
+    A card is opened at full precision (`full_precision`), whatever the environment says.
     """
     if name == "cpu":
         return Cpu()
     if name != "cuda":
         raise UnknownName("device", name, NAMES)
-    if why := cards.refusal():
+    if why := refusal():
         raise HarnessError(why)
     device = Cuda()
-    device.precision = cards.full_precision()
+    device.precision = full_precision()
     return device
 
 
 class Cpu:
-    """The host: wall time, and the resident set of this process."""
+    """The host: wall time, and the resident set of this process. Seconds are floats, memory is bytes.
+
+    `peak_note` says what is wrong with `peak` here, '' where nothing is; `precision` the switches that the harness has
+    set, for the row. `Cuda` answers alike.
+    """
 
     name = "cpu"
 
@@ -92,7 +68,7 @@ class Cpu:
         """Nothing to wait for: CPU operations are done when they return."""
 
     def time(self, *works: Work | Callable[[], object]) -> list[float]:
-        """Wall seconds of each, by `perf_counter_ns`, the garbage collector off."""
+        """Wall seconds of each, by `perf_counter_ns`, the garbage collector off; `Work.prepare` is not counted."""
         seconds = []
         with _no_collection():
             for work in map(_as_work, works):
@@ -221,19 +197,19 @@ class Cuda:
         Where the profiler sees no kernel: {"event_seconds", "allocated", "note"}, the time between two events on the
         device's stream and why there is no more. HarnessError where no tensor lies on the device or no time passed.
         """
-        found: dict[str, float | int | str]
+        evidence: dict[str, float | int | str]
         try:
             seconds, kernels = self._profiled(work)
-            found = {"kernel_seconds": seconds, "kernels": kernels}
+            evidence = {"kernel_seconds": seconds, "kernels": kernels}
         except NoDeviceTime as error:
             (seconds,) = self.time(work)
-            found = {"event_seconds": seconds, "note": str(error)}
+            evidence = {"event_seconds": seconds, "note": str(error)}
         allocated = int(self._cuda.memory_allocated())
         if allocated <= 0:
             raise HarnessError("no bytes on the CUDA device: the model was not moved there (use --device cuda)")
         if seconds <= 0:
             raise HarnessError("no time passed on the CUDA device: nothing was run there (use --device cuda)")
-        return {**found, "allocated": allocated}
+        return {**evidence, "allocated": allocated}
 
     def _profiled(self, work: Callable[[], object]) -> tuple[float, int]:
         """Device seconds and number of kernels of one run. The first profile pays for starting CUPTI: thrown away."""
@@ -283,3 +259,80 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+CUDA_BUILD = "install a CUDA build of torch (pytorch.org/get-started), or run with --device cpu"
+
+
+def refusal(cuda: Any = torch.cuda, built_for: str | None = torch.version.cuda) -> str:
+    """Why the first visible card cannot be used and what to do, in one line; '' where it can.
+
+    Args:
+        cuda: stands in for torch.cuda (tests).
+        built_for: CUDA version of this torch, '12.6'; None for a build without CUDA.
+
+    Raises:
+        HarnessError: a driver that starts and then answers with an error.
+    """
+    if cuda.is_available():
+        return _kernels(tuple(cuda.get_device_capability()), cuda.get_arch_list())
+    cards = gpus.cuda_devices()
+    if not cards:
+        why = gpus.trouble() or "the driver shows none, see CUDA_VISIBLE_DEVICES"
+        return f"no CUDA device: {why}; run with --device cpu, or mend that"
+    card = f"{cards[0].name} is there, but this torch ({torch.__version__})"
+    if built_for is None:
+        return f"{card} is a build for the processor alone: {CUDA_BUILD}"
+    try:
+        cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+        if "driver" in said and "too old" in said:
+            fix = "update it, or install a torch built for an older CUDA"
+            return f"{card} needs a newer driver for CUDA {built_for}: {fix}"
+        return f"{card} cannot start CUDA ({said[:300]}): see nvidia-smi, or run with --device cpu"
+    return f"{card} finds no device: see nvidia-smi, or run with --device cpu"
+
+
+def _kernels(capability: tuple[int, ...], built: Sequence[str]) -> str:
+    """What to do where torch holds no kernels for a card: neither its own code, nor PTX that the driver can compile.
+
+    Code of sm_XY runs on cards of the same X and of Y or more, that of sm_XYa on that card alone; PTX of compute_XY
+    on every card from there on.
+    """
+    for name in built:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name)
+        if not match:
+            return ""  # a list that is not understood refuses nobody
+        kind, there = match[1], (int(match[2]), int(match[3]))
+        later = there <= capability and (kind == "compute" or there[0] == capability[0])
+        if there == capability or (later and not match[4]):
+            return ""
+    if not built:
+        return ""
+    card = "sm_" + "".join(map(str, capability))
+    return (
+        f"this torch ({torch.__version__}) has no kernels for the card ({card}; it has {' '.join(built)}): install one "
+        "that has (pytorch.org/get-started), or run with --device cpu"
+    )
+
+
+def full_precision() -> dict[str, Any]:
+    """Have fp32 products computed as such and sums of half products kept in fp32, and return what torch says of both.
+
+    TF32 rounds the factors of an fp32 product to 11 bits, and containers turn it on through the environment, which
+    torch reads when it is imported; what is set here wins. Half products would be summed in half precision where cuBLAS
+    splits them, which depends on shape and card.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    product = torch.backends.cuda.matmul
+    product.allow_fp16_reduced_precision_reduction = False
+    product.allow_bf16_reduced_precision_reduction = False
+    return {
+        "fp32_products": torch.get_float32_matmul_precision(),
+        "tf32": bool(product.allow_tf32 or torch.backends.cudnn.allow_tf32),
+        "half_sums_in_half": bool(
+            product.allow_fp16_reduced_precision_reduction or product.allow_bf16_reduced_precision_reduction
+        ),
+    }

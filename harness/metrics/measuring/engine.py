@@ -1,4 +1,4 @@
-"""The hot path: the NLL of every scored token of a list of windows under a causal model.
+"""Passes over windows: the NLL of every scored token under a model, and how far two models' predictions lie apart.
 
 The backbone gives hidden states; the head runs on scored positions alone, in slices of at most 32 MiB of fp32 logits,
 so the memory of an evaluation does not grow with vocabulary times window. Softmax is in fp32. A model whose logits are
@@ -6,12 +6,16 @@ not `head(hidden)` (scaled, soft-capped) is found by a probe, and then asked for
 
 Short windows of a text may run two at a time, each on half of a CPU's cores: threads that split a small product wait
 for each other at every operation, two forwards beside each other do not.
+
+Two models run side by side over the same windows, one at a time, since some methods' numbers depend on the batch; the
+slices of both heads together hold no more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from harness.core.contracts import Window
+from harness.core.stats import spans
 from harness.methods.quantizing.cpu import quick_int8_products, quick_products
 
 LOGITS_BYTES = 32 * 2**20  # fp32 logits held at once: fills the cores, and glibc keeps blocks up to this for reuse
@@ -52,8 +57,8 @@ def score(
     Returns:
         (scored tokens,) nats, float32, in window order and left to right within a window.
     """
-    ends = np.cumsum([window.scored for window in windows], dtype=np.int64)
-    nll = np.empty(int(ends[-1]) if len(windows) else 0, dtype=np.float32)
+    places = spans(window.scored for window in windows)
+    nll = np.empty(sum(window.scored for window in windows), dtype=np.float32)
     order = sorted(  # longest first, so that the largest batch comes at once; equal lengths share batches
         (index for index, window in enumerate(windows) if window.scored), key=lambda index: -len(windows[index].ids)
     )
@@ -67,9 +72,8 @@ def score(
         def run(part: slice) -> None:
             chosen = order[part]
             scored = batch_nll(model, [windows[index] for index in chosen], device, padding_id, split)
-            pieces = np.split(scored, np.cumsum([windows[index].scored for index in chosen])[:-1])
-            for index, piece in zip(chosen, pieces, strict=True):
-                nll[ends[index] - windows[index].scored : ends[index]] = piece
+            for index, span in zip(chosen, spans(windows[index].scored for index in chosen), strict=True):
+                nll[places[index]] = scored[span]
 
         beside: list[slice] = []
         if concurrent and device == "cpu" and torch.get_num_threads() >= STREAMS:
@@ -146,13 +150,13 @@ def sliced_nll(rows: Tensor, targets: Tensor, head: Any) -> NDArray[np.float32]:
     """-ln softmax(logits)[target] for each row: (N, H) hidden states and their head, or (N, V) logits and None."""
     width = rows.shape[-1] if head is None else vocabulary(head, rows)
     step = max(1, LOGITS_BYTES // (4 * width))  # 4 bytes an fp32 logit
-    found = []
+    losses = []
     for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        logits = (piece if head is None else head(piece)).float()  # (n, V)
+        part = rows[start : start + step]
+        logits = (part if head is None else head(part)).float()  # (n, V)
         picked = logits.gather(-1, targets[start : start + step, None])[:, 0]  # (n,)
-        found.append((_logsumexp(logits, spent=head is not None) - picked).cpu())
-    return torch.cat(found).numpy()
+        losses.append((_logsumexp(logits, spent=head is not None) - picked).cpu())
+    return torch.cat(losses).numpy()
 
 
 def _logsumexp(logits: Tensor, *, spent: bool) -> Tensor:
@@ -190,3 +194,118 @@ def _splits_now(model: nn.Module, ids: Tensor) -> bool:
     output = backbone(model)(input_ids=ids, use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)  # (1, L, H)
     return hidden is not None and torch.equal(head(hidden), whole)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One entry a scored token, in window order: all (scored tokens,)."""
+
+    kl: NDArray[np.float32]  # nats, KL(reference || candidate) over the vocabulary
+    same_top: NDArray[np.bool_]  # both put the same token first
+    change: NDArray[np.float32]  # candidate's probability of the true token minus the reference's
+
+
+def compare_predictions(
+    reference: nn.Module, candidate: nn.Module, windows: Sequence[Window], *, device: str
+) -> Divergence:
+    """Run both models over the windows, one at a time, and compare their predictions at every scored position.
+
+    Args:
+        reference: causal, in eval mode, on `device`.
+        candidate: the same vocabulary.
+        windows: those that score nothing are not run.
+        device: "cpu" or "cuda".
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.inference_mode(), quick_products(reference), quick_products(candidate):
+        for window in windows:
+            if window.scored:
+                theirs, ours = (scored_rows(model, window, device) for model in (reference, candidate))
+                targets = torch.from_numpy(window.ids[-window.scored :].copy()).to(device)  # (k,)
+                parts += sliced(theirs, ours, targets)
+    kl, same, change = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return Divergence(kl, same, change)
+
+
+def scored_rows(model: nn.Module, window: Window, device: str) -> tuple[Tensor, Any]:
+    """What predicts a window's scored tokens: (k, H) hidden states and the head, or (k, V) logits and None."""
+    ids = torch.from_numpy(window.ids[None, :-1].copy()).to(device)  # (1, L - 1): the last id is only predicted
+    if splits(model, window.ids[:PROBE_TOKENS], device):
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state  # (1, L - 1, H)
+        return hidden[0, -window.scored :], model.get_output_embeddings()  # type: ignore[operator]
+    return model(input_ids=ids, use_cache=False).logits[0, -window.scored :], None
+
+
+def sliced(
+    reference: tuple[Tensor, Any], candidate: tuple[Tensor, Any], targets: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`divergences` of (k,) positions, a slice of them at a time, on the CPU."""
+    rows, head = reference
+    width = rows.shape[-1] if head is None else vocabulary(head, rows)
+    step = max(1, LOGITS_BYTES // (2 * 4 * width))  # two models, 4 bytes an fp32 logit
+    parts = []
+    for start in range(0, len(targets), step):
+        place = slice(start, start + step)
+        theirs, ours = (
+            (part[place] if apply is None else apply(part[place])).float()  # (n, V)
+            for part, apply in (reference, candidate)
+        )
+        kl, same, change = divergences(theirs, ours, targets[place])
+        parts.append((kl.cpu(), same.cpu(), change.cpu()))
+    return parts
+
+
+def divergences(reference: Tensor, candidate: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL in nats, agreement of the first choice, and change of the true token's probability.
+
+    KL is summed over p (e^t - 1 - t), t = ln(q / p): no term is below zero, and the part added to -p t is q - p, which
+    sums to zero. Rounding of ln p and ln q then enters multiplied by t, where the plain sum takes it whole.
+
+    Args:
+        reference: (n, V) fp32 logits that give p.
+        candidate: (n, V) that give q.
+        targets: (n,) true tokens.
+
+    Returns:
+        (n,) each; of equal first choices the lowest id counts.
+    """
+    ln_p, ln_q = reference.log_softmax(-1), candidate.log_softmax(-1)  # (n, V)
+    p, q = ln_p.exp(), ln_q.exp()  # (n, V)
+    t = ln_q - ln_p  # (n, V)
+    terms = torch.where(t > 1, q - p - p * t, p * (t.expm1() - t))  # the second overflows where q is far above p
+    kl = torch.where(p == 0, q, terms).sum(-1)  # (n,) at p = 0, a masked entry's, t is infinite or no number
+    same = reference.argmax(-1) == candidate.argmax(-1)  # (n,)
+    true = targets[:, None]
+    return kl, same, (q.gather(-1, true) - p.gather(-1, true))[:, 0]
+
+
+def first_divergence(
+    reference: nn.Module, candidate: nn.Module, prompt: NDArray[np.int64], new: int, device: str
+) -> int:
+    """Tokens on which two greedy continuations agree before they part.
+
+    Both are decoded token by token with a cache, in step, past any end of text, until they differ.
+
+    Args:
+        reference: causal, on `device`.
+        candidate: the same vocabulary.
+        prompt: (L,) ids.
+        new: tokens to continue by at most.
+        device: "cpu" or "cuda".
+
+    Returns:
+        0 where the first tokens differ already, `new` where none does.
+    """
+    fed = torch.from_numpy(prompt[None].copy()).to(device)  # (1, L), later (1, 1)
+    caches: list[Any] = [None, None]
+    with torch.inference_mode(), quick_products(reference), quick_products(candidate):
+        for agreed in range(new):
+            choices = []
+            for side, model in enumerate((reference, candidate)):
+                output = model(input_ids=fed, past_key_values=caches[side], use_cache=True)
+                caches[side] = output.past_key_values
+                choices.append(output.logits[:, -1].argmax(-1))  # (1,)
+            if choices[0] != choices[1]:
+                return agreed
+            fed = choices[0][None]  # (1, 1)
+    return new

@@ -8,34 +8,36 @@ What depends on no weight keeps its values: token ids, positions and masks are c
 that code that looks at them (is this mask all true?) decides as it does on a card. Code that looks at a value that is
 not there gets `Valueless`, and tensors of host and card that meet in one operation raise as on a card.
 
-Attention, and kernels that are no operations of torch, are counted as what they hold while they run: see
-`card_kernels`. Made for `torch.no_grad()`: in inference mode torch hands over composite operations whole.
+Made for `torch.no_grad()`: in inference mode torch hands over composite operations whole.
+
+Attention, and kernels that are no operations of torch (`KERNELS`), are counted as what they hold while they run. In
+half precision without a mask attention is flash attention, else the memory-efficient kernel: neither holds the (L, L)
+scores. Where queries share keys and values and flash attention does not run, torch takes the plain product, which does.
+bitsandbytes multiplies more rows than a few by a weight that it dequantizes whole, and LLM.int8 sums in int32; its
+outlier columns depend on values and are not counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from harness.metrics.measuring import card_kernels
+from harness.inputs.models.sizes import StorageCount
 
 PLACE = torch.device("cuda", 0)
 CAPABILITY = (9, 0)  # of the card that is assumed: a data-centre card of 2022, with int8 and bf16 products
 SMALL = 2**10  # elements of inputs whose outcome is small too
 LARGEST = 2**24  # elements up to which what needs no weight keeps its values: a mask of 4096 x 4096
-BETWEEN = frozenset(
-    {"aten::copy_", "aten::_to_copy"}
-)  # operations that may take a tensor of the host and one of a card
+BETWEEN = frozenset({"aten::copy_", "aten::_to_copy"})  # may take a tensor of the host and one of a card
 ROOM = frozenset(  # made to be written into: no values, but for the dtypes of masks and ids
     f"aten::{name}" for name in "empty empty_like empty_strided new_empty zeros zeros_like new_zeros".split()
 )
@@ -47,42 +49,16 @@ class Valueless(Exception):
     """Code looked at the value of a tensor that has none: what it would do next cannot be told."""
 
 
-class Card(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs operations on the card's tensors and counts the bytes of every storage there.
-
-    Attributes:
-        now: bytes of all storages alive.
-        peak: the most there were since `reset`.
-    """
+class Card(StorageCount):  # type: ignore[no-untyped-call]
+    """Runs operations on the card's tensors and counts the bytes of every storage there; `take` puts one on it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        super().__init__()
         self.asked = ""  # the place that Python named for what is made now; '' where it named none
-        self._held: set[int] = set()
 
     def on(self, tensor: Tensor) -> bool:
         """Whether a tensor lies on the card."""
-        return tensor.untyped_storage()._cdata in self._held
-
-    def take(self, tensor: Tensor) -> None:
-        """Put a tensor on the card: its storage is counted, once, until it is freed."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._held:
-            return
-        self._held.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._held.discard(key)
-        self.now -= size
-
-    def reset(self) -> None:
-        """Begin a new peak."""
-        self.peak = self.now
+        return tensor.untyped_storage()._cdata in self._alive
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -101,17 +77,17 @@ class Card(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise Valueless(f"{func} copies a tensor to the host")
             return func(*args, **kwargs)
         _check_places(name, args, given, self.on)
-        kernel = card_kernels.KERNELS.get(name)
+        kernel = KERNELS.get(name)
         if kernel is not None:
             with self:
                 return kernel(*args, **kwargs)
         return self._taken(self._run(func, args, kwargs, given))
 
-    def _taken(self, found: Any) -> Any:
+    def _taken(self, result: Any) -> Any:
         """What an operation made, on the card."""
-        for tensor in _tensors(found if isinstance(found, (tuple, list)) else (found,)):
+        for tensor in _tensors(result if isinstance(result, list | tuple) else (result,)):
             self.take(tensor)
-        return found
+        return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """With values where all inputs have some and the outcome is not large, else without."""
@@ -130,7 +106,7 @@ class Card(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outcome = func(*shapes[0], **shapes[1])
         except (RuntimeError, NotImplementedError):  # its shape depends on values: they are there
             return func(*args, **kwargs)
-        made = _tensors(outcome if isinstance(outcome, (tuple, list)) else (outcome,))
+        made = _tensors(outcome if isinstance(outcome, list | tuple) else (outcome,))
         large = any(tensor.numel() > LARGEST for tensor in made)
         room = func._schema.name in ROOM and made[0].dtype not in LOOKED_AT
         return outcome if large or room else func(*args, **kwargs)
@@ -138,13 +114,8 @@ class Card(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """Tensors among an operation's arguments or results, which nest no deeper than a list."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [one for one in value if isinstance(one, Tensor)]
-    return found
+    lists = [value if isinstance(value, list | tuple) else (value,) for value in values]
+    return [one for values in lists for one in values if isinstance(one, Tensor)]
 
 
 def _without_values(leaf: Any) -> Any:
@@ -171,7 +142,7 @@ def _check_writes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             raise Valueless(f"{func} writes a computed value into a tensor that the model looks at")
 
 
-class Asked(TorchFunctionMode):
+class OnCard(TorchFunctionMode):
     """Answers what Python asks of a tensor of the card, and turns requests for `cuda` into tensors there."""
 
     def __init__(self, card: Card) -> None:
@@ -188,7 +159,7 @@ class Asked(TorchFunctionMode):
         if func in MOVES and isinstance(args[0], Tensor):
             return self._moved(func, args, kwargs)
         if func is F.scaled_dot_product_attention and self.card.on(args[0]):
-            return card_kernels.attention(*args, **kwargs)
+            return attention(*args, **kwargs)
         device = kwargs.get("device")
         if device is None:
             return func(*args, **kwargs)
@@ -237,8 +208,8 @@ class Asked(TorchFunctionMode):
 
 def _copy(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None = None) -> Tensor:
     named = {} if device is None else {"device": device}
-    found: Tensor = torch.ops.aten._to_copy.default(tensor, dtype=dtype or tensor.dtype, **named)
-    return found
+    copied: Tensor = torch.ops.aten._to_copy.default(tensor, dtype=dtype or tensor.dtype, **named)
+    return copied
 
 
 ANSWERS = {
@@ -257,7 +228,7 @@ def present() -> Iterator[Card]:
     card, known = Card(), torch.cuda.get_device_capability
     torch.cuda.get_device_capability = functools.partial(_capability, known)  # the one question that asks no tensor
     try:
-        with card, Asked(card), torch.no_grad():
+        with card, OnCard(card), torch.no_grad():
             yield card
     finally:
         torch.cuda.get_device_capability = known
@@ -266,3 +237,127 @@ def present() -> Iterator[Card]:
 def _capability(known: Callable[[Any], tuple[int, int]], device: Any = None) -> tuple[int, int]:
     """Compute capability of the card that is assumed."""
     return CAPABILITY
+
+
+FLASH = frozenset({torch.float16, torch.bfloat16})
+FLASH_HEAD = 256  # the widest head it takes
+HEAD_UNIT = 8  # to which it pads one
+MASK_UNIT = 16  # elements of a row of a mask that the memory-efficient kernel reads at a time
+FEW_ROWS = 4  # up to which bitsandbytes always reads 4-bit codes as they lie
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention`, as a card computes it: query (B, H, L, D), key and value (B, H', S, D).
+
+    Returns:
+        (B, H, L, D'), stored as (B, L, H, D').
+    """
+    batch, heads, length, width = query.shape
+    shared = enable_gqa and key.shape[1] != heads
+    flash = query.dtype in FLASH and attn_mask is None and max(width, value.shape[-1]) <= FLASH_HEAD
+    if shared and not flash:
+        plain = torch.ops.aten._scaled_dot_product_attention_math.default
+        product: Tensor = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)[0]
+        return product
+    out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    held = _padded(query, key, value) if flash else _bias(query, attn_mask, key.shape[2])
+    if flash:
+        held.append(query.new_empty(batch, heads, length, dtype=torch.float32))  # the logarithm of each row's sum
+    del held
+    return out
+
+
+def _padded(*tensors: Tensor) -> list[Tensor]:
+    """Copies of those whose heads are padded."""
+    return [
+        tensor.new_empty(*tensor.shape[:-1], -(-tensor.shape[-1] // HEAD_UNIT) * HEAD_UNIT)
+        for tensor in tensors
+        if tensor.shape[-1] % HEAD_UNIT
+    ]
+
+
+def _bias(query: Tensor, mask: Tensor | None, keys: int) -> list[Tensor]:
+    """What a mask becomes: numbers to be added, in rows that the kernel can read."""
+    made = []
+    if mask is not None and mask.dtype == torch.bool:
+        made.append(query.new_empty(mask.shape))
+    if mask is not None and keys % MASK_UNIT:
+        made.append(query.new_empty(*mask.shape[:-1], -(-keys // MASK_UNIT) * MASK_UNIT))
+    return made
+
+
+def _gemm_4bit(
+    rows: Tensor,
+    codes: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    kind: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """(..., in) by a weight (out, in): (..., out)."""
+    if rows.numel() // rows.shape[-1] <= FEW_ROWS:
+        return rows.new_empty(*rows.shape[:-1], shape[0])
+    if absmax_8bit is not None:
+        absmax = absmax_8bit.new_empty(absmax_8bit.shape, dtype=torch.float32)  # of each block, for the weight
+    weight = rows.new_empty(tuple(shape))
+    out = rows.new_empty(*rows.shape[:-1], shape[0])
+    del weight, absmax
+    return out
+
+
+def _int8_vectorwise_quant(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows (M, in) fp16: codes (M, in) int8, absmax (M,) fp32, and the outlier columns, of which none are counted."""
+    absmax = rows.new_empty(rows.numel() // rows.shape[-1], dtype=torch.float32)
+    codes = rows.new_empty(rows.shape, dtype=torch.int8)
+    if threshold == 0.0:
+        return codes, absmax, None
+    outliers = rows.abs() >= threshold
+    del outliers
+    return codes, absmax, rows.new_empty(0, dtype=torch.int64)
+
+
+def _int8_scaled_mm(
+    codes: Tensor, weight: Tensor, *scales: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Codes (..., in) by a weight (out, in) int8: sums in int32, then fp16, then the dtype."""
+    shape = (*codes.shape[:-1], weight.shape[0])
+    sums = codes.new_empty(shape, dtype=torch.int32)
+    out = codes.new_empty(shape, dtype=torch.float16)
+    result = out if dtype in (None, torch.float16) else codes.new_empty(shape, dtype=dtype)
+    del sums
+    return result
+
+
+def _int8_mixed_scaled_mm(
+    rows: Tensor,
+    codes: Tensor,
+    weight: Tensor,
+    *scales: Tensor,
+    outlier_cols: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same where columns of outliers are multiplied apart."""
+    return _int8_scaled_mm(codes, weight, dtype=rows.dtype), rows.new_empty(0)
+
+
+KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "bitsandbytes::gemm_4bit": _gemm_4bit,
+        "bitsandbytes::int8_vectorwise_quant": _int8_vectorwise_quant,
+        "bitsandbytes::int8_scaled_mm": _int8_scaled_mm,
+        "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
+    }
+)

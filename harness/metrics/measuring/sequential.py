@@ -1,7 +1,7 @@
 """Reading a text only as far as a verdict needs: a confidence sequence over windows drawn without replacement. numpy.
 
 The estimand is the token-weighted mean of window differences, D = sum(n_w d_w) / sum(n_w) over all N windows of the
-text (`protocols.md`, paired comparison). With weights W = n / mean(n), known from the plan, the residuals
+text, as `stats.paired_delta` has it. With weights W = n / mean(n), known from the plan, the residuals
 z_w(m) = W_w (d_w - m) average to zero over the text exactly where m = D: a short last window counts by its tokens, and
 equal differences leave no residual, whatever the tokens. After i - 1 windows the next residual has the conditional mean
 -sum(z_j) / (N - i + 1), since all N sum to zero, so x_i(m) = z_i + sum_{j<i} z_j / (N - i + 1) is fair under m = D.
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from harness.core.stats import CONFIDENCE, FEWEST_WINDOWS, student_quantile
 
-HEADROOM = 1.5  # protocols.md: the variance bound over the recorded window variance
+HEADROOM = 1.5  # the variance bound over the recorded window variance
 ALPHA = 1 - CONFIDENCE
 GRID_RATIO = 4.0  # between the sample sizes that neighbouring lambdas suit: 3 or 4 of them cost a mixture ln 4 nats
 TOLERANCE = 1e-5  # of an endpoint, in standard deviations under v: far under what a report prints
@@ -41,7 +41,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class State:
+class Progress:
     """What is known after some windows.
 
     `decided` is 'below' or 'above' (the interval lies on that side of the bound), 'resolution' (it is as narrow as
@@ -184,7 +184,7 @@ class Sequential:
         self._differences: list[float] = []
         self._tokens: list[int] = []
 
-    def update(self, difference: float, tokens: int) -> State:
+    def update(self, difference: float, tokens: int) -> Progress:
         """One more window: its mean of candidate - reference NLL in nats, and its scored tokens."""
         if len(self._tokens) == self.windows or tokens < 1:
             raise ValueError(f"window {len(self._tokens) + 1} of {self.windows} with {tokens} tokens")
@@ -208,15 +208,15 @@ class Sequential:
         rest = math.fsum(n * (d - first) for d, n in zip(self._differences, self._tokens, strict=True))
         return first + rest / sum(self._tokens)
 
-    def _end(self) -> State:
+    def _end(self) -> Progress:
         if sum(self._tokens) != self.tokens:
             raise ValueError(f"the windows held {sum(self._tokens)} tokens, the plan {self.tokens}")
         self.low = self.high = self._mean()
         return self._state("end")
 
-    def _state(self, decided: str) -> State:
+    def _state(self, decided: str) -> Progress:
         value, used = min(max(self._mean(), self.low), self.high), sum(self._tokens)
-        return State(value, self.low, self.high, decided, len(self._tokens), used, self.tokens, self.whole)
+        return Progress(value, self.low, self.high, decided, len(self._tokens), used, self.tokens, self.whole)
 
     def _decision(self) -> str:
         if self.whole or len(self._tokens) < FEWEST_WINDOWS:
@@ -278,7 +278,7 @@ def crossing(refuted: Callable[[float], bool], start: float, step: float, known:
     return low
 
 
-def read(sequence: Sequential, drawn: Sequence[int], window: Callable[[int], tuple[float, int]]) -> State:
+def read(sequence: Sequential, drawn: Sequence[int], window: Callable[[int], tuple[float, int]]) -> Progress:
     """Read windows in the order drawn until the case is decided or the text ends.
 
     Args:

@@ -1,6 +1,6 @@
 """How two pieces of work are timed against each other: warm-up, interleaved blocks, noise floor.
 
-Pure logic over a clock, so that a fake clock tests it; the clock of a real device is `devices.Device.time`.
+Pure logic over a clock, so that a fake clock tests it; the clock of a real device is its `time` (`devices`).
 
 - *Warm-up*, each stream by itself: the first repetition is cold and never counts. Behind it the median of all
   warm repetitions so far is taken after each one; two successive medians within 5% of each other end the warm-up,
@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-AGREEMENT = 0.05  # protocols.md: two successive medians within 5%
-WARMUP_LIMIT = 10  # protocols.md: at most 10
+from harness.core.stats import walsh_averages
+
+AGREEMENT = 0.05  # two successive medians within 5%
+WARMUP_LIMIT = 10  # repetitions
 FEWEST_BLOCKS = 6  # with which a 95% signed-rank interval exists: 2 / 2^6 = 0.03, while 2 / 2^5 = 0.06
 FLOOR_QUANTILE = 0.95  # the floor holds 95% of the differences that a stream shows against itself
 EXHAUSTIVE_PAIRS = 12  # 2^11 sign patterns up to symmetry; more pairs are thinned to this many, evenly spread
@@ -75,9 +76,7 @@ class Timing:
     warmup_reference: Warmup
 
 
-def warm_up(
-    work: Work, clock: Clock, *, limit: int = WARMUP_LIMIT, agreement: float = AGREEMENT, slow: float = math.inf
-) -> Warmup:
+def warm_up(work: Work, clock: Clock, *, limit: int = WARMUP_LIMIT, slow: float = math.inf) -> Warmup:
     """Repeat until two successive medians of the warm repetitions agree, at most `limit` times.
 
     The fewest repetitions that can settle are three: a cold one, and two medians behind it.
@@ -92,7 +91,7 @@ def warm_up(
             continue
         warm.append(seconds)
         median = statistics.median(warm)
-        if abs(median - previous) <= agreement * previous:  # False while previous is nan
+        if abs(median - previous) <= AGREEMENT * previous:  # False while previous is nan
             return Warmup(repetition, settled=True, seconds=median)
         previous = median
     return Warmup(limit, settled=False, seconds=statistics.median(warm) if warm else seconds)
@@ -148,11 +147,5 @@ def aa_floor(seconds: Sequence[float]) -> float | None:
         pairs = pairs[np.linspace(0, len(pairs) - 1, EXHAUSTIVE_PAIRS).round().astype(int)]
     signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(pairs) - 1)))  # (patterns, pairs - 1)
     signed = pairs * np.hstack([np.ones((len(signs), 1)), signs])  # (patterns, pairs), first sign fixed by symmetry
-    return float(np.quantile(np.abs(_pseudo_medians(signed)), FLOOR_QUANTILE, method="higher"))
-
-
-def _pseudo_medians(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median of the Walsh averages (x_i + x_j) / 2, i <= j, of each row: (rows, n) -> (rows,)."""
-    first, second = np.triu_indices(rows.shape[1])
-    medians: NDArray[np.float64] = np.median((rows[:, first] + rows[:, second]) / 2, axis=1)
-    return medians
+    estimates = np.median(walsh_averages(signed), axis=-1)  # (patterns,)
+    return float(np.quantile(np.abs(estimates), FLOOR_QUANTILE, method="higher"))

@@ -20,12 +20,14 @@ from harness.core.environment import checkout
 from harness.core.errors import HarnessError
 from harness.core.files import cache_dir, replace_bytes
 from harness.core.records import Case, Row
+from harness.core.text import MIB
+from harness.results.directory import LOSSES
+from harness.run import fingerprints
 from harness.run.local import Runner, missing
 from harness.run.messages import Asked, Stop
-from harness.run.ray import connection
-from harness.run.ray.depot import Depot
-from harness.run.ray.errand import Came, Errand, Losses, card_bytes, measure_group, reference_losses
-from harness.run.ray.requests import Request, request
+from harness.run.ray import cluster
+from harness.run.ray.cluster import Request, request
+from harness.run.ray.tasks import Came, Depot, Errand, Losses, measure_group, reference_losses
 from harness.run.shards import longest_first
 
 if TYPE_CHECKING:
@@ -76,11 +78,11 @@ class RayRunner(Runner):
         """Reach Ray, make checkpoints and token plans here, and predict what each group takes."""
         if self.options.stop_early and any(case.device == "cuda" for case in cases) and not gpus.cuda_devices():
             raise HarnessError("--stop-early looks at this device's record: start the session on a node with a card")
-        self.ray = connection.connect(self.options.ray_address, self.threads)
+        self.ray = cluster.connect(self.options.ray_address, self.threads)
         inputs = super().prepare(cases, say)
         self.needs = self.consult("needs", cases, say).data or {}
         self.code = self.consult("code", cases, say).text
-        nodes = connection.living(self.ray)
+        nodes = cluster.living(self.ray)
         say(f"Ray: {len(nodes)} node{'s' * (len(nodes) != 1)}, {sum(node.cpus for node in nodes):g} CPUs")
         return inputs
 
@@ -130,14 +132,14 @@ class RayRunner(Runner):
             self.needs.get("bytes", {}).get(cases[0].group, 0),
             timed=timed,
             threads=self.threads,
-            nodes=connection.living(self.ray),
+            nodes=cluster.living(self.ray),
             card=self.card,
         )
 
     def _errand(self, asked: Sequence[Asked]) -> Errand:
         folder = Path(self.needs.get("folders", {}).get(asked[0].case.model, "/"))
         name = folder.name if folder.parent == cache_dir() / "checkpoints" else ""
-        return Errand(self.options, self.threads, self.code, name, tuple(asked))
+        return Errand(self.options, self.threads, self.code, name, tuple(asked), fingerprints.portable(self.inputs))
 
     def _submit(
         self, cases: Sequence[Case], ask: Callable[[Case], Asked], reference: tuple[Any, Request] | None
@@ -158,7 +160,7 @@ class RayRunner(Runner):
             if reading:
                 wanted.setdefault((group[0].model, group[0].device), []).append(reading)
         before = self.ray.put(self._kept_references()) if self.options.resume else {}
-        found: dict[tuple[str, str], tuple[Any, Request]] = {}
+        references: dict[tuple[str, str], tuple[Any, Request]] = {}
         for key, lists in wanted.items():
             if len(lists) < 2:
                 continue
@@ -166,18 +168,18 @@ class RayRunner(Runner):
             asked = [Asked(_of_reference(case)) for case in texts.values()]
             own = self._request([asked[0].case], timed=False)
             remote = self.ray.remote(reference_losses).options(max_retries=RETRIES, **own.options())
-            found[key] = remote.remote(self._errand(asked), self.depot, before), own
-        return found
+            references[key] = remote.remote(self._errand(asked), self.depot, before), own
+        return references
 
     def _kept_references(self) -> Losses:
         """The reference's losses that the report directory holds from before."""
-        folder = self.options.report_dir / "nll"
-        found: dict[str, bytes] = {}
+        folder = self.options.report_dir / LOSSES
+        kept: dict[str, bytes] = {}
         for index in folder.glob("reference-*"):
             path = folder / f"{index.read_text()}.npz"
             if path.is_file():
-                found |= {index.name: index.read_bytes(), path.name: path.read_bytes()}
-        return found
+                kept |= {index.name: index.read_bytes(), path.name: path.read_bytes()}
+        return kept
 
     def _smallest_card(self) -> int:
         """Bytes of the smallest card of the cluster, 0 where a node does not say."""
@@ -185,7 +187,7 @@ class RayRunner(Runner):
         strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         for node in self.ray.nodes():
             if node["Alive"] and node["Resources"].get("GPU"):
-                remote = self.ray.remote(card_bytes).options(
+                remote = self.ray.remote(gpus.smallest_card).options(
                     num_cpus=0, num_gpus=0.01, scheduling_strategy=strategy(node["NodeID"], soft=False)
                 )
                 sizes.append(remote.remote())
@@ -222,7 +224,7 @@ class RayRunner(Runner):
 
     def _keep(self, task: Task, came: Came) -> None:
         """Write down what a row names, then the row."""
-        row, folder = came.row, self.options.report_dir / "nll"
+        row, folder = came.row, self.options.report_dir / LOSSES
         if row.case.id in self.came.rows:
             return
         if task.reference is not None:
@@ -240,13 +242,13 @@ class RayRunner(Runner):
     def _lost(self, task: Task, reason: str, trouble: str = "") -> None:
         """Every case of a task that will bring no more rows gets the reason."""
         self.tasks.remove(task)
-        needed = f"; it needs {task.predicted / 2**20:,.0f} MiB by prediction" if task.predicted else ""
+        needed = f"; it needs {task.predicted / MIB:,.0f} MiB by prediction" if task.predicted else ""
         for case in task.cases:
             self.came.rows.setdefault(case.id, (missing(case, reason + needed), trouble))
 
     def _give_up(self) -> None:
         """End the tasks that no living node could hold for as long as PATIENCE_SECONDS."""
-        nodes, now = connection.living(self.ray), time.monotonic()
+        nodes, now = cluster.living(self.ray), time.monotonic()
         for task in list(self.tasks):
             unfit = next((one for one in task.requests if not one.fits(nodes)), None)
             task.unfit = None if unfit is None else task.unfit or now

@@ -1,6 +1,6 @@
 """GGUF files into plain model folders: fp32 safetensors, config.json, tokenizer.json.
 
-The families of `families` are converted here directly, in seconds; whatever else a file holds, its weights
+The architectures of `architectures` are converted here directly, in seconds; whatever else a file holds, its weights
 or its tokenizer go through transformers, which takes about a minute (and reads no OLMo).
 """
 
@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from harness.core.errors import BadFile
 from harness.inputs.models import folder
-from harness.inputs.models.gguf_format import families, tokenizers
-from harness.inputs.models.gguf_format.families import FAMILIES, Family
+from harness.inputs.models.gguf_format import architectures, tokenizers
+from harness.inputs.models.gguf_format.architectures import ARCHITECTURES, Architecture
 from harness.inputs.models.gguf_format.file import GgufFile
 
 VERSION = 2  # of the conversion: part of the cache's key
@@ -41,9 +41,8 @@ def convert(path: Path, destination: Path) -> dict[str, str]:
     most of them lie on ('' for none). BadFile where neither this module nor transformers can read the file.
     """
     file = GgufFile(path)
-    family = family_of(file)
-    if family is not None:
-        write_weights(file, family, destination)
+    if (architecture := architecture_of(file)) is not None:
+        write_weights(file, architecture, destination)
     else:
         _through_transformers(path, destination)
     if tokenizers.is_known(file.metadata):
@@ -68,53 +67,53 @@ def _facts(file: GgufFile) -> dict[str, str]:
     }
 
 
-def family_of(file: GgufFile) -> Family | None:
-    """The family whose tensors and facts cover the whole file, so that nothing is left out; None where none does."""
-    family = FAMILIES.get(str(file.metadata.get("general.architecture")))
-    if family is None or "mistral" in str(file.metadata.get("general.name", "")).lower():
+def architecture_of(file: GgufFile) -> Architecture | None:
+    """The architecture whose tensors and facts cover the whole file, with nothing left out; None where none does."""
+    architecture = ARCHITECTURES.get(str(file.metadata.get("general.architecture")))
+    if architecture is None or "mistral" in str(file.metadata.get("general.name", "")).lower():
         return None  # a Mistral's attention window is not stated in its file
-    named = all(_name(family, name) for name in file.tensors)
-    return family if named and not families.unknown(family, file.metadata) else None
+    named = all(_name(architecture, name) for name in file.tensors)
+    return architecture if named and not architectures.unknown(architecture, file.metadata) else None
 
 
-def _name(family: Family, gguf_name: str) -> str:
+def _name(architecture: Architecture, gguf_name: str) -> str:
     """The name of a tensor in transformers' model, '' if it has none."""
     module, _, suffix = gguf_name.rpartition(".")
-    found = family.module(module)
-    return f"{found}.{suffix}" if found and suffix in ("weight", "bias") else ""
+    theirs = architecture.module(module)
+    return f"{theirs}.{suffix}" if theirs and suffix in ("weight", "bias") else ""
 
 
-def write_weights(file: GgufFile, family: Family, destination: Path) -> None:
-    """Write config.json and model.safetensors of a file of a known family; a head that is not stored is tied."""
-    config = _configuration(file, family)
+def write_weights(file: GgufFile, architecture: Architecture, destination: Path) -> None:
+    """Write config.json and model.safetensors of a file of a known architecture; a head that is not stored is tied."""
+    config = _configuration(file, architecture)
     config.save_pretrained(destination)
     state = {}
     for name, tensor in file.tensors.items():
-        weight = in_layout(tensor.dequantize(), name, family, config)
-        state[_name(family, name)] = torch.from_numpy(np.array(weight, order="C"))  # a copy: the file is read-only
+        weight = np.array(in_layout(tensor.dequantize(), name, architecture, config), order="C")  # ours to write into
+        state[_name(architecture, name)] = torch.from_numpy(weight)
     save_file(state, destination / "model.safetensors", metadata={"format": "pt"})
 
 
-def _configuration(file: GgufFile, family: Family) -> Any:
+def _configuration(file: GgufFile, architecture: Architecture) -> Any:
     known = tokenizers.TOKENS.items()
     specials = {f"{name}_token_id": file.metadata.get(key) for name, key in known if name != "unk"}
     config = AutoConfig.for_model(
-        family.model_type,
-        **families.configuration(family, file.metadata),
+        architecture.model_type,
+        **architectures.configuration(architecture, file.metadata),
         **specials,
         tie_word_embeddings="output.weight" not in file.tensors,
         dtype="float32",
-        **{name: True for name, tensor in BIASES.items() if family.interleaved and tensor in file.tensors},
+        **{name: True for name, tensor in BIASES.items() if architecture.interleaved and tensor in file.tensors},
     )
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]]
     return config
 
 
-def in_layout(weight: NDArray[Any], gguf_name: str, family: Family, config: Any) -> NDArray[Any]:
+def in_layout(weight: NDArray[Any], gguf_name: str, architecture: Architecture, config: Any) -> NDArray[Any]:
     """A tensor of the file in transformers' row order and orientation."""
-    if heads := family.heads(gguf_name, config):
+    if heads := architecture.heads(gguf_name, config):
         weight = halves_apart(weight, heads)
-    return weight.T if family.is_conv1d(gguf_name) else weight
+    return weight.T if architecture.is_conv1d(gguf_name) else weight
 
 
 def halves_apart(weight: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -128,24 +127,17 @@ def halves_apart(weight: NDArray[Any], heads: int) -> NDArray[Any]:
 
 
 def _through_transformers(path: Path, destination: Path) -> None:
-    """Any architecture that transformers reads; a model loaded from GGUF refuses to be saved, so a fresh one is."""
+    """Any architecture that transformers reads."""
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # told below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
     except (ValueError, KeyError, NotImplementedError) as error:
         detail = str(error).splitlines()[0]
         raise BadFile(f"{path} holds a model that transformers does not read from GGUF ({detail})") from error
     folder.require_match(report, f"the weights in {path}, as transformers reads them,")
-    config = type(loaded.config).from_dict(
-        {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-    )
-    with torch.device("meta"):  # no random weights: every tensor is put in place below
-        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict(), assign=True)
-    fresh.tie_weights()
-    fresh.save_pretrained(destination)
+    folder.save_plain(loaded, loaded.state_dict(), destination)

@@ -42,23 +42,23 @@ def metadata(tokenizer: Any, size: int) -> dict[str, Any]:
         HarnessError: the tokenizer is of a kind that GGUF has, but llama.cpp would split text otherwise than it does.
     """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    found: dict[str, Any]
+    entries: dict[str, Any]
     if whole["model"]["type"] != "BPE":
-        found = {"tokenizer.ggml.model": "none", WHOLE: tokenizer.backend_tokenizer.to_str()}
+        entries = {"tokenizer.ggml.model": "none", WHOLE: tokenizer.backend_tokenizer.to_str()}
     else:
         words, kinds = _vocabulary(tokenizer, whole, size)
-        found = {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": kinds}
-        found |= _sentencepiece(whole, words, kinds) if whole["model"]["byte_fallback"] else _byte_level(whole)
+        entries = {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": kinds}
+        entries |= _sentencepiece(whole, words, kinds) if whole["model"]["byte_fallback"] else _byte_level(whole)
         first = tokenizer("a").input_ids[:1]
-        found["tokenizer.ggml.add_bos_token"] = bool(first) and first[0] == tokenizer.bos_token_id
-        found["tokenizer.ggml.add_eos_token"] = False
+        entries["tokenizer.ggml.add_bos_token"] = bool(first) and first[0] == tokenizer.bos_token_id
+        entries["tokenizer.ggml.add_eos_token"] = False
     for name, key in TOKENS.items():
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
-            found[key] = int(number)
+            entries[key] = int(number)
     if tokenizer.chat_template:
-        found["tokenizer.chat_template"] = tokenizer.chat_template
-    return found
+        entries["tokenizer.chat_template"] = tokenizer.chat_template
+    return entries
 
 
 def _vocabulary(tokenizer: Any, whole: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -137,13 +137,13 @@ def _sentencepiece(whole: Mapping[str, Any], words: list[str], kinds: list[int])
 def sentencepiece_merges(words: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
     """All pairs of tokens that make a third, the best-scored result first: what a SentencePiece BPE stands for."""
     numbers = {word: index for index, word in enumerate(words) if kinds[index] == NORMAL}
-    found = [
+    merges = [
         (-scores[number], numbers[word[:cut]], numbers[word[cut:]])
         for word, number in numbers.items()
         for cut in range(1, len(word))
         if word[:cut] in numbers and word[cut:] in numbers
     ]
-    return [(words[left], words[right]) for _, left, right in sorted(found)]
+    return [(words[left], words[right]) for _, left, right in sorted(merges)]
 
 
 def is_known(facts: Mapping[str, Any]) -> bool:

@@ -11,34 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
 from harness.inputs.models import checkpoints
-from harness.inputs.models.gguf_format import blocks, families, tokenizers
-from harness.inputs.models.gguf_format.families import Family
+from harness.inputs.models.gguf_format import architectures, file, tokenizers
+from harness.inputs.models.gguf_format.architectures import Architecture
 
-FILE_TYPES = {  # llama.cpp's number of a file whose matrices are mostly of one format
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q5_1": 9,
-}
 POSITIONS = "position_embd"
 VOCABULARY = ("token_embd", "output.")  # embedding and head: tensors with a row a token
-QUANTIZATION_VERSION = 2  # of ggml's block formats since their scales became fp16
 
 
 def kind_of(gguf_name: str, dimensions: int, kind: str) -> str:
     """The format of one tensor in a file of format `kind`; '' where it is fp32 whatever the file's."""
     if dimensions != 2 or gguf_name.startswith(POSITIONS):
         return ""
-    return "Q8_0" if gguf_name.startswith(VOCABULARY) and blocks.FORMATS[kind].bits < 8 else kind
+    return "Q8_0" if gguf_name.startswith(VOCABULARY) and file.FORMATS[kind].bits < 8 else kind
 
 
 def halves_together(weight: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -50,18 +41,19 @@ def halves_together(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def tensors(model: Any, family: Family) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def tensors(model: Any, architecture: Architecture) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Each parameter once, under GGUF's name, fp32, in GGUF's layout; HarnessError for one without a name there."""
     for name, parameter in model.named_parameters():
         module, _, suffix = name.rpartition(".")
-        found = family.gguf_module(module)
-        if not found or suffix not in ("weight", "bias"):
-            raise HarnessError(f"no GGUF is written for this {family.model_type} model: its {name} has no place there")
-        written = f"{found}.{suffix}"
+        gguf_module = architecture.gguf_module(module)
+        if not gguf_module or suffix not in ("weight", "bias"):
+            model_type = architecture.model_type
+            raise HarnessError(f"no GGUF is written for this {model_type} model: its {name} has no place there")
+        written = f"{gguf_module}.{suffix}"
         values = parameter.detach().float().cpu().numpy()
-        if family.is_conv1d(written):
+        if architecture.is_conv1d(written):
             values = np.ascontiguousarray(values.T)  # (out, in)
-        if heads := family.heads(written, model.config):
+        if heads := architecture.heads(written, model.config):
             values = halves_together(values, heads)
         yield written, values
 
@@ -70,8 +62,8 @@ def write(checkpoint: Checkpoint, kind: str, destination: Path) -> int:
     """Write a checkpoint as GGUF.
 
     Args:
-        checkpoint: a plain folder of one of `gguf_families.FAMILIES`.
-        kind: a key of `FILE_TYPES`.
+        checkpoint: a plain folder of one of `architectures.ARCHITECTURES`.
+        kind: a key of `file.FORMATS`.
         destination: the file, replaced where it exists.
 
     Returns:
@@ -80,27 +72,25 @@ def write(checkpoint: Checkpoint, kind: str, destination: Path) -> int:
     Raises:
         HarnessError: an architecture, tokenizer or width that GGUF or llama.cpp does not take; non-finite weights.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, quantize
-
     model: Any = checkpoints.open_model(checkpoint, "fp32", "cpu")
-    family = families.of_config(model.config)
+    architecture = architectures.of_config(model.config)
     rows = model.get_input_embeddings().weight.shape[0]
     facts = {
         "general.name": Path(checkpoint.specification.partition(":")[2] or checkpoint.specification).name,
-        "general.file_type": FILE_TYPES[kind],
-        "general.quantization_version": QUANTIZATION_VERSION,
-        **families.metadata(family, model.config),
+        "general.file_type": int(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **architectures.metadata(architecture, model.config),
         **tokenizers.metadata(checkpoints.tokenizer(checkpoint), rows),
     }
-    writer = GGUFWriter(destination, family.architecture)
+    writer = gguf.GGUFWriter(destination, architecture.name)
     try:
         for key, value in facts.items():
             _add(writer, key, value)
-        for name, values in tensors(model, family):
+        for name, values in tensors(model, architecture):
             own = kind_of(name, values.ndim, kind)
             _hold(name, values, own)
-            stored = GGMLQuantizationType[own or "F32"]
-            writer.add_tensor(name, quantize(values, stored) if own else values, raw_dtype=stored)
+            stored = gguf.GGMLQuantizationType[own or "F32"]
+            writer.add_tensor(name, gguf.quantize(values, stored) if own else values, raw_dtype=stored)
         del model
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -116,7 +106,7 @@ def _hold(name: str, values: NDArray[np.float32], kind: str) -> None:
         raise HarnessError(f"gguf cannot store {name}: {int((~np.isfinite(values)).sum())} non-finite values in it")
     if kind:
         try:
-            blocks.row_bytes(kind, values.shape[-1])
+            file.row_bytes(kind, values.shape[-1])
         except ValueError as error:
             raise HarnessError(f"gguf cannot store {name}: {error}") from error
 

@@ -1,0 +1,420 @@
+"""The verdicts of one row: against the reference of the same run, and against the recorded baseline. No torch.
+
+*Against the reference* a bound of `bounds` is held to the figure itself, which is exact for the text that was
+read; a timing's bound to the interval of its log ratio. *Against the record*, per-token losses are paired with the
+recorded ones over windows; a change counts when its 95% interval lies beyond the floor. Whatever may not be compared
+(other tokens, another protocol, weights, device or environment) is `not comparable`, with the field.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from harness.core.contracts import Member
+from harness.core.environment import Environment, difference
+from harness.core.records import Row, Verdict
+from harness.core.stats import FEWEST_WINDOWS, Estimate
+from harness.core.text import MIB, percent
+from harness.core.values import decode_number
+from harness.judge import error_rate, rules
+from harness.judge.bounds import Bounds, Rule
+from harness.judge.question import Losses, Outcome, Question, read, stopped
+from harness.judge.recorded import Recorded
+from harness.judge.rules import MOVED, Obstacle, log_ratio
+
+LEFT = frozenset({"change", "bound", "floor", "smallest", "environment_difference"})  # by an earlier judgement
+EXPLAINED = frozenset({Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE})  # with how the environments differ
+FAILING = frozenset({Verdict.OUT_OF_BOUND, Verdict.WORSE})
+REQUIRED = frozenset({Verdict.UNRECORDED, Verdict.NOT_COMPARABLE})  # with --require-baselines
+
+
+def judge(
+    row: Row,
+    member: Member,
+    *,
+    bounds: Bounds,
+    recorded: Recorded | None,
+    environment: Environment,
+    nll: Losses,
+    tests: int = 1,
+) -> Row:
+    """The row with its verdicts, the more severe one's reason first, and the file that served.
+
+    Args:
+        row: as measured; `value` None stays `missing`.
+        member: what the metric promises.
+        bounds: tolerable losses and floors.
+        recorded: what `Baselines.find` gave.
+        environment: in which the row was measured.
+        nll: per-token losses by sha, None where no file holds them.
+        tests: statistical tests of the session (`error_rate`), which share its error rate.
+
+    Returns:
+        The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval and p value),
+        `bound`, `smallest` (the smallest effect that the comparison could have seen) and, of a figure that moved or
+        may not be compared, `environment_difference`, line by line.
+    """
+    if row.value is None:
+        return replace(row, verdict=Verdict.MISSING)
+    question = Question(row, member, bounds, recorded, nll, environment, tests)
+    reference, record = against_reference(question), against_record(question)
+    outcomes = sorted((outcome for outcome in (reference, record) if outcome.verdict), key=severity)
+    detail = _detail(question, reference, record)
+    if recorded is not None and record.verdict in EXPLAINED:
+        detail["environment_difference"] = difference(recorded.environment, environment)
+    return replace(
+        row,
+        verdict=outcomes[0].verdict or Verdict.SAME,
+        verdict_reference=reference.verdict,
+        verdict_baseline=record.verdict,
+        reason="; ".join(outcome.reason for outcome in outcomes if outcome.reason),
+        baseline=recorded.file if recorded else "",
+        detail=detail,
+    )
+
+
+def severity(outcome: Outcome) -> int:
+    """0 for the most severe."""
+    return (outcome.verdict or Verdict.WITHIN_BOUND).severity
+
+
+def hold(row: Row, changed: Sequence[str]) -> Row:
+    """The judged row, `worse` where exact facts are not those recorded; other tokens alone are `not comparable`."""
+    if not changed or row.value is None:
+        return row
+    text = f"exact facts differ from the record: {'; '.join(changed)}"
+    tokens = all(line.startswith(("token_hash ", "tokens ")) for line in changed)
+    word = Verdict.NOT_COMPARABLE if tokens else Verdict.WORSE
+    if word.severity >= row.verdict.severity:
+        return replace(row, reason=f"{row.reason}; {text}")
+    return replace(row, verdict=word, verdict_baseline=word, reason=f"{text}; {row.reason}")
+
+
+def _detail(question: Question, reference: Outcome, record: Outcome) -> dict[str, Any]:
+    """The row's detail with what was decided by; what an earlier judgement left there is replaced."""
+    row, rule = question.row, question.bounds.against_reference(question.row.case)
+    detail = {key: value for key, value in row.detail.items() if key not in LEFT}
+    detail["floor"] = row.detail.get("aa_floor") if question.member.timed else question.bounds.floor(row.case)
+    if record.change is not None:
+        change = asdict(record.change)
+        detail["change"] = {**{name: change[name] for name in ("value", "low", "high")}, "floor": record.floor}
+        detail["change"] |= {} if record.p is None else {"p": record.p}
+    if rule is not None and reference.verdict is not None:
+        detail["bound"] = f"{rule} ({rule.reason})"
+    if smallest := record.smallest or reference.smallest:
+        detail["smallest"] = smallest
+    return detail
+
+
+def fails(row: Row, *, require_baselines: bool, allow_missing: bool) -> bool:
+    """Whether this row fails the session.
+
+    Out of bound, worse and (unless allowed) missing do, and whatever a non-finite reference leaves undecided; with
+    `require_baselines` unrecorded and not comparable too, but for latency (on another machine it has the reference
+    only) and for a delta that was decided against its bound before its text ended (the record is of the whole text).
+    """
+    verdicts = {row.verdict, row.verdict_reference, row.verdict_baseline}
+    if row.value is None or row.verdict is Verdict.MISSING:
+        return not allow_missing
+    if verdicts & FAILING or (row.verdict is Verdict.UNUSABLE and row.detail.get("reference_non_finite")):
+        return True
+    excepted = row.case.family == "latency" or row.stopped_early
+    return require_baselines and not excepted and bool(verdicts & REQUIRED)
+
+
+def against_reference(question: Question) -> Outcome:
+    """Whether the figure stays within what may be lost against the unquantized model, or equals its prediction."""
+    row, member = question.row, question.member
+    broken = non_finite(row, member)
+    if broken is not None:
+        return broken
+    if "predicted_equal" in row.detail and row.value is not None:
+        return _against_prediction(row, row.value)
+    rule = question.bounds.against_reference(row.case)
+    if rule is None or row.method == row.reference:
+        return Outcome(None)
+    if row.stopped_early:
+        return _stopped_within(row, rule)
+    return _timing_within(question, rule) if member.timed else _value_within(row, member, rule)
+
+
+def non_finite(row: Row, member: Member) -> Outcome | None:
+    """What a loss or figure that is not finite means; None where all are. Never averaged away."""
+    ours, theirs = row.detail.get("non_finite", 0), row.detail.get("reference_non_finite", 0)
+    if ours:
+        whose = " of the reference" if row.method == row.reference else ""
+        of = f" of {row.detail['scored']}" if "scored" in row.detail else ""
+        return Outcome(Verdict.OUT_OF_BOUND, f"non-finite loss in {ours}{of} tokens{whose}")
+    if theirs:
+        return Outcome(
+            Verdict.UNUSABLE, f"the reference's own loss is non-finite in {theirs} tokens: nothing to compare with"
+        )
+    if row.value is not None and math.isfinite(row.value):
+        return None
+    verdict = Verdict.UNUSABLE if member.timed else Verdict.OUT_OF_BOUND
+    return Outcome(verdict, f"{row.metric} is non-finite: {row.value}")
+
+
+def _against_prediction(row: Row, value: float) -> Outcome:
+    predicted = row.detail.get("predicted", math.nan)
+    if row.detail["predicted_equal"]:
+        return Outcome(Verdict.WITHIN_BOUND, "as predicted, to the byte")
+    return Outcome(
+        Verdict.OUT_OF_BOUND,
+        f"measured {shown(value, row.unit)}, predicted {shown(predicted, row.unit)}: {value - predicted:+,.0f} B",
+    )
+
+
+def _value_within(row: Row, member: Member, rule: Rule) -> Outcome:
+    value = row.value if row.value is not None else math.nan
+    good = value >= rule.limit if rule.kind == "at_least" else value <= rule.limit
+    figure = percent(value) if rule.kind == "ratio" else shown(value, row.unit)
+    text = f"{row.metric} {figure} against {row.reference}, bound {rule}"
+    if row.interval is not None and member.paired and rule.kind == "ratio":
+        text += f" (text like this: {percent(row.interval[0])} to {percent(row.interval[1])})"
+    return Outcome(Verdict.WITHIN_BOUND if good else Verdict.OUT_OF_BOUND, text, smallest="exact on this text")
+
+
+def _stopped_within(row: Row, rule: Rule) -> Outcome:
+    """A delta that was read only until it was decided: its interval against the bound; across it nothing is known."""
+    limit = rule.limit
+    low, high = row.interval or (-math.inf, math.inf)
+    text = f"{row.metric} {percent(low)} to {percent(high)} against {row.reference} after {read(row)}, bound {rule}"
+    seen = percent((high - low) / 2, sign="")
+    if low > limit:
+        return Outcome(Verdict.OUT_OF_BOUND, text, smallest=seen)
+    if high <= limit:
+        return Outcome(Verdict.WITHIN_BOUND, text, smallest=seen)
+    return Outcome(Verdict.UNUSABLE, f"{text}: stopped at its resolution, undecided", smallest=seen)
+
+
+def _timing_within(question: Question, rule: Rule) -> Outcome:
+    row = question.row
+    ratio = log_ratio(row.detail)
+    if ratio is None:
+        return Outcome(Verdict.UNUSABLE, "the ratio to the reference has no interval: raise --repetitions")
+    text = f"time {percent(ratio.value)} against {row.reference} ({percent(ratio.low)} to {percent(ratio.high)})"
+    beyond = replace(ratio, value=ratio.value - rule.limit, low=ratio.low - rule.limit, high=ratio.high - rule.limit)
+    half = percent(error_rate.smallest_time(beyond, 0.0, question.tests), sign="")
+    if beyond.value > 0 and error_rate.p_time(beyond, 0.0) <= error_rate.level(question.tests):
+        return Outcome(Verdict.OUT_OF_BOUND, f"{text}, bound {rule}", smallest=half)
+    if ratio.high <= rule.limit:
+        return Outcome(Verdict.WITHIN_BOUND, f"{text}, bound {rule}", smallest=half)
+    return Outcome(Verdict.UNUSABLE, f"{text}: too wide to decide on the bound {rule}", smallest=half)
+
+
+MOVERS = "torch, transformers, tokenizers or the processor"
+BRIEF = 12  # characters of a hash that tell it from another in a line
+
+
+def against_record(question: Question) -> Outcome:
+    """Whether the figure is what was recorded."""
+    row, recorded = question.row, question.before
+    if row.stopped_early:
+        return Outcome(Verdict.NOT_COMPARABLE, stopped(row))
+    if recorded is None and row.live:
+        return Outcome(Verdict.UNRECORDED, "no record: a live module has none")
+    if recorded is None:
+        return Outcome(Verdict.UNRECORDED, f"no record; to record it: {command(row, '--regen-all')}")
+    assert isinstance(recorded, Recorded)  # a row of another report has its own words
+    if obstacle := rules.obstacle(question, recorded):
+        return Outcome(Verdict.NOT_COMPARABLE, f"not comparable with {recorded.file}, {in_words(obstacle, question)}")
+    if row.value is None:
+        return Outcome(Verdict.UNUSABLE, "a figure that is not finite has no change")
+    outcome = rules.outcome(question, recorded, recorded.value, row.value)
+    if outcome.ground == rules.NOT_FINITE:
+        return replace(outcome, reason=_not_finite(outcome, row, recorded))
+    if outcome.ground == rules.FIGURE:
+        return _figure(question, outcome, row.value, recorded.value)
+    if outcome.ground == rules.RATIO:
+        return _time(question, outcome)
+    return _loss(question, outcome, row.value, recorded)
+
+
+def in_words(obstacle: Obstacle, question: Question) -> str:
+    """The field that forbids the comparison, with both values."""
+    field, before, now = obstacle
+    if now is None:
+        return str(before)
+    if field == "protocol_id":
+        parts = zip(before.split("; "), now.split("; "), strict=False)
+        changed = [f"{old} -> {new}" for old, new in parts if old != new]
+        return f"protocol id: {', '.join(changed) or f'{before} -> {now}'}"
+    if field == "token_hash":
+        return f"token hash: {before[:BRIEF]} -> {now[:BRIEF]}"
+    if field == "revision":
+        return f"weights: revision {before[:BRIEF]} -> {now[:BRIEF]}"
+    if field == "count":
+        field = f"count of {'windows' if question.member.paired else 'tokens'} scored"
+    return f"{field}: {before} -> {now}"
+
+
+def _not_finite(outcome: Outcome, row: Row, recorded: Recorded) -> str:
+    if outcome.verdict is Verdict.UNUSABLE or row.value is None:
+        return "a figure that is not finite has no change"
+    return f"{shown(row.value, row.unit)}, recorded {shown(recorded.value, recorded.unit)}"
+
+
+def _figure(question: Question, outcome: Outcome, now: float, then: float) -> Outcome:
+    unit, exact = question.row.unit, question.member.exact
+    seen = "1 B" if exact else shown(outcome.floor, unit)
+    if outcome.verdict is Verdict.SAME:
+        return replace(outcome, reason="equal to the record", smallest=seen)
+    ending = f": {now - then:+,.0f}" if exact else f", allowance {seen}"
+    return replace(outcome, reason=f"{shown(now, unit)}, recorded {shown(then, unit)}{ending}", smallest=seen)
+
+
+def _time(question: Question, outcome: Outcome) -> Outcome:
+    change, limit, row = outcome.change, outcome.floor, question.row
+    if change is None:
+        whose = "this run's" if rules.log_ratio(row.detail) is None else "the recorded"
+        return replace(outcome, reason=f"{whose} ratio to the reference has no interval: raise --repetitions")
+    text = f"ratio to {row.reference} {percent(change.value)} against the record "
+    text += f"({percent(change.low)} to {percent(change.high)})"
+    if outcome.verdict is Verdict.UNUSABLE:
+        text += f": too wide to see a change of {percent(limit)}"
+    elif outcome.verdict in MOVED:
+        text += f", limit {percent(limit)}"
+    seen = percent(error_rate.smallest_time(change, limit, question.tests), sign="")
+    return replace(outcome, reason=text, smallest=seen)
+
+
+def _loss(question: Question, outcome: Outcome, now: float, recorded: Recorded) -> Outcome:
+    row, change = question.row, outcome.change
+    if change is not None:
+        return _paired(question, outcome, change, recorded)
+    if outcome.ground == rules.VALUES:
+        shift = rules.value_change(row.metric, recorded.value, now) or 0.0
+        lost = "the per-token losses of the record or of this run are not there to pair"
+        beneath = outcome.verdict is Verdict.WITHIN_NOISE
+        ending = f"; {lost}" if beneath else f", but {lost}: record again"
+        return replace(outcome, reason=f"{shift:+.3g} against the record's value{ending}")
+    text = "every token's loss bit-identical to the record"
+    if outcome.verdict in MOVED:
+        text = (
+            f"{shown(now, row.unit)}, recorded {shown(recorded.value, row.unit)}, from losses bit-identical to the "
+            "record: what is made of them changed (windows, weights or aggregate)"
+        )
+    return replace(outcome, reason=text, smallest=percent(question.floor, sign=""))
+
+
+def _paired(question: Question, outcome: Outcome, change: Estimate, recorded: Recorded) -> Outcome:
+    floor, room = outcome.floor, question.room
+    seen = percent(min(room, error_rate.smallest_loss(change, floor, question.tests)), sign="")
+    text = f"{signed(change.value)} against the record ({change.low:+.3g} to {change.high:+.3g}, floor {floor:.3g})"
+    if outcome.ground == rules.THIS_TEXT:
+        text += f": beyond {percent(room)} on this very text, where it is exact"
+    if outcome.verdict is Verdict.UNUSABLE:
+        text += f": {change.count} windows, fewer than {FEWEST_WINDOWS}, cannot tell it from noise"
+    return replace(outcome, reason=text + blame(question, recorded, outcome.verdict), smallest=seen)
+
+
+def blame(question: Question, recorded: Recorded, verdict: Verdict | None) -> str:
+    """Whether the unquantized reference moved too: then it was not the quantizer; '' where nothing can be said."""
+    row, floor, room = question.row, question.floor, question.room
+    if row.method == row.reference:
+        return f"; the unquantized reference itself moved: {MOVERS} did it, no quantizer" if verdict in MOVED else ""
+    moved = rules.reference_change(question, recorded)
+    if moved is None or rules.decide(moved, floor, 1, room) not in MOVED:
+        return ""
+    text = f"; the unquantized reference itself moved by {signed(moved.value)}"
+    apart = rules.paired_change(question, recorded)
+    if apart is None or rules.decide(apart, floor, 1, room) in {*MOVED, Verdict.UNUSABLE}:
+        return text
+    return f"{text} and the loss against it did not: {MOVERS} did it, not the quantizer"
+
+
+LABEL_WIDTH = 12  # of a failure's report
+SELECTABLE = re.compile(r"[\w:+./-]+")  # what pytest's -k reads as one word
+
+
+def token_limit(protocol_id: str) -> str:
+    """'all', or 'first 4096': how much of the text a protocol id says was read."""
+    match = re.search(r"\btokens: (?:the )?(first \d+)", protocol_id)
+    return match[1] if match else "all"
+
+
+def shown(value: float, unit: str) -> str:
+    """A value with its unit: '12,345,678 B (11.77 MiB)', '23.4 ms', '30.8852 ppl'."""
+    if not math.isfinite(value):
+        return f"{value} {unit}"
+    if unit == "B":
+        return f"{value:,.0f} B ({value / MIB:.2f} MiB)"
+    if unit == "s":
+        return f"{1e3 * value:.4g} ms"
+    return f"{value:.6g} {unit}"
+
+
+def signed(nats: float) -> str:
+    """A change of a logarithm: '+0.00123 nat (+0.123%)'."""
+    return f"{nats:+.3g} nat ({percent(nats)})"
+
+
+def command(row: Row, *flags: str) -> str:
+    """The command line that measures this one case again, with `flags`; it works in any repository."""
+    limit = token_limit(row.protocol_id).removeprefix("first ")
+    options = {
+        "models": row.model,
+        "methods": row.method,
+        "metrics": row.metric,
+        "datasets": row.dataset,
+        "protocols": row.protocol,
+        "device": row.device,
+        "reference": row.reference if row.reference != "fp32" else "",
+        "max-tokens": limit if limit != "all" else "",
+    }
+    if row.case.family == "invariant":  # planned by their mark, on a layer and on the tiny models
+        flags = ("-m", "invariant", *flags)
+        options = {name: options[name] for name in ("methods", "device", "reference")}
+    given = [word for name, value in options.items() if value for word in (f"--harness-{name}", value)]
+    words = ["pytest", "--pyargs", "harness.cases", *flags, *given]
+    if SELECTABLE.fullmatch(row.case.id):  # the reference is planned beside the method: leave its record alone
+        words += ["-k", row.case.id]
+    return shlex.join(words)
+
+
+def message(row: Row, recorded: Recorded | None, environment: Environment) -> str:
+    """A failure's report: the case, what was recorded and measured, how they differ, and the command to run."""
+    lines = [("reason", row.reason)]
+    if recorded is not None:
+        when = f", recorded {recorded.recorded}" if recorded.recorded else ""
+        times = f", {recorded.repeats} repetitions" if recorded.repeats > 1 else ""
+        lines.append(("baseline", f"{shown(recorded.value, row.unit)} ({recorded.file}{when}{times})"))
+    if row.value is not None:
+        lines.append(("measured", shown(row.value, row.unit)))
+    lines += _difference(row, recorded)
+    if recorded is not None:
+        changed = difference(recorded.environment, environment)
+        lines += _block("environment", changed or ["no difference to the record's"])
+    if row.verdict in (Verdict.WORSE, Verdict.UNRECORDED, Verdict.NOT_COMPARABLE):
+        lines += [("measure", command(row)), ("record", command(row, "--regen-all"))]
+    else:
+        lines.append(("run", command(row)))
+    return "\n".join([f"{row.verdict}: {row.case.id}", *(f"  {name:<{LABEL_WIDTH}}{text}" for name, text in lines)])
+
+
+def _block(name: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name if first == 0 else "", text) for first, text in enumerate(texts)]
+
+
+def _difference(row: Row, recorded: Recorded | None) -> list[tuple[str, str]]:
+    """The judged change with its interval and floor, and the bound, as the judge left them in the row."""
+    lines = []
+    change = row.detail.get("change")
+    if isinstance(change, dict):
+        value, low, high = (decode_number(change[name]) for name in ("value", "low", "high"))
+        lines.append(("difference", f"{signed(value)}, 95% interval {low:+.3g} to {high:+.3g}"))
+        lines.append(("floor", f"{decode_number(change['floor']):.3g} nat"))
+    elif recorded is not None and row.value is not None:
+        plain = row.value - recorded.value
+        lines.append(("difference", f"{plain:+,.0f} B" if row.unit == "B" else f"{plain:+.6g} {row.unit}"))
+    if row.detail.get("smallest"):
+        lines.append(("could see", f"{row.detail['smallest']}: the smallest effect"))
+    if row.detail.get("bound"):
+        lines.append(("bound", str(row.detail["bound"])))
+    return lines

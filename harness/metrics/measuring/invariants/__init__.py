@@ -1,1 +1,0 @@
-"""What must hold of a method whatever the version of its library."""

@@ -1,1 +1,0 @@
-"""The report's pictures, as SVG."""

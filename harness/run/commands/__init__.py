@@ -1,1 +1,0 @@
-"""Figures of LLM quantization: reports, comparisons and predictions, without pytest."""

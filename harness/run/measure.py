@@ -1,0 +1,212 @@
+"""Measure from Python what pytest measures: the same plan, processes, judge and rows. No pytest, no torch.
+
+The options of a call are those of the command line (`core.options`), by the same names and with the same defaults,
+but for `report_dir`: without one the measurements lie in a temporary folder for as long as this process lives.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import inspect
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from harness import report
+from harness.core.errors import HarnessError, UnknownName
+from harness.core.options import SETTINGS, Options, Setting, build, read_declared
+from harness.core.records import Case, Row
+from harness.judge import baselines, error_rate
+from harness.report.rows import command_of, measured_into
+from harness.run import engines, merge, project
+from harness.run import plan as planning
+from harness.run.session import Session
+from harness.run.shards import partition
+
+Say = Callable[[str], None]
+Call = TypeVar("Call", bound=Callable[..., Any])
+PER_SESSION = {"require_baselines"}  # what decides over a session's exit status, which a call has none of
+
+
+def _quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def _with_options(call: Call) -> Call:
+    """Let a function's signature and docstring name the options, from the one place that declares them."""
+    known = [setting for setting in SETTINGS if setting.name not in PER_SESSION]
+    signature = inspect.signature(call)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
+    more = [keyword(setting.name) for setting in known if setting.name not in signature.parameters]
+    call.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    lines = [f"    {setting.name}: {setting.help} (default: {setting.default or 'off'})." for setting in known]
+    call.__doc__ = f"{inspect.cleandoc(call.__doc__ or '')}\n\nOptions:\n" + "\n".join(lines) + "\n"
+    return call
+
+
+@_with_options
+def plan(**options: Any) -> list[Case]:
+    """The cases that `measure` would measure with the same options, in its order; nothing is loaded or computed.
+
+    Raises:
+        HarnessError: an unknown option, name or argument.
+    """
+    asked = options_of(options)
+    return list(mine(planning.whole(asked, engines.cuda(asked)), asked))
+
+
+@_with_options
+def measure(
+    models: Any = None, tokenizer: Any = None, *, reference: Any = None, say: Say = _quiet, **options: Any
+) -> list[Row]:
+    """Measure and judge every case of the options: one row a case, in the order of the plan.
+
+    A list can be given as such or as the command line has it: `methods=["nf4", "fp4"]` or `methods="nf4,fp4"`. Each
+    model under each method is loaded in a process of its own, as pytest does it, and what cannot be measured is a row
+    with `value` None and a `reason`, never left out. [tool.harness] of the current folder's pyproject.toml holds here
+    too.
+
+    A live module of yours, without a checkpoint, is measured as well:
+
+        measure(quantized, tokenizer, reference=original, metrics="perplexity,divergence,memory,latency")
+
+    It must be a causal model that answers like those of transformers: `model(input_ids=..., use_cache=False).logits`,
+    (1, L) ids to (1, L, vocabulary) logits, with a `config` for memory and latency. Its rows name the module's class
+    as the model and `live` as the method; give a mapping, `measure({"mine": one, "other": two}, ...)`, to name
+    several. `reference` is the unquantized module (its rows are called `reference`), on the same device; without one
+    each module is its own reference: there is no delta, no divergence and no bits per weight, and a latency is timed
+    against itself. A live module is measured in this process, which no process forked from it could do safely: it is
+    put into eval mode meanwhile, its hooks run, whatever else this process does moves the latency, and a crash takes
+    this process down. What needs a process of its own is a row without a value that says so: `memory.load_peak`,
+    `memory.run_peak`. Bytes are as found, held to no prediction.
+
+    Args:
+        models: specifications of models, as for --models; or a live module, or a mapping of names to live modules.
+        tokenizer: of live modules, transformers' own or one that answers alike.
+        reference: the method that others are compared with, as for --reference; or the unquantized live module.
+        say: gets a line on what takes long (a download, a conversion) and one a case; `print` shows them.
+        options: as listed below; `report_dir` keeps measurements, losses, report and plots, none is written elsewhere.
+
+    Returns:
+        Rows: `case`, `value` in `unit`, `interval` (95%), `samples`, `detail`, `verdict` with its `reason`.
+        `harness.render(rows)` makes a report of them; they can be compared token by token in this process.
+
+    Raises:
+        HarnessError: one line on what a caller must mend: an unknown option, name or argument, a model or text that is
+            not there, no CUDA device for any case.
+    """
+    kept = options.get("report_dir") is not None
+    options |= {} if kept else {"report_dir": _temporary()}
+    if is_live(models) or is_live(reference):
+        from harness.run import live  # local: torch
+
+        live.refuse(options)
+        with live.opened(models, tokenizer, reference, options_of(options)) as (session, cases):
+            return run(session, cases, cases, say, kept=kept)
+    if tokenizer is not None:
+        raise HarnessError("tokenizer= goes with a live module, and a named model brings its own: leave it out")
+    asked = options_of({"models": models, "reference": reference, **options})
+    engines.check(asked, workers=0)
+    baselines.validate(asked.baselines)
+    whole = planning.whole(asked, engines.cuda(asked))
+    session = Session(asked, engines.threads(), whole)
+    return run(session, mine(whole, asked), whole, say, kept=kept)
+
+
+def is_live(models: Any) -> bool:
+    """Whether a torch module was given, or a mapping; where torch is not loaded nobody has one."""
+    torch = sys.modules.get("torch")
+    return isinstance(models, Mapping) or (torch is not None and isinstance(models, torch.nn.Module))
+
+
+def options_of(given: Mapping[str, Any], root: Path | None = None) -> Options:
+    """The session's options from a call's: texts, numbers and paths, or lists of them; None is not given.
+
+    Args:
+        given: by the names of `SETTINGS`.
+        root: of the project whose pyproject.toml holds; the current folder by default, where relative paths start.
+
+    Raises:
+        HarnessError: an option that is not there, or a value that its reader refuses.
+    """
+    here = Path.cwd()
+    known = {setting.name: setting for setting in SETTINGS if setting.name not in PER_SESSION}
+    for name in given:
+        if name not in known:
+            raise UnknownName("option", name, known)
+    values = {name: _value(known[name], value) for name, value in given.items() if value is not None}
+    _, declared = read_declared(root or here)
+    project.open_to(declared)
+    return build(values, declared, here)
+
+
+def _value(setting: Setting, given: Any) -> Any:
+    """What an option's reader makes of a value, or of a list of values."""
+    if setting.read is None:
+        return bool(given)
+    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    try:
+        return setting.read(text)
+    except HarnessError as error:
+        raise HarnessError(f"{setting.name}={given!r}: {error}") from error
+
+
+def _temporary() -> Path:
+    """A report directory for as long as this process lives."""
+    folder = Path(tempfile.mkdtemp(prefix="harness-measured-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def mine(whole: Sequence[Case], options: Options) -> Sequence[Case]:
+    """The cases of this shard; all of them where there is none."""
+    shard = options.shard
+    return whole if shard is None else partition(whole, shard.count)[shard.index - 1]
+
+
+def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say, *, kept: bool) -> list[Row]:
+    """Measure cases and leave their report directory as a session of pytest leaves it.
+
+    Args:
+        session: that measures and judges.
+        cases: in order.
+        whole: the plan that they are a shard of, or they themselves: it shares one error rate.
+        say: gets a line on what takes long, and one a case.
+        kept: whether somebody will read the directory: report and plots are written then.
+    """
+    options, directory = session.options, session.directory
+    usable = engines.cuda(options)
+    engines.check_cards(cases, options, usable, workers=0)
+    absent = {case: "no CUDA device" for case in cases if case.device == "cuda" and not usable}
+    directory.own()
+    try:
+        runnable = [case for case in cases if case not in absent]
+        if runnable:
+            session.prepare(runnable, say)
+        directory.open(keep=options.resume)
+        directory.keep_plan(cases)
+        rows = []
+        for case in cases:
+            row, trouble = session.check(case, reason_missing=absent.get(case, ""))
+            if trouble:
+                warnings.warn(f"{case.id}: a bug met while measuring\n{trouble}", RuntimeWarning, stacklevel=3)
+            directory.append(row, session.world(row) if row.environment else {})
+            rows.append(row)
+            say(f"{case.id}: {f'{row.value:.6g} {row.unit}' if row.value is not None else row.reason} ({row.verdict})")
+        rows = error_rate.settle(rows, session.tests)
+        directory.keep(rows)
+        if options.shard:
+            merge.write_shard(directory.folder, options.shard, whole, session.tests)
+        if kept:
+            report.write(directory.folder, rows, cases, directory.environments, command=command_of(rows))
+        measured_into(directory.folder, directory.environments)
+        return rows
+    finally:
+        session.close()
+        directory.give_up()

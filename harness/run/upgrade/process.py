@@ -1,0 +1,151 @@
+"""A side's process and the driver's end of it. No torch here: groups are processes of their own.
+
+The process measures what the driver asks for, under the side's own interpreter and packages. It is the controller of a
+session as pytest would be (the same `Session`, one child process a group), with a pipe in pytest's place; it is
+started by `Remote` and ends when the pipe does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness.core.errors import HarnessError
+from harness.core.options import Options
+from harness.run.local import Died, server_environment
+from harness.run.messages import Repetition
+from harness.run.session import Session
+
+ENDING_SECONDS = 10  # for a process to end by itself once its pipe is closed
+DROPPED = ("VIRTUAL_ENV", "PYTHONHOME", "PYTHONSTARTUP")  # of the running environment
+
+
+class SideFailed(HarnessError):
+    """A request that the side could not answer, and why in one line."""
+
+
+class SideGone(SideFailed):
+    """The side's process ended."""
+
+
+class Remote:
+    """One live side."""
+
+    def __init__(self, python: Path, options: Options, threads: int, log: Path) -> None:
+        ours, theirs = socket.socketpair()
+        self.log = log
+        variables = {name: value for name, value in os.environ.items() if name not in DROPPED}
+        variables |= server_environment(threads) | {"PYTHONPATH": str(Path(harness.__file__).parents[1])}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, log.open("w") as output:
+            self._process = subprocess.Popen(
+                [str(python), "-m", "harness.run.upgrade.process", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=variables,
+            )
+        self._connection: Any = Connection(ours.detach())
+        with contextlib.suppress(OSError):  # a process that has ended already says so at the first request
+            self._connection.send((options, threads))
+
+    def ask(self, verb: str, argument: Any, say: Callable[[str], None] = lambda line: None) -> Any:
+        """The answer to one request.
+
+        Raises:
+            SideGone: the side's process ended.
+            SideFailed: it lives, but could not do this: its reason.
+            RuntimeError: a bug met there, with its traceback.
+        """
+        try:
+            self._connection.send((verb, argument))
+            while True:
+                kind, answer = self._connection.recv()
+                if kind != "said":
+                    break
+                say(answer)
+        except (EOFError, OSError) as error:
+            raise SideGone(self.obituary()) from error
+        if kind == "value":
+            return answer
+        if kind == "bug":
+            raise RuntimeError(answer)
+        raise SideFailed(f"{answer}{self.last_words()}" if kind == "died" else str(answer))
+
+    def obituary(self) -> str:
+        """How the process ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_SECONDS)
+        return f"the side's process ended with exit status {self._process.returncode}{self.last_words()}"
+
+    def last_words(self) -> str:
+        """The last line that the side printed, in brackets; an import that fails says there what failed."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+        return f" ({lines[-1].strip()[:200]})" if lines else ""
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        try:
+            self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main() -> int:
+    """Answer (verb, argument) with ('value', answer), ('said', line), ('error', line) or ('bug', traceback)."""
+    connection: Any = Connection(int(sys.argv[1]))
+    options, threads = connection.recv()
+    session = Session(options, threads)
+    try:
+        while True:
+            try:
+                verb, argument = connection.recv()
+            except EOFError:
+                return 0
+            try:
+                connection.send(("value", _answer(session, connection, verb, argument)))
+            except HarnessError as error:
+                connection.send(("error", str(error)))
+            except Died as error:
+                connection.send(("died", str(error)))
+            except Exception:
+                connection.send(("bug", traceback.format_exc()))
+    finally:
+        session.close()
+
+
+def _answer(session: Session, connection: Any, verb: str, argument: Any) -> Any:
+    if verb == "prepare":
+        return session.prepare(argument, lambda line: connection.send(("said", line)))
+    if verb == "check":
+        row, trouble = session.check(argument)
+        return row, trouble, dict(session.world(row)) if row.environment else {}
+    return _repetition(session, argument)
+
+
+def _repetition(session: Session, asked: Repetition) -> Any:
+    """Seconds and token counts of one repetition, or the row of a finished timing with its world."""
+    reply = session.runner.ask(asked.case, "repetition", asked)
+    if reply.kind == "row" and reply.row is not None:
+        return reply.row, "", dict(reply.data or {})
+    if reply.kind == "seconds":
+        return dict(reply.data or {})
+    if reply.kind == "error":
+        raise HarnessError(reply.text)
+    raise RuntimeError(reply.text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Bounds: the packaged defaults, a user's file over them, and every way to write one wrongly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from harness.core.errors import BadFile
+from harness.core.records import Case
+from harness.judge import bounds
+from harness.judge.bounds import Bounds, Rule, load
+
+
+def case(method: str = "nf4", metric: str = "perplexity.delta", device: str = "cpu", model: str = "gpt2") -> Case:
+    return Case(model, method, "lee", "chunk:512", metric, device)
+
+
+@pytest.fixture
+def defaults(tmp_path: Path) -> Bounds:
+    return load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio", "said"),
+    [
+        ("absmax-int8", 1.005, "at most 0.5%"),
+        ("zeropoint-int8", 1.005, "at most 0.5%"),
+        ("bnb-int8", 1.02, "at most 2%"),
+        ("absmax-int8:mlp", 1.005, "at most 0.5%"),
+        ("bnb-int8:dtype=bf16", 1.02, "at most 2%"),
+        ("bf16", 1.005, "at most 0.5%"),
+        ("fp16", 1.002, "at most 0.2%"),
+    ],
+)
+def test_what_may_be_lost_by_default(defaults: Bounds, method: str, ratio: float, said: str) -> None:
+    rule = defaults.against_reference(case(method))
+    assert rule is not None
+    assert rule.limit == pytest.approx(math.log(ratio))
+    assert str(rule) == said
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "linear-int4", "bnb-nf4", "absmax-int8-tensor", "fp32"])
+def test_nothing_is_promised_of_four_bits_or_one_scale_a_tensor(defaults: Bounds, method: str) -> None:
+    assert defaults.against_reference(case(method)) is None
+
+
+def test_only_the_paired_loss_is_bounded(defaults: Bounds) -> None:
+    for metric in ("perplexity", "latency.decode", "memory.storage", "divergence.kl"):
+        assert defaults.against_reference(case("absmax-int8", metric)) is None
+
+
+def test_allowances_and_floors(defaults: Bounds) -> None:
+    assert defaults.allowance(case(metric="latency.decode")) == 1.10
+    assert defaults.allowance(case(metric="memory.storage")) == 1.0
+    assert defaults.floor(case(metric="perplexity")) == 1e-4
+    assert defaults.floor(case(metric="perplexity.delta", device="cuda")) == 4e-4
+    assert defaults.floor(case(metric="latency.decode")) == 0.0
+
+
+def test_a_users_rule_holds_over_the_packages(tmp_path: Path) -> None:
+    (tmp_path / "bounds.toml").write_text(
+        'schema = 1\n[[reference]]\nmodels = ["tiny-*"]\nmethods = ["bnb-int8"]\nratio = 1.03\nreason = "tiny"\n'
+        '[[reference]]\nmetrics = ["divergence.same_top"]\nat_least = 0.9\nreason = "agreement"\n'
+    )
+    found = load(tmp_path)
+    tiny, other = case("bnb-int8", model="tiny-gpt2"), case("bnb-int8")
+    assert [str(found.against_reference(each)) for each in (tiny, other)] == ["at most 3%", "at most 2%"]
+    rule = found.against_reference(case(metric="divergence.same_top"))
+    assert rule == Rule("agreement", at_least=0.9, metrics=("divergence.same_top",))
+    assert str(rule) == "at least 0.9"
+    assert rule.limit == 0.9
+    assert found.floor(other) == 1e-4
+
+
+def test_the_repositorys_own_file_reads() -> None:
+    load(Path(__file__).parents[2] / "baselines")
+
+
+def test_every_default_gives_a_reason_a_person_can_weigh() -> None:
+    own = bounds.packaged()
+    rules = (*own.reference, *own.record, *own.floors)
+    assert rules
+    assert all(len(rule.reason.split()) >= 8 for rule in rules)
+
+
+RULE = '[[reference]]\nratio = 1.1\nreason = "r"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schema = ", "cannot be read as TOML"),
+        (RULE, "no schema number: begin with schema 1"),
+        ("schema = true", "schema must be a whole number, not True"),
+        ("schema = 99", r"schema 99 is newer than this harness reads \(1\): upgrade the harness"),
+        ("schema = 1\nreferences = []", r"no place for 'references' \(known: schema, reference, record, floor\)"),
+        ("schema = 1\n[reference]\nratio = 1.1", "reference must be a list of tables, not {'ratio': 1.1}"),
+        ("schema = 1\n" + RULE + "model = []", "reference 1: no place for 'model'"),
+        ('schema = 1\n[[floor]]\nratio = 1.1\nreason = "r"', "floor 1: no place for 'ratio'"),
+        ("schema = 1\n" + RULE + "at_most = 1", "needs one of ratio, at_most, at_least"),
+        ('schema = 1\n[[record]]\nreason = "r"', "record 1: it needs one of ratio, at_most, at_least"),
+        ("schema = 1\n[[reference]]\nratio = 1.1", "reference 1: no 'reason'"),
+        (
+            'schema = 1\n[[reference]]\nratio = 1.1\nreason = " "',
+            "gives no reason: a limit without one cannot be reviewed",
+        ),
+        ("schema = 1\n" + RULE + 'metrics = "a"', "reference 1.metrics must be a list of texts, not 'a'"),
+        ("schema = 1\n" + RULE + "metrics = []", r"metrics must be a list of texts of length >= 1, not \[\]"),
+        ('schema = 1\n[[reference]]\nratio = "x"\nreason = "r"', "ratio must be a number, not 'x'"),
+        ('schema = 1\n[[reference]]\nat_most = nan\nreason = "r"', "at_most must be a finite number, not nan"),
+        ('schema = 1\n[[record]]\nratio = 0.9\nreason = "r"', "ratio must be a number >= 1.0, not 0.9"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bounds.toml").write_text(text)
+    with pytest.raises(BadFile, match=message) as caught:
+        load(tmp_path)
+    assert str(tmp_path / "bounds.toml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_and_a_folder_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "bounds.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadFile, match="cannot be read as TOML"):
+        load(tmp_path)
+    (tmp_path / "elsewhere" / "bounds.toml").mkdir(parents=True)
+    with pytest.raises(BadFile, match="cannot be read as TOML"):
+        load(tmp_path / "elsewhere")

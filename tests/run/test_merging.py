@@ -1,0 +1,180 @@
+"""Merging: what agrees is joined, what disagrees is refused, what never came is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.__main__ import main
+from harness.core.errors import BadFile
+from harness.core.options import Shard
+from harness.core.records import Case, Row, Verdict
+from harness.results import losses
+from harness.results.directory import plan_text, read_report
+from harness.run.merge import merge, merged_command, write_shard
+from harness.run.shards import partition
+
+PLAN = [Case("m", method, "", "", metric, "cpu") for method in ("fp32", "a", "b") for metric in ("memory.storage", "x")]
+
+
+def a_row(case: Case, value: float | None = 1.0, **more: Any) -> Row:
+    verdict = Verdict.MISSING if value is None else Verdict.SAME
+    return replace(Row.of(case, value=value, unit="B", verdict=verdict, environment="e" * 12), **more)
+
+
+def a_folder(path: Path, rows: list[Row], shard: Shard | None = None, plan: list[Case] | None = None) -> Path:
+    path.mkdir(parents=True)
+    (path / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    (path / "plan.json").write_text(json.dumps([row.case.told() for row in rows]))
+    (path / "environments.json").write_text(json.dumps({"e" * 12: {"torch": "2.13.0"}}))
+    told = {"command": f"pytest --models m --report-dir {path.name} --shard {shard}", "notes": []}
+    (path / "session.json").write_text(json.dumps(told))
+    if shard:
+        write_shard(path, shard, plan or PLAN, 1)
+    return path
+
+
+def shards(home: Path, count: int = 3) -> list[Path]:
+    parts = partition(PLAN, count)
+    return [
+        a_folder(home / str(index), [a_row(case) for case in part], Shard(index, count))
+        for index, part in enumerate(parts, 1)
+    ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_shards_give_the_whole_in_plan_order_whatever_their_order(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    merged = merge(folders, tmp_path / "out")
+    assert [row.case for row in merged.rows] == PLAN
+    assert merged.absent == ()
+    again = merge(folders[::-1], tmp_path / "again")
+    assert again.rows == merged.rows
+    one, two = files(tmp_path / "out"), files(tmp_path / "again")
+    one["session.json"] = one["session.json"].replace(b"/out", b"/again")
+    one["report.md"] = one["report.md"].replace(b"/out", b"/again")
+    assert one == two
+
+
+def test_shards_that_never_came_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _, third = shards(tmp_path)
+    status = main(["merge", str(first), str(third), "-o", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert status == 3
+    assert "shards that never came: 2" in text
+    assert "missing 2: shard 2/3 never came" in text
+    assert "shard 2/3 never came" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_overlap_that_agrees_is_one_row_and_one_that_disagrees_is_refused(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    rows = [a_row(case, seconds=9.0) for case in partition(PLAN, 3)[0]]
+    again = a_folder(tmp_path / "again", rows, Shard(1, 3))
+    assert len(merge([*folders, again], tmp_path / "out").rows) == len(PLAN)
+    off = a_folder(tmp_path / "off", [replace(rows[0], value=2.0), *rows[1:]], Shard(1, 3))
+    with pytest.raises(BadFile, match=r"disagree on m/.*, value: 1.0 and 2.0; leave one"):
+        merge([*folders, off], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_measurement_stands_before_a_reason(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    rows = [a_row(case, None, reason="killed") for case in partition(PLAN, 3)[0]]
+    broken = a_folder(tmp_path / "broken", rows, Shard(1, 3))
+    for order in ([broken, *folders], [*folders, broken]):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert all(row.value == 1.0 for row in merge(order, out).rows)
+    alone = merge([broken, *folders[1:]], tmp_path / "alone")
+    assert {row.reason for row in alone.rows if row.value is None} == {"killed"}
+
+
+def test_shards_of_another_plan_are_refused(tmp_path: Path) -> None:
+    first, second, _ = shards(tmp_path)
+    other = a_folder(tmp_path / "other", [a_row(PLAN[0])], Shard(3, 3), PLAN[:-1])
+    with pytest.raises(BadFile, match="cut different plans"):
+        merge([first, second, other], tmp_path / "out")
+    plain = a_folder(tmp_path / "plain", [a_row(PLAN[0])])
+    with pytest.raises(BadFile, match="is no shard"):
+        merge([first, plain], tmp_path / "out")
+
+
+def test_plain_sessions_merge_too(tmp_path: Path) -> None:
+    one = a_folder(tmp_path / "one", [a_row(case) for case in PLAN[:3]])
+    two = a_folder(tmp_path / "two", [a_row(case) for case in PLAN[2:]])
+    assert [row.case for row in merge([one, two], tmp_path / "out").rows] == PLAN
+
+
+def test_losses_come_along(tmp_path: Path) -> None:
+    nll = np.arange(4, dtype=np.float32)
+    folders = shards(tmp_path)
+    sha = losses.save(folders[0] / "nll", nll)
+    rows = [a_row(case, nll=sha) for case in partition(PLAN, 3)[0]]
+    (folders[0] / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    merge(folders, tmp_path / "out")
+    kept = losses.load(tmp_path / "out" / "nll", sha)
+    assert kept is not None
+    assert kept.tolist() == nll.tolist()
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = shards(tmp_path)
+    assert main(["merge", str(folders[0]), "-o", str(folders[1])]) == 2
+    assert "holds measurements already: name a new directory" in capsys.readouterr().err
+    (folders[0] / "shard.json").write_text("{")
+    assert main(["merge", *map(str, folders), "-o", str(tmp_path / "out")]) == 2
+    assert "shard.json cannot be read" in capsys.readouterr().err
+    told = json.loads((folders[1] / "shard.json").read_text())
+    told["cases"].pop()
+    (folders[0] / "shard.json").write_text(json.dumps(told))
+    assert main(["merge", *map(str, folders), "-o", str(tmp_path / "out")]) == 2
+    assert "does not hold the plan that it names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "command"),
+    [
+        ("pytest --shard 1/3 --report-dir a -q", "pytest --report-dir out -q"),
+        ("pytest --shard=1/3 --report-dir=a --resume", "pytest --report-dir out"),
+        ("pytest --models gpt2", "pytest --models gpt2"),
+        ("", ""),
+    ],
+)
+def test_the_command_is_that_of_one_run(told: str, command: str) -> None:
+    assert merged_command([told], Path("out")) == command
+
+
+def test_rows_are_merged_as_they_were_read(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    path = folders[0] / "measurements.jsonl"
+    path.write_text(re.sub(r', "check": "[0-9a-f]{16}"', "", path.read_text()))  # lines of older harnesses have none
+    rows = {row.case: row for folder in folders for row in read_report(folder).rows}
+    merge(folders, tmp_path / "out")
+    assert {row.case: row for row in read_report(tmp_path / "out").rows} == rows
+    assert all('"check"' in line for line in (tmp_path / "out" / "measurements.jsonl").read_text().splitlines())
+    gone = merge(folders[:2], tmp_path / "gone")
+    assert read_report(tmp_path / "gone").rows == gone.rows
+    assert any(row.value is None for row in gone.rows)
+
+
+def test_every_shard_is_held_to_the_plan_that_it_names_though_it_is_read_once(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    told = json.loads((folders[2] / "shard.json").read_text())
+    told["plan"] = "0" * 64
+    (folders[2] / "shard.json").write_text(json.dumps(told))
+    with pytest.raises(BadFile, match="does not hold the plan that it names"):
+        merge(folders, tmp_path / "out")
+
+
+def test_a_plan_is_written_as_json_would_indent_it() -> None:
+    plans: tuple[list[Case], ...] = ([], PLAN[:1], [*PLAN, PLAN[0]._replace(model='a"},\n{"é')])
+    for plan in plans:
+        assert plan_text(plan) == json.dumps([case.told() for case in plan], indent=0)

@@ -1,0 +1,198 @@
+"""The controller's side of a group's process: what a death, a refused start and a strange error become."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from harness.core.environment import Environment
+from harness.core.errors import HarnessError
+from harness.core.options import Declared, Options
+from harness.core.records import Case, Row
+from harness.run import local
+from harness.run.child import failure
+from harness.run.local import Died, Process, Runner
+from harness.run.messages import Reply
+
+if TYPE_CHECKING:
+    from harness.run.messages import Job
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
+NO_ROOM = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.92 GiB"
+NO_WORKSPACE = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"
+ASYNCHRONOUS = "CUDA kernel errors might be asynchronously reported at some other API call."
+CASES = [Case("tiny-gpt2", "fp32", "", "", "memory.storage", "cpu")]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(Options(Declared(tmp_path), report_dir=tmp_path), threads=1, lock=tmp_path / "lock")
+
+
+@pytest.mark.parametrize("deaths", [0, 1, 2])
+def test_preparing_is_tried_twice(runner: Runner, monkeypatch: pytest.MonkeyPatch, deaths: int) -> None:
+    left = [Died("killed")] * deaths
+
+    def consulted(verb: str, cases: Any, say: Any) -> Reply:
+        if left:
+            raise left.pop()
+        return Reply("done", data={"weights of m": "a"})
+
+    monkeypatch.setattr(runner, "_consulted", consulted)
+    if deaths < 2:
+        assert runner.prepare(CASES, print) == {"weights of m": "a"}
+    else:
+        with pytest.raises(HarnessError, match="preparing tiny-gpt2 failed: killed"):
+            runner.prepare(CASES, print)
+
+
+def test_groups_are_held_to_what_was_prepared(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = []
+
+    def start(case: Case, inputs: Any) -> Process:
+        held.append(inputs)
+        raise Died("far enough")
+
+    monkeypatch.setattr(runner, "_consulted", lambda verb, cases, say: Reply("done", data={"weights of m": "a"}))
+    monkeypatch.setattr(runner, "_start", start)
+    runner.prepare(CASES, print)
+    assert "far enough" in runner.measure(CASES[0], {})[0].reason
+    assert held == [{"weights of m": "a"}]
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionRefusedError(), BrokenPipeError(), OSError("AF_UNIX path too long")]
+)
+def test_a_process_that_cannot_be_started_is_a_missing_row(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def started(case: Case, began: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(runner, "_started", started)
+    row, trouble = runner.measure(CASES[0], {})
+    assert row.value is None
+    assert "could not be started" in row.reason
+    assert ("set TMPDIR to a shorter path" in row.reason) is ("AF_UNIX" in str(error))
+    assert not trouble
+
+
+def test_a_lock_that_cannot_be_taken_is_a_missing_row(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    runner = Runner(Options(Declared(tmp_path)), threads=1, lock=tmp_path / "file" / "lock")
+    row, trouble = runner.measure(CASES[0], {})
+    assert "cannot be written" in row.reason
+    assert "HARNESS_CACHE" in row.reason
+    assert not trouble
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (HarnessError("told"), "error", "told"),
+        (MemoryError("99 TiB"), "error", "out of memory: 99 TiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "error", "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "error", "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error", "a disk is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "error", "a disk is full"),
+        (KeyError("a bug"), "bug", "KeyError"),
+        (torch.OutOfMemoryError(NO_ROOM), "error", f"out of memory on the card: {NO_ROOM}"),
+        (
+            RuntimeError(f"{NO_WORKSPACE} when calling `cublasCreate(handle)`"),
+            "error",
+            "out of memory on the card: CUDA",
+        ),
+        (
+            RuntimeError(f"CUDA error: out of memory\n{ASYNCHRONOUS}"),
+            "error",
+            "out of memory on the card: CUDA error: o",
+        ),
+        (RuntimeError(f"{NO_KERNEL}\n{ASYNCHRONOUS}"), "error", f"a kernel is missing for this card ({NO_KERNEL})"),
+        (torch.AcceleratorError(f"{ILLEGAL}\n{ASYNCHRONOUS}"), "error", f"a device error ({ILLEGAL})"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "error", "a device error"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), "error", "a device e"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "error", "a device error"),
+    ],
+)
+def test_what_the_machine_is_to_blame_for_is_one_line(error: Exception, kind: str, words: str) -> None:
+    reply = failure(error)
+    assert reply.kind == kind
+    assert words in reply.text
+    assert kind == "bug" or "\n" not in reply.text
+
+
+def test_no_log_folder_stays_behind(tmp_path: Path) -> None:
+    runner = Runner(Options(Declared(tmp_path)), threads=1, lock=tmp_path / "lock")
+    folder = runner._logs
+    assert folder.is_dir()
+    del runner
+    assert not folder.exists()
+
+
+def test_a_library_that_raised_because_of_the_machine_is_seen_through() -> None:
+    error = ValueError("the layer could not be made")
+    error.__cause__ = RuntimeError(ILLEGAL)
+    assert failure(error).text.startswith(f"a device error ({ILLEGAL})")
+
+
+class Scripted:
+    """A group whose measurements fail as a card's do: each case's method says how."""
+
+    def __init__(self, job: Job, connection: Any) -> None:
+        connection.send(Reply("predicted", data={"memory.storage": 3 << 20}))
+        self.environment = replace(Environment(), device="cuda")
+
+    def measure(self, case: Case, stop: Any = None) -> Row:
+        if case.metric == "perplexity":
+            raise RuntimeError(f"{ILLEGAL}\n{ASYNCHRONOUS}")
+        if case.metric == "memory.run_peak":
+            raise RuntimeError(NO_ROOM)
+        detail = {"exception": f"RuntimeError: {ILLEGAL}"} if case.metric == "invariant.run_twice" else {}
+        return Row.of(case, value=float(os.getpid()), detail=detail)
+
+
+def scripted(job: Job, connection: Any) -> None:
+    """The child's entry, its group replaced."""
+    from harness.run import child
+
+    vars(child)["Group"] = Scripted
+    child.serve(job, connection)
+
+
+def test_a_fresh_process_takes_the_rest_behind_a_device_error(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "run_group", scripted)
+
+    def measured(metric: str) -> Row:
+        row, trouble = runner.measure(CASES[0]._replace(metric=metric), {})
+        assert not trouble
+        return row
+
+    first = measured("memory.storage").value
+    starved = measured("memory.run_peak")
+    assert starved.reason == f"out of memory on the card: {NO_ROOM}; it needs 3 MiB by prediction"
+    assert measured("memory.storage").value == first  # memory comes back, and the process with it
+    lost = measured("perplexity")
+    assert lost.value is None
+    assert lost.reason.startswith(f"a device error ({ILLEGAL})")
+    assert lost.reason.endswith("; it needs 3 MiB by prediction")
+    second = measured("memory.storage").value
+    assert second not in (None, first)
+    assert measured("invariant.run_twice").value == second  # a finding, and the last of its process
+    assert measured("memory.storage").value not in (None, first, second)
+    runner.close()
+
+
+@pytest.mark.parametrize("blamed", ["", "memory", "kernel", "device"])
+def test_only_a_device_error_ends_a_process(tmp_path: Path, blamed: str) -> None:
+    connection = SimpleNamespace(send=lambda asked: None, recv=lambda: Reply("error", blamed=blamed))
+    process = Process(SimpleNamespace(), connection, tmp_path)  # type: ignore[arg-type]
+    process.ask("measure", None)
+    assert process.ended is (blamed == "device")
