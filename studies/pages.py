@@ -20,6 +20,7 @@ from harness.core import environment
 from harness.core.errors import BadFile
 from harness.core.files import replace_text
 from harness.core.values import decode_number, encode
+from harness.methods.quantizing import compiled
 
 KEPT = ("torch", "transformers", "bitsandbytes", "numpy")  # versions that a page names
 
@@ -56,7 +57,7 @@ def world(seconds: float) -> dict[str, Any]:
     """Date, machine and versions of a measurement that took so long."""
     import torch
 
-    now = environment.capture("cpu", torch.get_num_threads())
+    now = environment.capture("cpu", torch.get_num_threads(), {"loops": compiled.runner()})
     kept = {name: getattr(now, name) for name in ("cpu", "instructions", "threads", "python", *KEPT)}
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return {**kept, "date": today, "minutes": round(seconds / 60, 1)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,14 @@ def test_a_directory_that_is_written_is_refused(measured: tuple[list[Row], Path]
     directory.release()
 
 
+def test_a_call_that_measures_nothing_leaves_the_earlier_report(measured: tuple[list[Row], Path]) -> None:
+    _, folder = measured
+    before = (folder / "measurements.jsonl").read_bytes()
+    with pytest.raises(HarnessError, match="nothing to measure"):
+        harness.measure("tiny-gpt2", methods="fp32", metrics="divergence", report_dir=folder, **TEXT)
+    assert (folder / "measurements.jsonl").read_bytes() == before
+
+
 # live modules
 
 
@@ -355,6 +365,18 @@ def test_a_bug_of_the_module_keeps_its_traceback(project: Path, checkpoint: Any,
     with pytest.warns(RuntimeWarning, match="Traceback"):
         rows = harness.measure(module, checkpoints.tokenizer(checkpoint), metrics="perplexity", **TEXT)
     assert "in the caller's forward" in rows[0].reason
+    again = functools.partial(harness.measure, module, checkpoints.tokenizer(checkpoint), metrics="perplexity", **TEXT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as a test suite does
+        with pytest.raises(RuntimeWarning):
+            again(report_dir=project / "kept")
+    assert "in the caller's forward" in harness.read_report(project / "kept").rows[0].reason
+
+
+def test_a_live_module_lies_where_it_lies_whatever_the_project_declares(project: Path) -> None:
+    (project / "pyproject.toml").write_text('[tool.harness.options]\ndevice = "cuda"\n')
+    (row,) = harness.measure(small(), object(), metrics="memory.storage")
+    assert row.device == "cpu"
 
 
 def small() -> nn.Module:
@@ -408,7 +430,8 @@ def test_tied_and_shared_storage_counts_once() -> None:
 def test_a_users_own_test_measures(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
-        def test_mine(harness_measure):
+        def test_mine(harness_measure, tmp_path, monkeypatch):
+            monkeypatch.chdir(tmp_path)  # the command line's folders start where pytest did
             rows = harness_measure("tiny-gpt2", methods="nf4", metrics="memory.storage")
             assert [row.device for row in rows] == ["cpu", "cpu"]
             assert rows[1].value < rows[0].value

@@ -36,8 +36,9 @@ from harness.core.files import replace_text
 from harness.core.records import Case, Row, Verdict
 from harness.core.schema import SCHEMA, Table, fit, read_yaml
 from harness.core.specification import parse
+from harness.core.values import decode_number
 from harness.judge import bounds, rules
-from harness.judge.recorded import FIX, Recorded, from_entry, rounded, world_key
+from harness.judge.recorded import FIX, Recorded, from_entry, rounded, world_facts, world_key
 from harness.judge.verdicts import token_limit
 from harness.results import losses
 
@@ -168,7 +169,7 @@ def write_overlay(path: Path, model: str, method: str, reach: str, entries: Iter
         "method": method,
         "class": reach,
         "entries": [entry.to_entry() for entry in ordered],
-        "environments": {world_key(entry.environment): entry.environment.to_dict() for entry in ordered},
+        "environments": {world_key(entry.environment): world_facts(entry.environment) for entry in ordered},
     }
     replace_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120))
 
@@ -200,7 +201,8 @@ def to_record(rows: Iterable[Row], regenerate: str) -> list[Row]:
 def _recordable(row: Row) -> bool:
     member = catalog.member(row.metric)
     compared = not (member and member.timed) or row.detail.get("log_ratio_low") is not None
-    finite = row.value is not None and math.isfinite(row.value)
+    figures = (row.value, row.spread or 0.0, decode_number(row.detail.get("floor")) or 0.0, *(row.interval or ()))
+    finite = all(figure is not None and math.isfinite(figure) for figure in figures)
     return (
         finite
         and row.case.family != "invariant"  # held to its own limit and to known faults, never to a record

@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import field
 from msgspec.structs import fields, replace
 
-from harness.core.environment import Environment
+from harness.core.environment import COMPILED, Environment
 from harness.core.errors import BadFile
 from harness.core.records import Row
 from harness.core.schema import Table, fit
@@ -100,7 +100,12 @@ class Recorded(Table, frozen=True):
 
 def world_key(environment: Environment) -> str:
     """12 hex digits for an environment with its checkout: by it an entry names its world in the file."""
-    return digest(environment.to_dict())[:12]
+    return digest(world_facts(environment))[:12]
+
+
+def world_facts(environment: Environment) -> dict[str, Any]:
+    """An environment as a file of baselines holds it: what is so in all that were recorded before is left out."""
+    return {key: value for key, value in environment.to_dict().items() if (key, value) != ("loops", COMPILED)}
 
 
 def from_entry(where: str, entry: Mapping[str, Any], environments: Mapping[str, Environment]) -> Recorded:

@@ -2,7 +2,7 @@
 
 The earlier figure is a record or a row of an earlier report (`question`). The rules are the same for both, but
 for two things that the question says: how many tests share its error rate, and whether environments and weights may
-differ. They give no reasons: `record` and `two_reports` say in their own words what was found.
+differ. They give no reasons: `verdicts` and `two_reports` say in their own words what was found.
 """
 
 from __future__ import annotations

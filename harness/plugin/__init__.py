@@ -3,7 +3,8 @@
 pytest loads this module wherever the wheel is installed. In a project that does not use it, it imports what declares
 the options and nothing more, and only their long spellings (`--harness-...`) exist, so that another project's own
 `--device` is not broken. A session uses it with [tool.harness] in pyproject.toml, `-p harness.plugin`, one of its
-options, `harness.cases` among the arguments, or a test that asks for one of its fixtures: `begin` loads the rest then.
+options, `harness.cases` among the arguments, or a test that takes `harness_case` or `harness_check`: `begin` loads the
+rest then.
 """
 
 from __future__ import annotations
@@ -100,7 +101,6 @@ def begin(config: pytest.Config) -> State:
         state.validate()
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
-    config.stash[STATE] = state
     register = config.pluginmanager.register
     if worker is not None:
         from harness.plugin.xdist import CARD, Worker
@@ -109,7 +109,9 @@ def begin(config: pytest.Config) -> State:
             fix = "give pyproject.toml a [tool.harness] table, or pytest -p harness.plugin"
             raise pytest.UsageError(f"with -n a session must say before its tests that it measures cases: {fix}")
         register(Worker(state, worker), "harness-worker")
+        config.stash[STATE] = state
         return state
+    config.stash[STATE] = state
     from harness.plugin.collector import Collector
     from harness.plugin.publisher import Publisher
 
@@ -186,7 +188,7 @@ def harness_check(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
 
 @pytest.fixture(scope="session")
 def harness_measure(request: pytest.FixtureRequest) -> Callable[..., list[Row]]:
-    """`harness.measure` with this session's --device and --baselines, unless the call says otherwise.
+    """`harness.measure` with the command line's --device and --baselines, unless the call says otherwise.
 
     With --report-dir each call leaves its report in a folder of its own there, `DIR/tests/TEST/1`; without it the
     measurements are temporary. A live module says by itself where it lies: --device is not held against it.

@@ -111,7 +111,8 @@ def reader(specification: str, options: Options, weights: Specification, text: S
     checkpoint, wanted = _checkpoint(weights, options), parse(specification)
     tokenizer, context = checkpoints.tokenizer(checkpoint), checkpoints.read_config(checkpoint).max_position_embeddings
     method = catalog.methods()[wanted.name]
-    model = method.load(checkpoint, resolve(wanted, method, device), device)
+    arguments = replace(resolve(wanted, method, device), declared=options.declared)
+    model = method.load(checkpoint, arguments, device)
     return Reader(model, tokenizer, context, corpora.read(text, options.declared), device, options)
 
 

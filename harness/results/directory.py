@@ -150,7 +150,11 @@ class ReportDirectory:
         They were started before anybody knew which cases are selected, and what xdist sends them later is the order
         of tests alone: no message reaches them. At its end the session writes the file anew, without this.
         """
-        self.keep_session(inputs=dict(inputs))
+        try:
+            known = parse_json(self.path(SESSION).read_bytes())  # of a session that is resumed: it may be killed again
+        except (OSError, ValueError):
+            known = {}
+        self.keep_session(**{**(known if isinstance(known, dict) else {}), "inputs": dict(inputs)})
 
     def known_inputs(self) -> dict[str, str]:
         """What `keep_inputs` left; nothing where it cannot be read: then nothing is held."""

@@ -69,9 +69,10 @@ class Group:
         known = catalog.methods() if methods is None else methods
         batch = options.batch_size
         self.method, self.arguments, self.batch_size, self.method_id = as_run(job.method, job.device, batch, known)
-        self.arguments = replace(self.arguments, declared=options.declared)
         reference = as_run(job.reference, job.device, batch, known)
         self.reference_method, self.reference_arguments, self.reference_batch, self.reference_id = reference
+        self.arguments = replace(self.arguments, declared=options.declared)
+        self.reference_arguments = replace(self.reference_arguments, declared=options.declared)
         every = packages(self.method, self.arguments.values)
         every |= {name: environment.installed_version(name) or "absent" for name in self.method.uses}
         self.libraries = {name: version for name, version in every.items() if name not in environment.LIBRARIES}

@@ -107,6 +107,8 @@ def measure(
         from harness.run import live  # local: torch
 
         live.refuse(options)
+        if options.get("device") is None:
+            options["device"] = "auto"  # where the module lies, whatever the project declares
         with live.opened(models, tokenizer, reference, options_of(options)) as (session, cases):
             return run(session, cases, cases, say, kept=kept)
     if tokenizer is not None:
@@ -184,18 +186,21 @@ def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say
     usable = engines.cuda(options)
     engines.check_cards(cases, options, usable, workers=0)
     absent = {case: "no CUDA device" for case in cases if case.device == "cuda" and not usable}
-    directory.own()
+    troubles = []
     try:
+        if not (cases or options.shard):  # before the directory is taken: an earlier report stays
+            raise HarnessError("nothing to measure: what compares with the reference needs a method beside it")
+        directory.own()
         runnable = [case for case in cases if case not in absent]
         if runnable:
+            session.runner.arrived = directory.append  # what is measured ahead of its turn is kept too
             session.prepare(runnable, say)
         directory.open(keep=options.resume)
         directory.keep_plan(cases)
         rows = []
         for case in cases:
             row, trouble = session.check(case, reason_missing=absent.get(case, ""))
-            if trouble:
-                warnings.warn(f"{case.id}: a bug met while measuring\n{trouble}", RuntimeWarning, stacklevel=3)
+            troubles += [f"{case.id}: a bug met while measuring\n{trouble}"] if trouble else []
             directory.append(row, session.world(row) if row.environment else {})
             rows.append(row)
             say(f"{case.id}: {f'{row.value:.6g} {row.unit}' if row.value is not None else row.reason} ({row.verdict})")
@@ -206,7 +211,9 @@ def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say
         if kept:
             report.write(directory.folder, rows, cases, directory.environments, command=command_of(rows))
         measured_into(directory.folder, directory.environments)
-        return rows
     finally:
         session.close()
         directory.give_up()
+    for trouble in troubles:  # when every row is kept: a caller may have made errors of warnings
+        warnings.warn(trouble, RuntimeWarning, stacklevel=3)
+    return rows

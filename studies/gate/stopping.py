@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from harness.core import stats
 from harness.core.files import cache_dir
 from harness.core.values import digest
+from harness.methods.quantizing import compiled
 from harness.metrics.measuring import sequential
 from harness.report import markup
 from studies.gate.simulation import Array
@@ -57,7 +58,7 @@ def measured(
         context=context,
         max_tokens=None,
     )
-    world = environment.capture("cpu", torch.get_num_threads())
+    world = environment.capture("cpu", torch.get_num_threads(), {"loops": compiled.runner()})
     losses: dict[str, Losses] = {}
     for name in ("fp32", *methods):
         key = digest([plan.protocol_id, plan.token_hash, checkpoint.revision, name, world.environment_class])

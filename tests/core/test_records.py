@@ -40,6 +40,11 @@ def test_nan_survives_too() -> None:
     assert math.isnan(value)
 
 
+def test_a_line_without_a_schema_is_no_row() -> None:
+    with pytest.raises(ValueError, match="no schema number"):
+        Row.from_json(Row.of(CASE).to_json().replace(f'"schema": {SCHEMA}, ', "").partition(', "check"')[0] + "}")
+
+
 def test_a_newer_schema_is_refused() -> None:
     newer = Row.of(CASE).to_json().replace(f'"schema": {SCHEMA}', f'"schema": {SCHEMA + 1}')
     with pytest.raises(ValueError, match="newer than this harness reads"):

@@ -21,6 +21,7 @@ from harness.inputs.models import sizes
 from harness.methods import absmax_int8, linear_int4_affine, nf4, zeropoint_int8
 from harness.methods.quantizing import cpu, stored
 from harness.methods.quantizing.codes import Functions, Recipe
+from harness.methods.quantizing.int4 import BLOCK
 from harness.methods.quantizing.int8 import Rows8
 from harness.methods.quantizing.stored import KeepsDtype, QuantizedLinear, StoredWeight
 from harness.methods.quantizing.weight_method import weight_method
@@ -314,6 +315,8 @@ def test_codes_multiply_as_they_say() -> None:
 def test_a_method_needs_codes_or_both_functions() -> None:
     with pytest.raises(TypeError, match="the method half needs codes, or both quantize and dequantize"):
         weight_method(name="half", summary="", bits=8, quantize=absmax_int8.CODES.encode)
+    with pytest.raises(TypeError, match="the method both has codes, which bring their own"):
+        weight_method(name="both", summary="", bits=8, codes=absmax_int8.CODES, parameters={"block": BLOCK})
 
 
 def test_load_opens_and_quantizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from harness.__main__ import main
 from harness.core import catalog, environment
 from harness.core.environment import Environment
 from harness.core.specification import parse
+from harness.core.values import digest
+from harness.judge.recorded import world_key
 from harness.methods.quantizing import compiled
 from harness.methods.quantizing.arguments import resolve
 from harness.methods.quantizing.stored import QuantizedLinear
@@ -85,6 +87,7 @@ def test_what_was_recorded_before_is_compiled_and_keeps_its_names() -> None:
     here = environment.capture("cpu", 1)
     before = {key: value for key, value in here.to_dict().items() if key != "loops"}
     assert Environment.from_dict(before) == here
+    assert world_key(here) == digest(before)[:12]
     without = Environment.from_dict({**before, "loops": "torch"})
     assert without.id != here.id
     assert without.environment_class != here.environment_class

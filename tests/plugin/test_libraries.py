@@ -99,8 +99,8 @@ def test_a_session_started_elsewhere_calibrates_on_its_project_s_text(
     monkeypatch.chdir(elsewhere)
     method, root = "gptq-int4:length=16:text=mine:windows=2", ("--rootdir", str(project.path))
     cases, folder = str(project.path / "test_cases.py"), ("--report-dir", str(project.path / "harness-report"))
-    result = project.run(cases, *root, *folder, "--methods", method, "--metrics", "memory.storage")
-    assert result.ret == 0
+    wanted = ("--methods", "nf4", "--reference", method, "--metrics", "memory.storage,divergence.kl")
+    assert project.run(cases, *root, *folder, *wanted).ret == 0  # the reference is loaded beside nf4 as well
     assert by_metric(project.rows(), method)["memory.storage"]["detail"]["calibration"]["text"] == "mine"
 
 

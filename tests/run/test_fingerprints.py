@@ -42,8 +42,10 @@ def test_files_that_are_written_to_are_seen(tmp_path: Path) -> None:
 def test_they_reach_workers_of_xdist_through_the_report_directory(tmp_path: Path) -> None:
     directory = ReportDirectory(tmp_path)
     assert directory.known_inputs() == {}
+    directory.keep_session(command="pytest --resume", notes=["n"])
     directory.keep_inputs({"weights of m": "a"})
     assert directory.known_inputs() == {"weights of m": "a"}
+    assert "pytest --resume" in directory.path(SESSION).read_text()  # what a resumed session had said
     for text in ("[" * 100_000, "[]", "{}", '{"inputs": 3}'):
         directory.path(SESSION).write_text(text)
         assert directory.known_inputs() == {}

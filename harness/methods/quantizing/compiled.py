@@ -46,7 +46,7 @@ def available() -> bool:
     """Whether Numba is installed, for this Python and this NumPy."""
     try:
         import numba  # noqa: F401
-    except ImportError:
+    except Exception:  # one that is there and broken says so in many ways; torch does the same then, and rows say it
         return False
     return True
 

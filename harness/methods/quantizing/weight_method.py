@@ -49,6 +49,8 @@ def weight_method(
         if quantize is None or dequantize is None:
             raise TypeError(f"the method {name} needs codes, or both quantize and dequantize")
         lying: Codes = Functions(quantize, dequantize, parameters or {})
+    elif quantize or dequantize or parameters:
+        raise TypeError(f"the method {name} has codes, which bring their own functions and parameters")
     else:
         lying = codes
     choice = {} if lying.compute is None or "compute" in lying.parameters else {"compute": lying.compute}
