@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from harness.core.records import Figure as Figure
     from harness.core.records import Row as Row
     from harness.core.records import Verdict as Verdict
-    from harness.methods.quantizing.layers import layer_method as layer_method
+    from harness.methods.quantizing.weight_method import layer_method as layer_method
     from harness.methods.quantizing.weight_method import reference_method as reference_method
     from harness.methods.quantizing.weight_method import weight_method as weight_method
-    from harness.report.rows import compare as compare
-    from harness.report.rows import read_report as read_report
-    from harness.report.rows import render as render
+    from harness.report.document import compare as compare
+    from harness.report.document import read_report as read_report
+    from harness.report.document import render as render
     from harness.run.measure import measure as measure
     from harness.run.measure import plan as plan
 
@@ -37,12 +37,11 @@ __version__ = "0.1.0"
 _HOMES = {  # module: its public names
     "harness.run.measure": "measure plan",
     "harness.core.options": "Options",
-    "harness.report.rows": "read_report compare render",
+    "harness.report.document": "read_report compare render",
     "harness.core.records": "Case Row Figure Verdict",
     "harness.core.contracts": "Method Parameter Arguments Checkpoint QuantizedWeight Metric Member Subject Window "
     "TokenPlan",
-    "harness.methods.quantizing.weight_method": "weight_method reference_method",
-    "harness.methods.quantizing.layers": "layer_method",
+    "harness.methods.quantizing.weight_method": "weight_method reference_method layer_method",
     "harness.core.errors": "HarnessError",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

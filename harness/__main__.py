@@ -6,19 +6,23 @@ Exit status: 0 fine, 1 harm, 2 usage, 3 undecided.
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.core.contracts import DTYPES
 from harness.core.errors import HarnessError, UnknownName
-from harness.core.options import SETTINGS, build, read_declared
+from harness.core.options import SETTINGS, read_declared
 
 HARM, USAGE, UNDECIDED = 1, 2, 3
 CASES = "harness.cases.test_measured"  # what `run` measures
 GGUF = "gguf-"  # how the methods begin that `convert` writes
-LOOKED_FOR = {"model": ("smollm2-135m", "tiny-gpt2", "tiny-olmo"), "dataset": ("lee", "synthetic")}  # by `doctor`
 REASONS = 20  # why cases are missing, as `merge` prints it
 UPGRADED = "models methods metrics datasets protocols reference device max_tokens repetitions report_dir baselines"
 UPGRADE_DEFAULTS = {  # where they are not a session's
@@ -33,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         declared = read_declared(Path.cwd())[1]
         if declared.methods or declared.metrics or declared.models or declared.datasets:
-            from harness.run import project
+            from harness.run.plan import open_to
 
-            project.open_to(declared)
+            open_to(declared)
         status: int = parsed.run(parsed)
     except HarnessError as error:
         print(f"python -m harness {parsed.command}: {error}", file=sys.stderr)
@@ -137,7 +141,7 @@ def note(line: str) -> None:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Two report directories token by token, or two bare measurements.jsonl files by value."""
-    from harness.report.rows import compare, render
+    from harness.report import compare, render
 
     comparison = compare(arguments.before, arguments.after)
     print(render(comparison))
@@ -146,10 +150,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Write a model as a GGUF file (weights, tokenizer, hyperparameters), whole or not at all; say what it holds."""
-    import tempfile
-
     from harness.core import catalog, specification
-    from harness.inputs.models import checkpoints, names
+    from harness.inputs.models import checkpoints
     from harness.inputs.models.gguf_format import write
     from harness.inputs.models.gguf_format.file import GgufFile
 
@@ -162,9 +164,7 @@ def convert(arguments: argparse.Namespace) -> int:
     if not output.resolve().parent.is_dir():
         raise HarnessError(f"'{output}' cannot be written: there is no folder {output.resolve().parent}")
     declared = read_declared(Path.cwd())[1]
-    model = specification.parse(arguments.model)
-    names.locate(model, declared)
-    checkpoint = checkpoints.materialise(model, declared, say=note)
+    checkpoint = checkpoints.materialise(specification.parse(arguments.model), declared, say=note)
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".convert-") as folder:
         whole = Path(folder) / "model.gguf"
         size = write.write(checkpoint, arguments.to.removeprefix(GGUF).upper(), whole)
@@ -189,10 +189,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     from harness.inputs.texts import corpora
     from harness.judge import known_faults
     from harness.methods.quantizing import compiled
-    from harness.run import engines
+    from harness.run import plan
 
     cards, trouble = gpus.now().gpus, gpus.trouble()
-    world = capture("cuda" if cards else "cpu", engines.threads(), {"loops": compiled.runner()})
+    world = capture("cuda" if cards else "cpu", plan.threads(), {"loops": compiled.runner()})
     if arguments.recorded:
         suffix = "@" + world.device_class.replace(":", "+")
         folder = arguments.baselines / parse(arguments.recorded).filename
@@ -209,8 +209,9 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(f"  {gpus.ONE_PARTITION}")
     print(f"cache: {cache_dir()}")
     declared = read_declared(Path.cwd())[1]
-    for kind, check in (("model", names.locate), ("dataset", corpora.check)):
-        for name in LOOKED_FOR[kind]:
+    models, datasets = ("smollm2-135m", "tiny-gpt2", "tiny-olmo"), ("lee", "synthetic")
+    for kind, looked_for, check in (("model", models, names.locate), ("dataset", datasets, corpora.check)):
+        for name in looked_for:
             try:
                 check(parse(name), declared)
                 print(f"{kind} {name}: at hand")
@@ -233,8 +234,6 @@ def frontier(arguments: argparse.Namespace) -> int:
 
 def memory(arguments: argparse.Namespace) -> int:
     """Bytes and bits per weight of a model under a method; exit status 1 where --fits says no."""
-    import json
-
     from harness.run.prediction import in_words, predict
 
     name = arguments.method or arguments.dtype or "fp32"
@@ -253,8 +252,6 @@ def memory(arguments: argparse.Namespace) -> int:
 
 def merge(arguments: argparse.Namespace) -> int:
     """Join the report directories of shards into the report that one run would have given."""
-    from collections import Counter
-
     from harness import judge
     from harness.run.merge import merge
 
@@ -276,7 +273,7 @@ def merge(arguments: argparse.Namespace) -> int:
 def published(arguments: argparse.Namespace) -> int:
     """Every figure of the reports in baselines/published; always 0, since a refuted claim is no harm of ours."""
     from harness import published, report
-    from harness.published.ratios import beside, of_baselines, of_rows
+    from harness.published import beside, of_baselines, of_rows
     from harness.results.directory import PUBLISHED, ReportDirectory, published_json
 
     folder = arguments.claims or published.default_folder(Path.cwd())
@@ -327,23 +324,16 @@ def report(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure as pytest does on the package's cases, wherever the current folder is, in a process of its own."""
-    import subprocess
-
     command = [sys.executable, "-m", "pytest", "-p", "harness.plugin", "-p", "no:cacheprovider", "--pyargs", CASES]
     return subprocess.run([*command, *arguments.options], check=False).returncode
 
 
 def upgrade(arguments: argparse.Namespace) -> int:
     """What moves between versions of one package, measured here on both in turn; written to upgrade.md and printed."""
-    import shlex
-
+    from harness.run.measure import options_of
     from harness.run.upgrade.driver import run
 
-    given: dict[str, Any] = {}
-    for setting in (setting for setting in SETTINGS if setting.name in UPGRADED.split()):
-        text = getattr(arguments, setting.name) or UPGRADE_DEFAULTS.get(setting.name)
-        given[setting.name] = setting.read(text) if text and setting.read else None
-    options = build(given, read_declared(Path.cwd())[1], Path.cwd())
+    options = options_of({name: getattr(arguments, name) or UPGRADE_DEFAULTS.get(name) for name in UPGRADED.split()})
     command = shlex.join(["python", "-m", "harness", *sys.argv[1:]])
     text, status = run(arguments.sides, options, command, note)
     print(text)

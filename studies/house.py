@@ -117,7 +117,7 @@ def profiled() -> Iterator[Profile]:
 def in_this_process() -> Iterator[None]:
     """Let sessions measure without a child process."""
     from harness.core.records import Case
-    from harness.run import child, engines
+    from harness.run import group, session
     from harness.run.local import Process, Runner
     from harness.run.messages import Job, Reply
 
@@ -130,11 +130,11 @@ def in_this_process() -> Iterator[None]:
     class Answering(Process):
         """A group that answers without a pipe; an error ends the study."""
 
-        def __init__(self, group: Any) -> None:
+        def __init__(self, group: group.Group | group.LayerGroup) -> None:
             self.group, self.predicted, self.ended = group, {}, False
 
         def ask(self, verb: str, argument: Any, say: Callable[[str], None] = print) -> Reply:
-            return child.answered(self.group, verb, argument)
+            return group.answered(self.group, verb, argument)
 
         def close(self) -> None:
             """Nothing to end."""
@@ -147,19 +147,19 @@ def in_this_process() -> Iterator[None]:
             return Job(self.options, *asked, self.threads, self._logs / "unused")
 
         def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
-            return child.prepare(self.job(cases[0]), list(cases), Silent())  # type: ignore[arg-type]
+            return group.prepare(self.job(cases[0]), list(cases), Silent())  # type: ignore[arg-type]
 
         def _process_for(self, case: Case) -> Process:
-            if self._process is None or self._group != case.group:
-                self._process = Answering(child.begun(self.job(case), Silent()))  # type: ignore[arg-type]
-                self._group = case.group
+            if self._process is None or self._group[0] != case.group:
+                self._process = Answering(group.begun(self.job(case), Silent()))  # type: ignore[arg-type]
+                self._group = (case.group, "")
             return self._process
 
-    before, engines.runner_of = engines.runner_of, lambda options: Here
+    before, vars(session)["Runner"] = Runner, Here
     try:
         yield
     finally:
-        engines.runner_of = before
+        vars(session)["Runner"] = before
 
 
 def measured(options: Mapping[str, Any]) -> Profile:

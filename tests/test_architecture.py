@@ -40,10 +40,10 @@ LIGHT_ROOMS = {"core", "results", "judge", "report", "plugin", "published", "met
 WORKSHOPS = ("harness.methods.quantizing", "harness.metrics.measuring")
 LIGHT_MODULES = {
     *"harness.run.plan harness.run.session harness.run.local harness.run.shards harness.run.merge".split(),
-    *"harness.__main__ harness.run.prediction harness.run.ray.cluster".split(),
+    *"harness.__main__ harness.run.prediction harness.run.ray.ray_runner".split(),
     *"harness.run.upgrade.driver harness.run.upgrade.interleaved".split(),
-    *"harness.run.rebaseline harness.run.engines harness.run.fingerprints harness.run.project".split(),
-    *"harness.inputs.models.names harness.inputs.models.cache".split(),
+    *"harness.run.rebaseline harness.run.fingerprints".split(),
+    *"harness.inputs.models.names harness.inputs.models.folder".split(),
     *"harness.inputs.hub harness.inputs.texts.corpora harness.inputs.texts.protocols".split(),
     *"harness.methods.quantizing.arguments harness.methods.quantizing.calibration".split(),
     *"harness.methods.quantizing.weight_method".split(),

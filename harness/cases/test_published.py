@@ -32,18 +32,13 @@ def folder_of(config: pytest.Config) -> Path:
     return baselines / "published"
 
 
-def asked_for(config: pytest.Config) -> bool:
-    """Whether the command line speaks of published figures."""
-    said = (config.option.markexpr, config.option.keyword, *config.args)
-    return any("published" in str(text) for text in said)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a claim; a single skipped one where nobody asked or there are no claims."""
     if "published_claim" not in metafunc.fixturenames:
         return
-    folder = folder_of(metafunc.config)
-    if not (asked_for(metafunc.config) and folder.is_dir()):
+    config, folder = metafunc.config, folder_of(metafunc.config)
+    asked = any("published" in str(said) for said in (config.option.markexpr, config.option.keyword, *config.args))
+    if not (asked and folder.is_dir()):
         why = "run with -m published" if folder.is_dir() else f"no claims: {folder} is not there"
         metafunc.parametrize("published_claim", [pytest.param(None, id="all", marks=pytest.mark.skip(reason=why))])
         return
@@ -54,11 +49,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("published_claim", [pytest.param(claim, id=claim.id) for claim in claims])
 
 
-def can_be_measured(judgement: Judgement) -> bool:
-    """Whether weights would tell more of a figure."""
-    return judgement.finding is Finding.NEEDS_WEIGHTS or bool(judgement.claim.tried)
-
-
 @pytest.mark.published
 def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> None:
     """The computed verdict is the reviewed one; a figure whose weights are at hand is reproduced by them."""
@@ -66,7 +56,8 @@ def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> No
     reviewed, absent = published_claim.verdict, ""
     options = state_of(request.config).options
     try:
-        weights = weights_for(published_claim, options) if can_be_measured(judgement) else None
+        open_to_weights = judgement.finding is Finding.NEEDS_WEIGHTS or bool(published_claim.tried)
+        weights = weights_for(published_claim, options) if open_to_weights else None
         if weights is not None and published_claim.tried:
             judgement = tried(judgement, options, weights)
             reviewed = str(judgement.finding)  # what its readings give is told, not reviewed: nobody has run them yet

@@ -14,7 +14,7 @@ import importlib.util
 import itertools
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -50,7 +50,7 @@ def declare(declared: Declared) -> None:
     _declared["METRIC"] = tuple(declared.root / path for path in declared.metrics)
     if _declared != before:
         listed_methods.cache_clear()
-        listed_metrics.cache_clear()
+        metrics.cache_clear()
         member.cache_clear()
 
 
@@ -117,16 +117,13 @@ def entry_values(group: str, kind: type[V], what: str) -> Iterator[tuple[str, V,
         yield point.name, value, where
 
 
-def _installed(group: str, kind: type[T]) -> Iterator[Listed[T]]:
-    return (Listed(value, where) for _, value, where in entry_values(group, kind, kind.__name__))
-
-
 def _listed(kind: type[T], name_of: str) -> dict[str, Listed[T]]:
     """The folder's, then declared files', then installed ones, by name; each held to its contract, no name twice."""
     names: dict[str, Listed[T]] = {}
     what = kind.__name__.lower()
-    sources = _folder(f"harness.{what}s", kind), _files(kind), _installed(f"harness.{what}s", kind)
-    for item in itertools.chain(*sources):
+    packages = entry_values(f"harness.{what}s", kind, kind.__name__)
+    installed = (Listed(value, where) for _, value, where in packages)
+    for item in itertools.chain(_folder(f"harness.{what}s", kind), _files(kind), installed):
         for fault in faults(item.value):
             raise HarnessError(f"{item.origin} breaks its contract: {fault}")
         name = getattr(item.value, name_of)
@@ -154,20 +151,15 @@ def listed_methods() -> dict[str, Listed[Method]]:
     return _listed(Method, "name")
 
 
-@functools.cache
-def listed_metrics() -> dict[str, Listed[Metric]]:
-    """Every metric by family, with where it comes from."""
-    return _listed(Metric, "family")
-
-
 def methods() -> dict[str, Method]:
     """Every method by name."""
     return {name: item.value for name, item in listed_methods().items()}
 
 
-def metrics() -> dict[str, Metric]:
+@functools.cache
+def metrics() -> Mapping[str, Metric]:
     """Every metric family by name."""
-    return {name: item.value for name, item in listed_metrics().items()}
+    return {name: item.value for name, item in _listed(Metric, "family").items()}
 
 
 @functools.cache

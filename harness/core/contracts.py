@@ -1,11 +1,8 @@
 """What a method and a metric are. Declarations only: listing them imports no torch.
 
 A file in `methods/` holds `METHOD`, a file in `metrics/` holds `METRIC`; the file's existence is the registration.
-Their functions import torch inside themselves, so that `pytest --collect-only` stays light.
-
-Whether a method or a metric from elsewhere keeps the declared part of its contract. No torch.
-
-What only running shows (shapes, dtypes, determinism, bytes) is held by `harness.cases.test_contracts`.
+Their functions import torch inside themselves, so that `pytest --collect-only` stays light. `faults` says whether one
+from elsewhere keeps what is declared; what only running shows is held by `harness.cases.test_contracts`.
 """
 
 from __future__ import annotations

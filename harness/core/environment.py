@@ -28,8 +28,14 @@ from harness.core.values import digest
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "datasets", "numpy", "kernels")
 # what moves a timing or a byte on one machine; the processor and the card are in the machine id
-CLASS_FIELDS = ("python", *LIBRARIES, "bitsandbytes_library", "driver", "cuda", "threads", "wait_policy")
+CLASS_FIELDS = ("python", *LIBRARIES, "bitsandbytes_library", "driver", "cuda", "threads")
+WAITING = ("wait_policy", "spin_count", "thread_library")  # what moves a time alone: `waiting_difference`
 COMPILED, BY_TORCH = "compiled", "torch"  # what runs loops over codes: Numba, or torch where it is not installed
+LATER = {
+    "loops": COMPILED,
+    "spin_count": "",
+    "thread_library": "",
+}  # younger than records, and what held then
 CHECKOUT = ("commit", "dirty")  # provenance, not world: the same code measures the same from any commit
 # flags of /proc/cpuinfo that choose a kernel in torch or bitsandbytes, most capable last
 INSTRUCTIONS = {"avx2": "avx2", "avx512f": "avx512", "avx512_bf16": "avx512_bf16", "amx_tile": "amx"}
@@ -63,7 +69,9 @@ class Environment:
     instructions: str = ""  # 'avx2 avx512'
     threads: int = 0
     wait_policy: str = ""  # OMP_WAIT_POLICY
-    loops: str = COMPILED  # or BY_TORCH; COMPILED is in no digest, as there was nothing else before
+    spin_count: str = ""  # GOMP_SPINCOUNT
+    thread_library: str = ""  # file name of the one that torch runs its threads by
+    loops: str = COMPILED  # or BY_TORCH
     commit: str = ""  # of the checkout that holds the cases
     dirty: bool = False
     machine: str = ""  # salted hash
@@ -71,12 +79,12 @@ class Environment:
     @property
     def id(self) -> str:
         """12 hex digits over every field but the checkout's."""
-        facts = {key: value for key, value in asdict(self).items() if key not in (*CHECKOUT, "loops")}
-        return digest(facts | self._by_torch)[:12]
+        facts = {key: value for key, value in asdict(self).items() if key not in (*CHECKOUT, *LATER)}
+        return digest(facts | self._later)[:12]
 
     @property
-    def _by_torch(self) -> dict[str, str]:
-        return {"loops": self.loops} if self.loops != COMPILED else {}
+    def _later(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name, usual in LATER.items() if getattr(self, name) != usual}
 
     @property
     def device_class(self) -> str:
@@ -89,9 +97,9 @@ class Environment:
     @property
     def environment_class(self) -> str:
         """The device class with 8 hex digits over versions and thread settings."""
-        return (
-            f"{self.device_class}:{digest({name: getattr(self, name) for name in CLASS_FIELDS} | self._by_torch)[:8]}"
-        )
+        facts = {name: getattr(self, name) for name in CLASS_FIELDS} | {"wait_policy": "passive"}  # as it always was
+        later = {"loops": self.loops} if self.loops != COMPILED else {}
+        return f"{self.device_class}:{digest(facts | later)[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON."""
@@ -112,7 +120,7 @@ def capture(device: str, threads: int, loaded: Mapping[str, str] | None = None) 
     Args:
         device: 'cpu' or 'cuda' (the first visible card).
         threads: of the compute pool.
-        loaded: what only the loaded libraries know: 'cuda', 'bitsandbytes_library', 'loops'.
+        loaded: what only the loaded libraries know: 'cuda', 'bitsandbytes_library', 'loops', 'thread_library'.
 
     Raises:
         HarnessError: 'cuda' without a visible card.
@@ -121,7 +129,8 @@ def capture(device: str, threads: int, loaded: Mapping[str, str] | None = None) 
     facts: dict[str, Any] = {name: installed_version(name) for name in LIBRARIES} | dict(loaded or {})
     if device == "cuda":
         card = first_card()
-        facts |= {"gpu": card.name, "sm": card.sm, "driver": driver_version(), "machine": machine_id(card.name)}
+        driver = DRIVER_VERSION.read_text(encoding="utf-8").strip() if DRIVER_VERSION.is_file() else ""
+        facts |= {"gpu": card.name, "sm": card.sm, "driver": driver, "machine": machine_id(card.name)}
     else:
         facts["machine"] = machine_id(cpu)
     return Environment(
@@ -131,6 +140,7 @@ def capture(device: str, threads: int, loaded: Mapping[str, str] | None = None) 
         instructions=instructions,
         threads=threads,
         wait_policy=os.environ.get("OMP_WAIT_POLICY", ""),
+        spin_count=os.environ.get("GOMP_SPINCOUNT", ""),
         **facts,
         **checkout(Path.cwd()),
     )
@@ -179,11 +189,6 @@ def machine_id(part: str) -> str:
     return hashlib.sha256("\0".join((SALT, host or socket.gethostname(), part)).encode()).hexdigest()[:16]
 
 
-def driver_version() -> str:
-    """The NVIDIA kernel driver's version, '' where it does not say."""
-    return DRIVER_VERSION.read_text(encoding="utf-8").strip() if DRIVER_VERSION.is_file() else ""
-
-
 def checkout(folder: Path) -> dict[str, Any]:
     """Commit and dirty flag (tracked files) of the git checkout around a folder; neither where there is none."""
     commit = _git(folder, "rev-parse", "HEAD")
@@ -217,6 +222,16 @@ def class_difference(before: Environment, now: Environment) -> str:
     lines = [line for line in difference(before, now) if line.partition(":")[0] in (*CLASS_FIELDS, "loops")]
     more = len(lines) - FIELDS_NAMED
     return ", ".join(lines[:FIELDS_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def waiting_difference(before: Environment, now: Environment) -> str:
+    """Why a time of one world is not one of another though both are of one class; '' where threads wait alike.
+
+    A library that is not known, as in records of before it was noted, is no difference.
+    """
+    known = before.thread_library and now.thread_library
+    names = WAITING if known else WAITING[:2]
+    return ", ".join(line for line in difference(before, now) if line.partition(":")[0] in names)
 
 
 def _shown(value: Any) -> str:

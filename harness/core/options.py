@@ -19,6 +19,7 @@ from harness.core.specification import Specification, parse, parse_list
 
 DEVICES = ("auto", "cpu", "cuda")
 ENGINES = ("local", "ray")
+WAITS = ("auto", "active", "passive")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ def engine_name(text: str) -> str:
     return text
 
 
+def wait_policy_name(text: str) -> str:
+    """One of WAITS."""
+    if text not in WAITS:
+        raise UnknownName("wait policy", text, WAITS)
+    return text
+
+
 def address(text: str) -> str:
     """HOST:PORT, or auto; Ray's client (ray://) is refused."""
     host, _, port = text.rpartition(":")
@@ -99,16 +107,8 @@ class Declared:
 def option(
     default: Any, help: str, read: Callable[[str], Any] | None = None, metavar: str = "", shown: str = ""
 ) -> Any:
-    """A field of Options that a user gives.
-
-    Args:
-        default: its value where nobody gives one.
-        help: what it is, in a line.
-        read: a text -> its value; None for a flag, which is off by default.
-        metavar: what stands for its text in help.
-        shown: the default as a user would write it, or in words.
-    """
-    return field(default=default, metadata={"help": help, "read": read, "metavar": metavar, "shown": shown})
+    """A field of Options that a user gives: its value where nobody gives one, and what `Setting` tells of it."""
+    return field(default=default, metadata={"default": shown, "help": help, "read": read, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,13 @@ class Options:
     ray_address: str | None = option(
         None, "with --engine ray, the cluster: HOST:PORT or auto", address, "ADDRESS", "a Ray of its own"
     )
+    wait_policy: str = option(
+        "auto",
+        "how threads wait for work: auto (as in a plain script; asleep where -n shares the cores), active or passive",
+        wait_policy_name,
+        "NAME",
+        "auto",
+    )
     stop_early: bool = option(
         False, "stop reading a text once its delta is decided against its bound, or known to 0.005 nat"
     )
@@ -172,10 +179,10 @@ class Setting:
     """One option as users meet it: `name` is its field in Options and, with dashes, its flag."""
 
     name: str
-    default: str  # as a user would write it; "" for a flag that is off
-    help: str
-    read: Callable[[str], Any] | None  # None: a flag
-    metavar: str
+    default: str  # as a user would write it, or in words; "" for a flag that is off
+    help: str  # what it is, in a line
+    read: Callable[[str], Any] | None  # a text -> its value; None: a flag, which is off by default
+    metavar: str  # what stands for its text in help
 
     @property
     def flag(self) -> str:
@@ -183,11 +190,7 @@ class Setting:
         return self.name.replace("_", "-")
 
 
-SETTINGS = tuple(
-    Setting(one.name, **{("default" if key == "shown" else key): value for key, value in one.metadata.items()})
-    for one in fields(Options)
-    if one.metadata
-)
+SETTINGS = tuple(Setting(one.name, **one.metadata) for one in fields(Options) if one.metadata)
 PATHS = {"report_dir", "baselines"}
 
 
@@ -229,13 +232,6 @@ def _checked(path: Path, key: str, read: Callable[[], Any]) -> Any:
         raise BadFile(f"{path}: [tool.harness] {key}: {error}") from error
 
 
-def _declared_value(setting: Setting, declared: Declared) -> Any:
-    written, read = declared.options[setting.flag], setting.read
-    if read is None:
-        return bool(written)
-    return _checked(declared.root / "pyproject.toml", setting.flag, lambda: read(str(written)))
-
-
 def build(given: Mapping[str, Any], declared: Declared, here: Path, **extra: Any) -> Options:
     """Options from what the command line gave (None where it did not), then declared defaults, then the defaults.
 
@@ -245,8 +241,9 @@ def build(given: Mapping[str, Any], declared: Declared, here: Path, **extra: Any
     for setting in SETTINGS:
         value, base = given.get(setting.name), here
         if value in (None, False) and setting.flag in declared.options:
-            base = declared.root
-            value = _declared_value(setting, declared)
+            base, written = declared.root, declared.options[setting.flag]
+            read = functools.partial(setting.read, str(written)) if setting.read else functools.partial(bool, written)
+            value = _checked(base / "pyproject.toml", setting.flag, read)
         if value is not None:
             values[setting.name] = base / value if setting.name in PATHS else value
     if given.get("ray_address") and values.get("engine") != "ray":

@@ -1,7 +1,4 @@
-"""The nouns that travel between processes and files: frozen, JSON in and out, no torch.
-
-What a line of measurements.jsonl must hold to be a row.
-"""
+"""The nouns that travel between processes and files, and what a line of measurements.jsonl must hold. No torch."""
 
 from __future__ import annotations
 
@@ -185,7 +182,7 @@ class Row:
         try:
             if b'"schema"' not in line:  # to the quick reader it would be the present one
                 raise ValueError
-            row = _reader().decode(line)
+            row = READER.decode(line)
         except (ValueError, RecursionError):  # told by a slower reader, which knows lone surrogates too
             row = check(parse_json(line), cls, strict=False)
         if row.schema > SCHEMA:
@@ -196,6 +193,4 @@ class Row:
         return row
 
 
-@functools.cache
-def _reader() -> msgspec.json.Decoder[Row]:
-    return msgspec.json.Decoder(Row, strict=False)
+READER = msgspec.json.Decoder(Row, strict=False)

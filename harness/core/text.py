@@ -81,9 +81,6 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     folded = re.sub(r"\r\n|[\n\r\t]", " ", text)
-    return "".join(_code_point(char) if unicodedata.category(char) in RISKY else char for char in folded)
-
-
-def _code_point(char: str) -> str:
-    number = ord(char)
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in RISKY else char for char in folded
+    )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, MissingPackage, reading
+from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, reading
 from harness.core.files import replace_text
 from harness.inputs.models import folder
 
@@ -37,18 +37,13 @@ def refusal(error: BaseException, what: str) -> str:
 
     A gated repository tells everybody what it holds: it refuses at the first file.
     """
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"the Hub {what} is gated: accept its terms on its page and run 'hf auth login'"
-    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
         return f"the Hub shows no {what}: check the name, or log in if it is private"
-    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
         return f"the Hub takes no token of yours for the {what}: run 'hf auth login', or unset HF_TOKEN"
     return ""
 
@@ -113,17 +108,10 @@ def _cached(repository: str, revision: str, suffixes: tuple[str, ...]) -> Path |
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = [f"*{suffix}" for suffix in suffixes]
-    try:  # folders below hold other formats, and shards of other weights have indices: neither is ever fetched
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                local_files_only=True,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*", "*.index.json"],
-            )
-        )
+    # folders below hold other formats, and shards of other weights have indices: neither is ever fetched
+    kept: Any = {"allow_patterns": [f"*{suffix}" for suffix in suffixes], "ignore_patterns": ["*/*", "*.index.json"]}
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True, **kept))
     except LocalEntryNotFoundError:
         return None
 
@@ -148,6 +136,8 @@ def find_model(argument: str, *, allow_pickle: bool, trust_remote_code: bool) ->
     A commit that lies whole in the cache needs no network. Raises MissingAsset, within seconds, where there is
     neither a network nor a cached copy.
     """
+    from huggingface_hub import hf_hub_download
+
     repository, revision = parse_model(argument)
     model = f"model 'hub:{argument}'"
     suffixes = (*KEPT_SUFFIXES, ".py") if trust_remote_code else KEPT_SUFFIXES
@@ -168,17 +158,11 @@ def find_model(argument: str, *, allow_pickle: bool, trust_remote_code: bool) ->
             if isinstance(answer, str):
                 raise
     weights = folder.check_names(answer.names, model, allow_pickle=allow_pickle)
-    config = _fetch_config(answer, model)
+    with fetching(model, f"{model}: its config.json cannot be fetched", "try again"):
+        config = Path(hf_hub_download(repository, "config.json", revision=answer.commit))
     folder.check_config(config, model, trust_remote_code=trust_remote_code)
     kept = {name for name in answer.names if name.endswith(suffixes) and not name.endswith(".index.json")}
     return replace(answer, names=tuple(sorted(kept.union(weights))))
-
-
-def _fetch_config(snapshot: Snapshot, model: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with fetching(model, f"{model}: its config.json cannot be fetched", "try again"):
-        return Path(hf_hub_download(snapshot.repository, "config.json", revision=snapshot.commit))
 
 
 def download_model(snapshot: Snapshot) -> Path:
@@ -256,10 +240,8 @@ def offline() -> Iterator[None]:
 
 def load_text(text: HubText) -> Any:
     """The `datasets.Dataset` of the split; MissingAsset in one line where it cannot be had."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingPackage("datasets", f"the text 'hub:{text.repository}'") from error
+    import datasets
+
     reason = unreachable(text)
     where = f"{text.repository}{f', {text.config}' if text.config else ''}, {text.split}"
     with reading(f"the text {where}"):

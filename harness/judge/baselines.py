@@ -5,7 +5,9 @@
     baselines/<model>/nll/<sha>.npz           per-token NLL of recorded cases, float32
 
 Names are the specifications' injective file names, a class's ':' written '+'. Nothing is written but by `record` and,
-through pytest-regressions, from `exact_document`. Exact facts must be equal in every environment; their file is
+through pytest-regressions, from `exact_document`. An entry of an overlay is a `Recorded` without where it was found;
+its environment stands once in the file. Floats are kept to ten significant digits, so that a person can review them
+and a second writing changes nothing. Exact facts must be equal in every environment; their file is
 
     weights: {cpu: {bytes: {memory.storage: 123}, census: {...}}}    by device, whose default dtype differs
     texts: {lee: {chunk:512: {first 4096: {token_hash: ..., tokens: 4096}}}}
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape
@@ -26,40 +29,131 @@ from urllib.parse import quote
 
 import msgspec
 import yaml
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
 from harness.core import catalog
 from harness.core.contracts import Member
-from harness.core.environment import Environment, class_difference
+from harness.core.environment import LATER, Environment, class_difference
 from harness.core.errors import BadFile
 from harness.core.files import replace_text
 from harness.core.records import Case, Row, Verdict
 from harness.core.schema import SCHEMA, Table, fit, read_yaml
 from harness.core.specification import parse
-from harness.core.values import decode_number
-from harness.judge import bounds, rules
-from harness.judge.recorded import FIX, Recorded, from_entry, rounded, world_facts, world_key
-from harness.judge.verdicts import token_limit
+from harness.core.values import decode_number, digest
+from harness.judge import bounds
 from harness.results import losses
 
-__all__ = [
-    "Baselines",
-    "Recorded",
-    "exact_document",
-    "exact_facts",
-    "exact_path",
-    "holds",
-    "overlay_path",
-    "provenance",
-    "read_exact",
-    "read_overlay",
-    "record",
-    "to_record",
-    "validate",
-]
+FIX = "restore it from version control, or delete it and record again with --regen-all"
 CHANGED = frozenset({Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED})
-
+DIGITS = 10  # a float32 loss has 7, a clock of nanoseconds 9
+# of a row's detail, what a later judgement reads: losses of the reference, and how a timing was compared
+KEPT = (
+    "reference_nll", "log_ratio", "log_ratio_low", "log_ratio_high", "aa_floor", "crowded", "reference_p50", "tokens",
+)  # fmt: skip
+PLACE = ("file", "carries", "difference")  # where it was found, never in the file
 MOST = 80  # characters of a class in a file name
+NAME_LENGTH = 120  # of a model's or method's part of a file name: file systems take 255 for all of it
+BRIEF = 12  # characters of a hash or table that tell it from another in a line
+
+Parts = dict[tuple[str, ...], Any]
+
+
+class Recorded(Table, frozen=True):
+    """One figure of a baseline file; units as in the row that it came from."""
+
+    metric: str
+    device: str
+    value: float
+    unit: str
+    count: int = 1
+    dataset: str = ""
+    protocol: str = ""
+    reference: str = "fp32"
+    spread: float | None = None
+    interval: tuple[float, float] | None = None
+    floor: float | None = None  # of the change, measured or set when it was recorded
+    repeats: int = 1
+    method_id: str = ""
+    revision: str = ""
+    protocol_id: str = ""
+    token_hash: str = ""
+    nll: str = ""  # nll/<sha>.npz beside the file
+    detail: dict[str, Any] = msgspec.field(default_factory=dict)
+    recorded: str = ""  # when, UTC
+    environment: Environment = Environment()
+    file: str = ""  # that served, relative to the baselines folder
+    carries: bool = True  # False: recorded for another class of environments
+    difference: str = ""  # then, the field that differs: 'device class: cpu:avx2 -> cpu:avx512'
+
+    def __post_init__(self) -> None:
+        for name in ("value", "spread", "floor"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"{name} must be finite, not {getattr(self, name)}")
+        if self.interval and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"interval must be two numbers, the lower first, not {list(self.interval)}")
+
+    @classmethod
+    def of_row(cls, row: Row, environment: Environment, when: str) -> Recorded:
+        """The entry that records a row; ValueError for a row without a finite value."""
+        if row.value is None or not math.isfinite(row.value):
+            raise ValueError(f"{row.case.id}: only a finite figure can be recorded, not {row.value}")
+        detail = {name: row.detail[name] for name in KEPT if row.detail.get(name) is not None}
+        taken = {item.name: getattr(row, item.name) for item in fields(cls) if item.name in Row.__dataclass_fields__}
+        taken |= {"detail": detail, "floor": decode_number(row.detail.get("floor"))}
+        taken |= {"repeats": max(1, len(row.samples)), "environment": environment, "recorded": when}
+        return cls(**rounded(taken))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What another recording of the same thing replaces: a timing stands once a machine."""
+        machine = self.environment.machine if "log_ratio" in self.detail else ""
+        return (self.dataset, self.protocol, self.metric, self.device, self.reference, machine)
+
+    def to_entry(self) -> dict[str, Any]:
+        """YAML: what is empty is left out, the environment is its key in the file."""
+        entry: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in PLACE or value is None or value == "" or value == {}:
+                continue
+            if item.name == "environment":
+                value = world_key(value)
+            if item.name == "value" and self.unit == "B":
+                value = int(value)
+            entry[item.name] = list(value) if isinstance(value, tuple) else value
+        return entry
+
+
+def world_key(environment: Environment) -> str:
+    """12 hex digits for an environment with its checkout: by it an entry names its world in the file."""
+    return digest(world_facts(environment))[:12]
+
+
+def world_facts(environment: Environment) -> dict[str, Any]:
+    """An environment as a file of baselines holds it: what is so in all that were recorded before is left out."""
+    return {key: value for key, value in environment.to_dict().items() if key not in LATER or value != LATER[key]}
+
+
+def rounded(value: Any) -> Any:
+    """Floats inside a JSON value to ten significant digits, whole ones (bytes) as they are; tuples stay tuples."""
+    if isinstance(value, float):
+        return value if value.is_integer() else float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(rounded(item) for item in value)
+    return value
+
+
+def lasts(row: Row, *, timed: bool) -> bool:
+    """Whether the figure is one of losses, which are carried over a device class."""
+    return bool(row.dataset) and not timed
+
+
+def token_limit(protocol_id: str) -> str:
+    """'all', or 'first 4096': how much of the text a protocol id says was read."""
+    match = re.search(r"\btokens: (?:the )?(first \d+)", protocol_id)
+    return match[1] if match else "all"
 
 
 class Baselines:
@@ -67,7 +161,7 @@ class Baselines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._kept: dict[Path, tuple[tuple[int, int], Any]] = {}
+        self._kept: dict[tuple[Path, int, int], Any] = {}
 
     def find(self, case: Case, environment: Environment) -> Recorded | None:
         """The record that serves a case here: exact facts, else the most specific overlay that holds it.
@@ -75,53 +169,45 @@ class Baselines:
         Where only another class's overlay holds it, that one comes back with `carries` False and the field that
         differs; a record under another reference comes back too, after those under this one.
         """
-        return self._exact(case) or max(
-            (self._placed(entry, path, reach, environment) for path, reach, entry in self._entries(case)),
-            key=lambda entry: _rank(entry, case, environment),
-            default=None,
-        )
-
-    def _entries(self, case: Case) -> Iterable[tuple[Path, str, Recorded]]:
+        document = self.facts(case)
+        value = _parts(document).get(("weights", case.device, "bytes", case.metric))
+        if value is not None:
+            told, file = document.get("provenance", {}), str(exact_path(self.folder, case).relative_to(self.folder))
+            when, world = told.get("recorded", ""), Environment.from_dict(told.get("environment", {}))
+            return Recorded(case.metric, case.device, value, "B", recorded=when, environment=world, file=file)
         wanted = (case.metric, case.dataset, case.protocol, case.device)
+        own = f"@{environment.environment_class.replace(':', '+')}.yaml"
+
+        def rank(entry: Recorded) -> tuple[Any, ...]:
+            """What serves best is greatest: carried, same reference, most specific file, this machine, newest."""
+            near = entry.environment.device_class == environment.device_class
+            same_machine = entry.environment.machine == environment.machine
+            same_reference = entry.reference == case.reference
+            specific = entry.file.endswith(own)
+            return entry.carries, same_reference, specific, near, same_machine, entry.recorded, entry.file
+
+        found = []
         for path in overlays(self.folder / stem(case.model), stem(case.method)):
             reach, entries = self._cached(path, read_overlay)
+            carries = reach in (environment.environment_class, environment.device_class)
+            file = str(path.relative_to(self.folder))
             for entry in entries:
                 if (entry.metric, entry.dataset, entry.protocol, entry.device) == wanted:
-                    yield path, reach, entry
-
-    def _placed(self, entry: Recorded, path: Path, reach: str, environment: Environment) -> Recorded:
-        carries = reach in (environment.environment_class, environment.device_class)
-        what = "" if carries else class_difference(entry.environment, environment) or f"class: {reach}"
-        return replace(entry, file=str(path.relative_to(self.folder)), carries=carries, difference=what)
+                    what = "" if carries else class_difference(entry.environment, environment) or f"class: {reach}"
+                    found.append(replace(entry, file=file, carries=carries, difference=what))
+        return max(found, key=rank, default=None)
 
     def facts(self, case: Case) -> dict[str, Any]:
         """The file of a case's exact facts; {} where there is none."""
         path = exact_path(self.folder, case)
         return self._cached(path, read_exact) if path.is_file() else {}
 
-    def _exact(self, case: Case) -> Recorded | None:
-        path, document = exact_path(self.folder, case), self.facts(case)
-        value = exact_bytes(document, case)
-        if value is None:
-            return None
-        when, world = recorded_world(document)
-        file = str(path.relative_to(self.folder))
-        return Recorded(case.metric, case.device, value, "B", recorded=when, environment=world, file=file)
-
     def _cached(self, path: Path, read: Callable[[Path], Any]) -> Any:
         status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size)
-        if path not in self._kept or self._kept[path][0] != stamp:
-            self._kept[path] = (stamp, read(path))
-        return self._kept[path][1]
-
-
-def _rank(entry: Recorded, case: Case, environment: Environment) -> tuple[Any, ...]:
-    """What serves best is greatest: carried, same reference, most specific file, this machine, newest."""
-    specific = entry.file.endswith(f"@{environment.environment_class.replace(':', '+')}.yaml")
-    near = entry.environment.device_class == environment.device_class
-    same_machine = entry.environment.machine == environment.machine
-    return entry.carries, entry.reference == case.reference, specific, near, same_machine, entry.recorded, entry.file
+        version = (path, status.st_mtime_ns, status.st_size)
+        if version not in self._kept:
+            self._kept[version] = read(path)
+        return self._kept[version]
 
 
 # files
@@ -129,7 +215,7 @@ def _rank(entry: Recorded, case: Case, environment: Environment) -> tuple[Any, .
 
 def overlays(home: Path, method_stem: str = "") -> list[Path]:
     """The overlay files of a model's folder, of one method or of all."""
-    return sorted(home.glob(f"{escape(method_stem)}@*.yaml" if method_stem else "*@*.yaml"))
+    return sorted(home.glob(f"{escape(method_stem) or '*'}@*.yaml"))
 
 
 def overlay_path(folder: Path, model: str, method: str, reach: str) -> Path:
@@ -154,10 +240,15 @@ def read_overlay(path: Path) -> tuple[str, tuple[Recorded, ...]]:
     overlay = read_yaml(path, Overlay, FIX)
     if path.name != overlay_path(Path(), overlay.model, overlay.method, overlay.reach).name:
         raise BadFile(f"{path} is of {overlay.method} on {overlay.reach}: a baseline must keep its name; {FIX}")
-    return overlay.reach, tuple(
-        from_entry(f"{path}: entry {number}", entry, overlay.environments)
-        for number, entry in enumerate(overlay.entries, 1)
-    )
+    entries = []
+    for number, entry in enumerate(overlay.entries, 1):
+        where, key = f"{path}: entry {number}", str(entry.get("environment"))
+        if key not in overlay.environments:
+            raise BadFile(f"{where}: its environment '{key}' is not in the file; {FIX}")
+        if places := set(PLACE) & entry.keys():
+            raise BadFile(f"{where}: no place for '{min(places)}'; {FIX}")
+        entries.append(fit({**entry, "environment": overlay.environments[key]}, Recorded, where, FIX))
+    return overlay.reach, tuple(entries)
 
 
 def write_overlay(path: Path, model: str, method: str, reach: str, entries: Iterable[Recorded]) -> None:
@@ -193,24 +284,21 @@ def to_record(rows: Iterable[Row], regenerate: str) -> list[Row]:
     """The rows that a regeneration writes into overlays.
 
     'all' takes every figure, 'force' those that differ from their record or have none. Never a missing or non-finite
-    one, one out of bound, an exact one (its file is pytest-regressions'), or a timing without an interval.
+    one, one out of bound, an exact one (its file is pytest-regressions'), a timing without an interval, or one that was
+    taken beside other work.
     """
-    return [row for row in rows if _recordable(row) and (regenerate == "all" or row.verdict_baseline in CHANGED)]
-
-
-def _recordable(row: Row) -> bool:
-    member = catalog.member(row.metric)
-    compared = not (member and member.timed) or row.detail.get("log_ratio_low") is not None
-    figures = (row.value, row.spread or 0.0, decode_number(row.detail.get("floor")) or 0.0, *(row.interval or ()))
-    finite = all(figure is not None and math.isfinite(figure) for figure in figures)
-    return (
-        finite
-        and row.case.family != "invariant"  # held to its own limit and to known faults, never to a record
-        and compared
-        and not row.stopped_early
-        and row.verdict_reference is not Verdict.OUT_OF_BOUND
-        and not (member and member.exact)
-    )
+    chosen = []
+    for row in rows:
+        member = catalog.member(row.metric)
+        figures = (row.value, row.spread or 0.0, decode_number(row.detail.get("floor")) or 0.0, *(row.interval or ()))
+        finite = all(figure is not None and math.isfinite(figure) for figure in figures)
+        compared = not (member and member.timed) or row.detail.get("log_ratio_low") is not None
+        elsewhere = row.case.family == "invariant" or (member and member.exact)  # an invariant has its own limit
+        broken = row.stopped_early or row.verdict_reference is Verdict.OUT_OF_BOUND or row.detail.get("crowded")
+        wanted = regenerate == "all" or row.verdict_baseline in CHANGED
+        if finite and compared and wanted and not elsewhere and not broken:
+            chosen.append(row)
+    return chosen
 
 
 def record(
@@ -235,41 +323,31 @@ def record(
     groups: dict[tuple[str, str, str], list[Recorded]] = {}
     for row in rows:
         world, member = Environment.from_dict(environments[row.environment]), catalog.member(row.metric)
-        lasting = rules.lasts(row, timed=bool(member and member.timed))
+        lasting = lasts(row, timed=bool(member and member.timed))
         reach = world.device_class if lasting else world.environment_class
         groups.setdefault((row.model, row.method, reach), []).append(Recorded.of_row(row, world, when))
     for (model, method, reach), fresh in sorted(groups.items()):
         path = overlay_path(folder, model, method, reach)
         before = {entry.key: entry for entry in (read_overlay(path)[1] if path.is_file() else ())}
         for entry in fresh:
-            _keep_nll(path.parent / "nll", entry, nll_folder)
+            for sha in filter(None, (entry.nll, entry.detail.get("reference_nll"))):
+                kept = path.parent / "nll" / f"{sha}.npz"
+                if not kept.is_file() and (nll := losses.load(nll_folder, sha)) is not None:
+                    losses.save(kept.parent, nll)
             old = before.get(entry.key)
-            before[entry.key] = old if old and old.same_figure(entry) else entry
+            same = old and replace(entry, recorded=old.recorded, environment=old.environment) == old
+            before[entry.key] = old if old and same else entry
         write_overlay(path, model, method, reach, before.values())
         written.append(path)
     for home in {path.parent for path in written}:
-        _prune(home)
+        texts = [path.read_text(encoding="utf-8") for path in overlays(home)]
+        for path in (home / "nll").glob("*.npz"):
+            if not any(path.stem in text for text in texts):
+                path.unlink()
     return written
 
 
-def _keep_nll(home: Path, entry: Recorded, source: Path) -> None:
-    for sha in filter(None, (entry.nll, entry.detail.get("reference_nll"))):
-        if not (home / f"{sha}.npz").is_file() and (nll := losses.load(source, sha)) is not None:
-            losses.save(home, nll)
-
-
-def _prune(home: Path) -> None:
-    """Remove loss files that no overlay of the model names."""
-    texts = [path.read_text(encoding="utf-8") for path in overlays(home)]
-    for path in (home / "nll").glob("*.npz"):
-        if not any(path.stem in text for text in texts):
-            path.unlink()
-
-
-BRIEF = 12  # characters of a hash or table that tell it from another in a line
-NAME_LENGTH = 120  # of a model's or method's part of a file name: file systems take 255 for all of it
-
-Parts = dict[tuple[str, ...], Any]
+# exact facts
 
 
 def stem(specification: str) -> str:
@@ -359,18 +437,6 @@ def read_exact(path: Path) -> dict[str, Any] | None:
     return document
 
 
-def recorded_world(document: Mapping[str, Any]) -> tuple[str, Environment]:
-    """When and in which world a file's facts were recorded."""
-    written = document.get("provenance", {})
-    return written.get("recorded", ""), Environment.from_dict(written.get("environment", {}))
-
-
-def exact_bytes(document: Mapping[str, Any], case: Case) -> int | None:
-    """The recorded bytes of a case's metric on its device."""
-    value: int | None = _parts(document).get(("weights", case.device, "bytes", case.metric))
-    return value
-
-
 def holds(recorded: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bool:
     """Whether every one of these facts is recorded at all, whatever its value."""
     return recorded is not None and _parts(facts).keys() <= _parts(recorded).keys()
@@ -408,9 +474,9 @@ def exact_document(
     """
     before = _parts(recorded or {})
     after = {**before, **_parts(facts)}
-    kept = recorded is not None and before == after and bool(recorded.get("provenance"))
+    kept = (recorded or {}).get("provenance") if before == after else None
     head = {"schema": SCHEMA, "model": facts["model"], "method": facts["method"]}
-    return {**head, **_nested(after), "provenance": dict(recorded["provenance"] if kept and recorded else provenance)}
+    return {**head, **_nested(after), "provenance": dict(kept or provenance)}
 
 
 def provenance(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,15 +117,10 @@ def load(folder: Path) -> Bounds:
     a value of the wrong kind, a rule without a reason.
     """
     own, path = packaged(), folder / NAME
-    users = read(path) if path.exists() else Bounds()
+    users = read_toml(path, Bounds) if path.exists() else Bounds()
     return Bounds(SCHEMA, own.reference + users.reference, own.record + users.record, own.floors + users.floors)
 
 
 def packaged() -> Bounds:
     """The package's rules alone."""
-    return read(DEFAULTS)
-
-
-def read(path: Path) -> Bounds:
-    """One file's rules."""
-    return read_toml(path, Bounds)
+    return read_toml(DEFAULTS, Bounds)

@@ -123,28 +123,21 @@ def judge(row: Row, faults: Iterable[Fault], environment: Environment) -> Row:
         return replace(row, verdict=Verdict.MISSING)
     applying = [fault for fault in faults if fault.speaks_of(row.case) and fault.reaches(environment)]
     detail = {key: value for key, value in row.detail.items() if key != "fault"}
+    seen = row.detail.get("exception") or f"{decode_number(row.value):.4g}, not {row.detail.get('limit', '')}"
+    shown = next((fault for fault in applying if fault.looks_like(row)), None)
     if row.detail.get("holds"):
         gone = [fault for fault in applying if not fault.is_property]
         verdict = Verdict.BETTER if gone else Verdict.WITHIN_BOUND
         reason = f"holds: the known fault {gone[0]} is gone here, take it off {NAME}" if gone else "holds"
-        return replace(row, verdict=verdict, verdict_reference=verdict, reason=reason, detail=detail)
-    seen = row.detail.get("exception") or f"{decode_number(row.value):.4g}, not {row.detail.get('limit', '')}"
-    shown = next((fault for fault in applying if fault.looks_like(row)), None)
-    if shown is not None:
-        kind = "a stated property" if shown.is_property else "the known fault"
+    elif shown is not None:
+        verdict, kind = Verdict.SAME, "a stated property" if shown.is_property else "the known fault"
         detail |= {"fault": shown.id, "reference": shown.reference}
-        return replace(
-            row,
-            verdict=Verdict.SAME,
-            verdict_reference=Verdict.SAME,
-            reason=f"{kind} {shown}: {shown.summary} ({seen})",
-            detail=detail,
-        )
-    other = f"; the known fault {applying[0]} looks different: {applying[0].looks}" if applying else ""
-    reason = f"does not hold: {seen}{other}"
-    return replace(
-        row, verdict=Verdict.OUT_OF_BOUND, verdict_reference=Verdict.OUT_OF_BOUND, reason=reason, detail=detail
-    )
+        reason = f"{kind} {shown}: {shown.summary} ({seen})"
+    else:
+        verdict = Verdict.OUT_OF_BOUND
+        other = f"; the known fault {applying[0]} looks different: {applying[0].looks}" if applying else ""
+        reason = f"does not hold: {seen}{other}"
+    return replace(row, verdict=verdict, verdict_reference=verdict, reason=reason, detail=detail)
 
 
 def applying(folder: Path, environment: Environment) -> list[Fault]:

@@ -2,17 +2,19 @@
 
 The rules are those of `rules`. That of environments and weights is lifted (their difference is what a comparison
 asks about); that of protocol id and token hash never is. A is the earlier side, B the later: `worse` says that B is
-worse. Each case is decided at 95% by itself: unlike a session's verdicts (`error_rate`), a comparison of many
-cases has no error rate as a whole.
+worse. Each case is decided at 95% by itself: unlike a session's verdicts, a comparison of many cases has no error rate
+as a whole.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from harness.core import catalog
 from harness.core.contracts import Member
@@ -22,7 +24,7 @@ from harness.core.text import number, percent
 from harness.core.values import flatten
 from harness.judge import rules
 from harness.judge.bounds import Bounds, packaged
-from harness.judge.question import Losses, Outcome, Question
+from harness.judge.rules import Losses, Outcome, Question
 
 HARM = (Verdict.MISSING, Verdict.WORSE)
 UNDECIDED = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE)
@@ -82,7 +84,6 @@ def compare(
     *,
     environments_a: Mapping[str, Mapping[str, Any]] | None = None,
     environments_b: Mapping[str, Mapping[str, Any]] | None = None,
-    members: Mapping[str, Member] | None = None,
     bounds: Bounds | None = None,
     notes: Sequence[str] = (),
 ) -> Comparison:
@@ -95,7 +96,6 @@ def compare(
         nll_b: the same for B.
         environments_a: by id, for the printed difference.
         environments_b: the same for B.
-        members: metrics by full name; those of the catalogue by default.
         bounds: below what a change is noise; the package's own by default.
         notes: carried into the comparison.
 
@@ -109,48 +109,33 @@ def compare(
             f"nothing to compare: A has {len(a)} cases, B has {len(b)}, and none is in both "
             "(model, method, dataset, protocol, metric, device, reference)"
         )
-    judge = _Judge(
-        lambda sha: nll_b(sha) if (nll := nll_a(sha)) is None else nll,  # a sha names the same bytes on both sides
-        members.get if members else catalog.member,
-        bounds or packaged(),
-    )
-    return Comparison(
-        tuple(judge.entry(a[case], b[case]) for case in shared),
-        tuple(case for case in a if case not in b),
-        tuple(case for case in b if case not in a),
-        environment_difference(
-            [a[case] for case in shared], environments_a or {}, [b[case] for case in shared], environments_b or {}
-        ),
-        (*notes, *identity_notes([(a[case], b[case]) for case in shared])),
-    )
-
-
-def identity_notes(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
-    """Weights and written-out methods that are not the same on both sides: comparable, but a reader must know."""
+    pairs = [(a[case], b[case]) for case in shared]
+    # weights and written-out methods that are not the same on both sides: comparable, but a reader must know
     kinds = (("weights", "model", "revision"), ("arguments", "method", "method_id"))
-    notes = {
+    differing = {
         f"{kind} of {getattr(a, owner)} differ: {getattr(a, name)} -> {getattr(b, name)}": None
         for kind, owner, name in kinds
         for a, b in pairs
         if getattr(a, name) and getattr(b, name) and getattr(a, name) != getattr(b, name)
     }
-    return list(notes)
+    sides = [_fields((a for a, _ in pairs), environments_a or {}), _fields((b for _, b in pairs), environments_b or {})]
+    values = [(name, *(" or ".join(side.get(name, {})) or "(none)" for side in sides)) for name in sides[0] | sides[1]]
+
+    def nll(sha: str) -> NDArray[np.float32] | None:
+        """Of either side: a sha names the same bytes on both."""
+        return nll_b(sha) if (found := nll_a(sha)) is None else found
+
+    return Comparison(
+        tuple(_entry(a, b, bounds or packaged(), nll) for a, b in pairs),
+        tuple(case for case in a if case not in b),
+        tuple(case for case in b if case not in a),
+        tuple(f"{name}: {before} -> {now}" for name, before, now in values if before != now),
+        (*notes, *differing),
+    )
 
 
-def environment_difference(
-    rows_a: Sequence[Row],
-    known_a: Mapping[str, Mapping[str, Any]],
-    rows_b: Sequence[Row],
-    known_b: Mapping[str, Mapping[str, Any]],
-) -> tuple[str, ...]:
-    """One line a field that differs: every value it had on A, an arrow, every value on B."""
-    sides = [_fields(rows, known) for rows, known in ((rows_a, known_a), (rows_b, known_b))]
-    names = dict.fromkeys(itertools.chain(*sides))
-    texts = [[" or ".join(side.get(name, {})) or "(none)" for side in sides] for name in names]
-    return tuple(f"{name}: {a} -> {b}" for name, (a, b) in zip(names, texts, strict=True) if a != b)
-
-
-def _fields(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, None]]:
+def _fields(rows: Iterable[Row], known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, None]]:
+    """Every value that each field of the rows' environments has on one side."""
     values: dict[str, dict[str, None]] = {}
     for environment in dict.fromkeys(row.environment for row in rows):
         for name, value in flatten(known.get(environment, {})).items():
@@ -158,45 +143,33 @@ def _fields(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> dict
     return values
 
 
-@dataclass(frozen=True)
-class _Judge:
-    nll: Losses
-    member: Callable[[str], Member | None]
-    bounds: Bounds
-
-    def entry(self, a: Row, b: Row) -> Entry:
-        """A case's verdict, and its change where one can be had."""
-        blank = Entry(a.case, a, b, None, "")
-        if a.value is None or b.value is None:
-            return absent(blank)
-        known = self.member(a.metric)
-        question = Question(b, known or Member(a.metric, a.unit, "neither"), self.bounds, a, self.nll)
-        if obstacle := rules.obstacle(question, a):
-            field, before, now = obstacle
-            reason = str(before) if now is None else f"{field} differs: '{before}' -> '{now}'"
-            return replace(blank, verdict=Verdict.NOT_COMPARABLE, reason=reason)
-        if a.case.family == INVARIANT:
-            return behaved(blank)
-        if question.member.timed and a.method == a.reference and not rules.in_turn(b, a):
-            shown = replace(blank, reason="the reference's own time is shown, not judged")
-            return _with_values(shown, a.value, b.value)
-        outcome = rules.outcome(question, a, a.value, b.value)
-        if known is None and outcome.verdict is not Verdict.SAME:
-            outcome = replace(outcome, verdict=Verdict.UNUSABLE)
-        entry = replace(blank, verdict=outcome.verdict, reason=_reason(question, outcome, a.value, b.value))
-        return _with_change(entry, outcome, a.value, b.value)
-
-
-def _with_change(entry: Entry, outcome: Outcome, a: float, b: float) -> Entry:
-    """The change that was judged where it is that of the two values, else the values' own."""
-    change = outcome.change
-    entry = replace(entry, paired=outcome.ground in PAIRED)
-    judged = outcome.ground in TIMES or entry.case.metric in ("perplexity", "perplexity.delta")
-    if change is not None and judged:
+def _entry(a: Row, b: Row, bounds: Bounds, nll: Losses) -> Entry:
+    """A case's verdict, and its change where one can be had."""
+    blank, known = Entry(a.case, a, b, None, ""), catalog.member(a.metric)
+    if b.value is None and a.value is not None:
+        return replace(blank, verdict=Verdict.MISSING, reason=f"missing in B: {b.reason or 'no reason was given'}")
+    if a.value is None or b.value is None:
+        text = f"missing in {'both' if b.value is None else 'A'}: {a.reason or 'no reason was given'}"
+        return replace(blank, verdict=Verdict.UNUSABLE, reason=text)
+    question = Question(b, known or Member(a.metric, a.unit, "neither"), bounds, a, nll)
+    if obstacle := rules.obstacle(question):
+        field, before, now = obstacle
+        text = str(before) if now is None else f"{field} differs: '{before}' -> '{now}'"
+        return replace(blank, verdict=Verdict.NOT_COMPARABLE, reason=text)
+    if a.case.family == INVARIANT:
+        return behaved(blank)
+    if question.member.timed and a.method == a.reference and not rules.in_turn(b, a):
+        shown = replace(blank, reason="the reference's own time is shown, not judged")
+        return _with_values(shown, a.value, b.value)
+    outcome = rules.outcome(question, a.value, b.value)
+    if known is None and outcome.verdict is not Verdict.SAME:
+        outcome = replace(outcome, verdict=Verdict.UNUSABLE)
+    text, change = _reason(question, outcome, a.value, b.value), outcome.change
+    entry = replace(blank, verdict=outcome.verdict, reason=text, paired=outcome.ground in PAIRED)
+    judged = outcome.ground in TIMES or a.metric in ("perplexity", "perplexity.delta")
+    if change is not None and judged:  # of the two values themselves
         return replace(entry, change=change.value, low=change.low, high=change.high)
-    if outcome.ground in (*TIMES, rules.NOT_FINITE):
-        return entry
-    return _with_values(entry, a, b)
+    return entry if outcome.ground in (*TIMES, rules.NOT_FINITE) else _with_values(entry, a.value, b.value)
 
 
 def _with_values(entry: Entry, a: float, b: float) -> Entry:
@@ -206,64 +179,55 @@ def _with_values(entry: Entry, a: float, b: float) -> Entry:
 
 def _reason(question: Question, outcome: Outcome, a: float, b: float) -> str:
     """What a case was decided by, in words."""
-    undecided = outcome.verdict is Verdict.UNUSABLE
-    if outcome.ground == rules.NOT_FINITE:
+    change, ground, undecided = outcome.change, outcome.ground, outcome.verdict is Verdict.UNUSABLE
+    if ground == rules.NOT_FINITE:
         sides = (("A", question.before, a), ("B", question.row, b))
-        lost = [name for name, side, value in sides if side is not None and not rules.sound(side, value)]
+        lost = [name for name, side, value in sides if not rules.sound(side, value)]
         fault = ": its reference's losses are not" if undecided and len(lost) == 1 else ""
         return "not finite on both sides" if len(lost) == 2 else f"not finite in {lost[0]}{fault}"
-    if outcome.ground == rules.EQUAL_LOSSES:
+    if ground == rules.EQUAL_LOSSES:
         same = outcome.verdict is Verdict.SAME
         return "bit-identical losses" if same else "bit-identical losses, but what is made of them changed"
-    if outcome.ground == rules.VALUES:
+    if ground == rules.VALUES:
         return "values only, nothing was paired" + (": no interval" if undecided else "")
-    if outcome.ground == rules.FIGURE:
-        return _figure(question, outcome, a, b)
-    return _interval(question, outcome)
+    if ground in PAIRED and change is not None:
+        beyond = f"; beyond {percent(question.room)} on this very text, where it is exact"
+        ending = beyond if ground == rules.THIS_TEXT else ""
+        kind = "no interval" if undecided else "paired"
+        return f"{kind} over {change.count} windows; floor {outcome.floor:g} nats{ending}"
+
+    return _figure(question, outcome, b - a) if ground == rules.FIGURE else _times(outcome, question)
 
 
-def _figure(question: Question, outcome: Outcome, a: float, b: float) -> str:
+def _figure(question: Question, outcome: Outcome, change: float) -> str:
     row, member, limit = question.row, question.member, outcome.floor
     if outcome.verdict is Verdict.SAME:
         return "equal values"
     if member.better not in ("lower", "higher") and outcome.verdict is not Verdict.WITHIN_NOISE:
         return "values differ and no direction is better"
     if member.exact or (row.case.family == "memory" and not limit):
-        return f"{b - a:+,.0f} {row.unit}, exact"
+        return f"{change:+,.0f} {row.unit}, exact"
     if row.case.family == "memory":
         return f"observed once; noise up to {percent(math.log(question.allowance), sign='')}"
     return "exact on this text" + (f"; noise up to {number(limit)} {row.unit}" if limit else "")
 
 
-def _interval(question: Question, outcome: Outcome) -> str:
+def _times(outcome: Outcome, question: Question) -> str:
+    for name, side in (("A", question.before), ("B", question.row)):
+        if side.detail.get("crowded"):
+            others = rules.number(side.detail.get("others")) or 0.0
+            return f"other work kept {others:.1f} cores busy while {name} was timed: measure again on a quiet machine"
     change, undecided = outcome.change, outcome.verdict is Verdict.UNUSABLE
-    if outcome.ground in PAIRED and change is not None:
-        windows = f"over {change.count} windows; floor {outcome.floor:g} nats"
-        beyond = outcome.ground == rules.THIS_TEXT
-        more = f"; beyond {percent(question.room)} on this very text, where it is exact" if beyond else ""
-        return ("no interval " if undecided else "paired ") + windows + more
     noise = f"noise up to {percent(outcome.floor, sign='')}"
     if outcome.ground == rules.RATIO:
         if change is None:
             return "no usable ratio to the reference on both sides"
-        return (
-            f"the ratio's interval is too wide to decide; {noise}" if undecided else f"ratio to the reference; {noise}"
-        )
+        wide = "the ratio's interval is too wide to decide"
+        return f"{wide if undecided else 'ratio to the reference'}; {noise}"
     if change is None:
         return "the two sides have not equally many repetitions"
-    blocks = f"over {change.count} blocks; {noise}"
-    if not change.usable:
-        return f"no interval {blocks}"
-    return f"the interval is too wide to decide {blocks}" if undecided else f"taken in turn {blocks}"
-
-
-def absent(blank: Entry) -> Entry:
-    """A case without a number on at least one side."""
-    a, b = blank.a, blank.b
-    if b.value is None and a.value is not None:
-        return replace(blank, verdict=Verdict.MISSING, reason=f"missing in B: {b.reason or 'no reason was given'}")
-    where = "both" if b.value is None else "A"
-    return replace(blank, verdict=Verdict.UNUSABLE, reason=f"missing in {where}: {a.reason or 'no reason was given'}")
+    kind = "the interval is too wide to decide" if undecided else "taken in turn"
+    return f"{kind if change.usable else 'no interval'} over {change.count} blocks; {noise}"
 
 
 def holds(row: Row) -> bool:
@@ -289,12 +253,12 @@ def behaved(blank: Entry) -> Entry:
         verdict, words = (Verdict.WORSE, "no longer holds") if holds(a) else (Verdict.BETTER, "holds again")
         return replace(blank, verdict=verdict, reason=f"{words}: {seen(a)} -> {seen(b)}{fault}")
     raised = [bool(row.detail.get("exception")) for row in (a, b)]
-    words = f"holds on neither side: {seen(a)} -> {seen(b)}{fault}"
+    verdict = Verdict.WITHIN_NOISE  # as is what lies within the range that both sides' known fault lists
     if raised[0] != raised[1]:
-        return replace(blank, verdict=Verdict.BETTER if raised[0] else Verdict.WORSE, reason=words)
-    if raised[0] or a.value is None or b.value is None or a.value == b.value:
-        return replace(blank, verdict=Verdict.SAME, reason=words)
-    if a.detail.get("fault") and a.detail.get("fault") == b.detail.get("fault"):  # both within the range that is listed
-        return replace(blank, verdict=Verdict.WITHIN_NOISE, reason=words)
-    apart = Verdict.WORSE if b.value > FACTOR * a.value else Verdict.BETTER if a.value > FACTOR * b.value else None
-    return replace(blank, verdict=apart or Verdict.WITHIN_NOISE, reason=words)
+        verdict = Verdict.BETTER if raised[0] else Verdict.WORSE
+    elif raised[0] or a.value is None or b.value is None or a.value == b.value:
+        verdict = Verdict.SAME
+    elif not a.detail.get("fault") or a.detail["fault"] != b.detail.get("fault"):
+        apart = Verdict.WORSE if b.value > FACTOR * a.value else Verdict.BETTER if a.value > FACTOR * b.value else None
+        verdict = apart or verdict
+    return replace(blank, verdict=verdict, reason=f"holds on neither side: {seen(a)} -> {seen(b)}{fault}")

@@ -12,8 +12,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from harness.core.contracts import Member
 from harness.core.environment import Environment, difference
@@ -21,16 +20,19 @@ from harness.core.records import Row, Verdict
 from harness.core.stats import FEWEST_WINDOWS, Estimate
 from harness.core.text import MIB, percent
 from harness.core.values import decode_number
-from harness.judge import error_rate, rules
+from harness.judge import rules
+from harness.judge.baselines import Recorded, token_limit
 from harness.judge.bounds import Bounds, Rule
-from harness.judge.question import Losses, Outcome, Question, read, stopped
-from harness.judge.recorded import Recorded
-from harness.judge.rules import MOVED, Obstacle, log_ratio
+from harness.judge.rules import MOVED, Losses, Obstacle, Outcome, Question, log_ratio, read, stopped
 
 LEFT = frozenset({"change", "bound", "floor", "smallest", "environment_difference"})  # by an earlier judgement
 EXPLAINED = frozenset({Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE})  # with how the environments differ
 FAILING = frozenset({Verdict.OUT_OF_BOUND, Verdict.WORSE})
 REQUIRED = frozenset({Verdict.UNRECORDED, Verdict.NOT_COMPARABLE})  # with --require-baselines
+MOVERS = "torch, transformers, tokenizers or the processor"
+BRIEF = 12  # characters of a hash that tell it from another in a line
+LABEL_WIDTH = 12  # of a failure's report
+SELECTABLE = re.compile(r"[\w:+./-]+")  # what pytest's -k reads as one word
 
 
 def judge(
@@ -52,7 +54,7 @@ def judge(
         recorded: what `Baselines.find` gave.
         environment: in which the row was measured.
         nll: per-token losses by sha, None where no file holds them.
-        tests: statistical tests of the session (`error_rate`), which share its error rate.
+        tests: statistical tests of the session (`rules.tests`), which share its error rate.
 
     Returns:
         The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval and p value),
@@ -61,26 +63,40 @@ def judge(
     """
     if row.value is None:
         return replace(row, verdict=Verdict.MISSING)
-    question = Question(row, member, bounds, recorded, nll, environment, tests)
-    reference, record = against_reference(question), against_record(question)
-    outcomes = sorted((outcome for outcome in (reference, record) if outcome.verdict), key=severity)
-    detail = _detail(question, reference, record)
+    reference = against_reference(row, member, bounds, tests)
+    if row.stopped_early:
+        record = Outcome(Verdict.NOT_COMPARABLE, stopped(row))
+    elif recorded is not None:
+        question = Question(row, member, bounds, recorded, nll, environment, tests)
+        record = against_record(question, recorded, row.value)
+    elif row.live:
+        record = Outcome(Verdict.UNRECORDED, "no record: a live module has none")
+    else:
+        record = Outcome(Verdict.UNRECORDED, f"no record; to record it: {command(row, '--regen-all')}")
+    decided = [(verdict, one) for one in (reference, record) if (verdict := one.verdict) is not None]
+    decided.sort(key=lambda pair: pair[0].severity)
+
+    detail = {key: value for key, value in row.detail.items() if key not in LEFT}
+    detail["floor"] = row.detail.get("aa_floor") if member.timed else bounds.floor(row.case)
+    if record.change is not None:
+        change = record.change
+        detail["change"] = {"value": change.value, "low": change.low, "high": change.high, "floor": record.floor}
+        detail["change"] |= {} if record.p is None else {"p": record.p}
+    if reference.verdict is not None and (rule := bounds.against_reference(row.case)):
+        detail["bound"] = f"{rule} ({rule.reason})"
+    if smallest := record.smallest or reference.smallest:
+        detail["smallest"] = smallest
     if recorded is not None and record.verdict in EXPLAINED:
         detail["environment_difference"] = difference(recorded.environment, environment)
     return replace(
         row,
-        verdict=outcomes[0].verdict or Verdict.SAME,
+        verdict=decided[0][0],
         verdict_reference=reference.verdict,
         verdict_baseline=record.verdict,
-        reason="; ".join(outcome.reason for outcome in outcomes if outcome.reason),
+        reason="; ".join(outcome.reason for _, outcome in decided if outcome.reason),
         baseline=recorded.file if recorded else "",
         detail=detail,
     )
-
-
-def severity(outcome: Outcome) -> int:
-    """0 for the most severe."""
-    return (outcome.verdict or Verdict.WITHIN_BOUND).severity
 
 
 def hold(row: Row, changed: Sequence[str]) -> Row:
@@ -93,22 +109,6 @@ def hold(row: Row, changed: Sequence[str]) -> Row:
     if word.severity >= row.verdict.severity:
         return replace(row, reason=f"{row.reason}; {text}")
     return replace(row, verdict=word, verdict_baseline=word, reason=f"{text}; {row.reason}")
-
-
-def _detail(question: Question, reference: Outcome, record: Outcome) -> dict[str, Any]:
-    """The row's detail with what was decided by; what an earlier judgement left there is replaced."""
-    row, rule = question.row, question.bounds.against_reference(question.row.case)
-    detail = {key: value for key, value in row.detail.items() if key not in LEFT}
-    detail["floor"] = row.detail.get("aa_floor") if question.member.timed else question.bounds.floor(row.case)
-    if record.change is not None:
-        change = asdict(record.change)
-        detail["change"] = {**{name: change[name] for name in ("value", "low", "high")}, "floor": record.floor}
-        detail["change"] |= {} if record.p is None else {"p": record.p}
-    if rule is not None and reference.verdict is not None:
-        detail["bound"] = f"{rule} ({rule.reason})"
-    if smallest := record.smallest or reference.smallest:
-        detail["smallest"] = smallest
-    return detail
 
 
 def fails(row: Row, *, require_baselines: bool, allow_missing: bool) -> bool:
@@ -127,51 +127,31 @@ def fails(row: Row, *, require_baselines: bool, allow_missing: bool) -> bool:
     return require_baselines and not excepted and bool(verdicts & REQUIRED)
 
 
-def against_reference(question: Question) -> Outcome:
+def against_reference(row: Row, member: Member, bounds: Bounds, tests: int) -> Outcome:
     """Whether the figure stays within what may be lost against the unquantized model, or equals its prediction."""
-    row, member = question.row, question.member
-    broken = non_finite(row, member)
-    if broken is not None:
+    if broken := unsound(row, member):
         return broken
-    if "predicted_equal" in row.detail and row.value is not None:
-        return _against_prediction(row, row.value)
-    rule = question.bounds.against_reference(row.case)
+    value = row.value if row.value is not None else math.nan
+    if "predicted_equal" in row.detail:
+        if row.detail["predicted_equal"]:
+            return Outcome(Verdict.WITHIN_BOUND, "as predicted, to the byte")
+        predicted = row.detail.get("predicted", math.nan)
+        text = f"measured {shown(value, row.unit)}, predicted {shown(predicted, row.unit)}: {value - predicted:+,.0f} B"
+        return Outcome(Verdict.OUT_OF_BOUND, text)
+    rule = bounds.against_reference(row.case)
     if rule is None or row.method == row.reference:
         return Outcome(None)
-    if row.stopped_early:
-        return _stopped_within(row, rule)
-    return _timing_within(question, rule) if member.timed else _value_within(row, member, rule)
-
-
-def non_finite(row: Row, member: Member) -> Outcome | None:
-    """What a loss or figure that is not finite means; None where all are. Never averaged away."""
-    ours, theirs = row.detail.get("non_finite", 0), row.detail.get("reference_non_finite", 0)
-    if ours:
-        whose = " of the reference" if row.method == row.reference else ""
-        of = f" of {row.detail['scored']}" if "scored" in row.detail else ""
-        return Outcome(Verdict.OUT_OF_BOUND, f"non-finite loss in {ours}{of} tokens{whose}")
-    if theirs:
-        return Outcome(
-            Verdict.UNUSABLE, f"the reference's own loss is non-finite in {theirs} tokens: nothing to compare with"
-        )
-    if row.value is not None and math.isfinite(row.value):
-        return None
-    verdict = Verdict.UNUSABLE if member.timed else Verdict.OUT_OF_BOUND
-    return Outcome(verdict, f"{row.metric} is non-finite: {row.value}")
-
-
-def _against_prediction(row: Row, value: float) -> Outcome:
-    predicted = row.detail.get("predicted", math.nan)
-    if row.detail["predicted_equal"]:
-        return Outcome(Verdict.WITHIN_BOUND, "as predicted, to the byte")
-    return Outcome(
-        Verdict.OUT_OF_BOUND,
-        f"measured {shown(value, row.unit)}, predicted {shown(predicted, row.unit)}: {value - predicted:+,.0f} B",
-    )
-
-
-def _value_within(row: Row, member: Member, rule: Rule) -> Outcome:
-    value = row.value if row.value is not None else math.nan
+    if row.stopped_early:  # read only until it was decided: its interval against the bound; across it nothing is known
+        low, high = row.interval or (-math.inf, math.inf)
+        text = f"{row.metric} {percent(low)} to {percent(high)} against {row.reference} after {read(row)}, bound {rule}"
+        seen = percent((high - low) / 2, sign="")
+        if low > rule.limit:
+            return Outcome(Verdict.OUT_OF_BOUND, text, smallest=seen)
+        if high <= rule.limit:
+            return Outcome(Verdict.WITHIN_BOUND, text, smallest=seen)
+        return Outcome(Verdict.UNUSABLE, f"{text}: stopped at its resolution, undecided", smallest=seen)
+    if member.timed:
+        return _timing_within(row, rule, tests)
     good = value >= rule.limit if rule.kind == "at_least" else value <= rule.limit
     figure = percent(value) if rule.kind == "ratio" else shown(value, row.unit)
     text = f"{row.metric} {figure} against {row.reference}, bound {rule}"
@@ -180,60 +160,74 @@ def _value_within(row: Row, member: Member, rule: Rule) -> Outcome:
     return Outcome(Verdict.WITHIN_BOUND if good else Verdict.OUT_OF_BOUND, text, smallest="exact on this text")
 
 
-def _stopped_within(row: Row, rule: Rule) -> Outcome:
-    """A delta that was read only until it was decided: its interval against the bound; across it nothing is known."""
-    limit = rule.limit
-    low, high = row.interval or (-math.inf, math.inf)
-    text = f"{row.metric} {percent(low)} to {percent(high)} against {row.reference} after {read(row)}, bound {rule}"
-    seen = percent((high - low) / 2, sign="")
-    if low > limit:
-        return Outcome(Verdict.OUT_OF_BOUND, text, smallest=seen)
-    if high <= limit:
-        return Outcome(Verdict.WITHIN_BOUND, text, smallest=seen)
-    return Outcome(Verdict.UNUSABLE, f"{text}: stopped at its resolution, undecided", smallest=seen)
+def unsound(row: Row, member: Member) -> Outcome | None:
+    """What a loss or figure that is not finite means, or a time taken beside other work; None where all is well.
+
+    Never averaged away.
+    """
+    if row.detail.get("crowded"):
+        others = f"other work kept {row.detail['others']:.1f} cores busy meanwhile"
+        return Outcome(Verdict.UNUSABLE, f"{others}: measure again on a quiet machine")
+    ours, theirs = row.detail.get("non_finite", 0), row.detail.get("reference_non_finite", 0)
+    if ours:
+        whose = " of the reference" if row.method == row.reference else ""
+        of = f" of {row.detail['scored']}" if "scored" in row.detail else ""
+        return Outcome(Verdict.OUT_OF_BOUND, f"non-finite loss in {ours}{of} tokens{whose}")
+    if theirs:
+        text = f"the reference's own loss is non-finite in {theirs} tokens: nothing to compare with"
+        return Outcome(Verdict.UNUSABLE, text)
+    if row.value is not None and math.isfinite(row.value):
+        return None
+    verdict = Verdict.UNUSABLE if member.timed else Verdict.OUT_OF_BOUND
+    return Outcome(verdict, f"{row.metric} is non-finite: {row.value}")
 
 
-def _timing_within(question: Question, rule: Rule) -> Outcome:
-    row = question.row
+def _timing_within(row: Row, rule: Rule, tests: int) -> Outcome:
     ratio = log_ratio(row.detail)
     if ratio is None:
         return Outcome(Verdict.UNUSABLE, "the ratio to the reference has no interval: raise --repetitions")
     text = f"time {percent(ratio.value)} against {row.reference} ({percent(ratio.low)} to {percent(ratio.high)})"
     beyond = replace(ratio, value=ratio.value - rule.limit, low=ratio.low - rule.limit, high=ratio.high - rule.limit)
-    half = percent(error_rate.smallest_time(beyond, 0.0, question.tests), sign="")
-    if beyond.value > 0 and error_rate.p_time(beyond, 0.0) <= error_rate.level(question.tests):
+    half = percent(rules.smallest_time(beyond, 0.0, tests), sign="")
+    if beyond.value > 0 and rules.p_time(beyond, 0.0) <= rules.level(tests):
         return Outcome(Verdict.OUT_OF_BOUND, f"{text}, bound {rule}", smallest=half)
     if ratio.high <= rule.limit:
         return Outcome(Verdict.WITHIN_BOUND, f"{text}, bound {rule}", smallest=half)
     return Outcome(Verdict.UNUSABLE, f"{text}: too wide to decide on the bound {rule}", smallest=half)
 
 
-MOVERS = "torch, transformers, tokenizers or the processor"
-BRIEF = 12  # characters of a hash that tell it from another in a line
-
-
-def against_record(question: Question) -> Outcome:
+def against_record(question: Question, recorded: Recorded, now: float) -> Outcome:
     """Whether the figure is what was recorded."""
-    row, recorded = question.row, question.before
-    if row.stopped_early:
-        return Outcome(Verdict.NOT_COMPARABLE, stopped(row))
-    if recorded is None and row.live:
-        return Outcome(Verdict.UNRECORDED, "no record: a live module has none")
-    if recorded is None:
-        return Outcome(Verdict.UNRECORDED, f"no record; to record it: {command(row, '--regen-all')}")
-    assert isinstance(recorded, Recorded)  # a row of another report has its own words
-    if obstacle := rules.obstacle(question, recorded):
+    row, exact, then = question.row, question.member.exact, recorded.value
+    if obstacle := rules.obstacle(question):
         return Outcome(Verdict.NOT_COMPARABLE, f"not comparable with {recorded.file}, {in_words(obstacle, question)}")
-    if row.value is None:
-        return Outcome(Verdict.UNUSABLE, "a figure that is not finite has no change")
-    outcome = rules.outcome(question, recorded, recorded.value, row.value)
+    outcome = rules.outcome(question, then, now)
+    both = f"{shown(now, row.unit)}, recorded {shown(then, row.unit)}"
     if outcome.ground == rules.NOT_FINITE:
-        return replace(outcome, reason=_not_finite(outcome, row, recorded))
+        undecided = outcome.verdict is Verdict.UNUSABLE
+        return replace(outcome, reason="a figure that is not finite has no change" if undecided else both)
     if outcome.ground == rules.FIGURE:
-        return _figure(question, outcome, row.value, recorded.value)
+        seen = "1 B" if exact else shown(outcome.floor, row.unit)
+        ending = f": {now - then:+,.0f}" if exact else f", allowance {seen}"
+        text = "equal to the record" if outcome.verdict is Verdict.SAME else both + ending
+        return replace(outcome, reason=text, smallest=seen)
     if outcome.ground == rules.RATIO:
         return _time(question, outcome)
-    return _loss(question, outcome, row.value, recorded)
+    if outcome.change is not None:
+        return _paired(question, outcome, outcome.change)
+    if outcome.ground == rules.VALUES:
+        shift = rules.value_change(row.metric, then, now) or 0.0
+        lost = "the per-token losses of the record or of this run are not there to pair"
+        beneath = outcome.verdict is Verdict.WITHIN_NOISE
+        ending = f"; {lost}" if beneath else f", but {lost}: record again"
+        return replace(outcome, reason=f"{shift:+.3g} against the record's value{ending}")
+    text = "every token's loss bit-identical to the record"
+    if outcome.verdict in MOVED:
+        text = (
+            f"{both}, from losses bit-identical to the record: what is made of them changed "
+            "(windows, weights or aggregate)"
+        )
+    return replace(outcome, reason=text, smallest=percent(question.floor, sign=""))
 
 
 def in_words(obstacle: Obstacle, question: Question) -> str:
@@ -254,21 +248,6 @@ def in_words(obstacle: Obstacle, question: Question) -> str:
     return f"{field}: {before} -> {now}"
 
 
-def _not_finite(outcome: Outcome, row: Row, recorded: Recorded) -> str:
-    if outcome.verdict is Verdict.UNUSABLE or row.value is None:
-        return "a figure that is not finite has no change"
-    return f"{shown(row.value, row.unit)}, recorded {shown(recorded.value, recorded.unit)}"
-
-
-def _figure(question: Question, outcome: Outcome, now: float, then: float) -> Outcome:
-    unit, exact = question.row.unit, question.member.exact
-    seen = "1 B" if exact else shown(outcome.floor, unit)
-    if outcome.verdict is Verdict.SAME:
-        return replace(outcome, reason="equal to the record", smallest=seen)
-    ending = f": {now - then:+,.0f}" if exact else f", allowance {seen}"
-    return replace(outcome, reason=f"{shown(now, unit)}, recorded {shown(then, unit)}{ending}", smallest=seen)
-
-
 def _time(question: Question, outcome: Outcome) -> Outcome:
     change, limit, row = outcome.change, outcome.floor, question.row
     if change is None:
@@ -276,67 +255,40 @@ def _time(question: Question, outcome: Outcome) -> Outcome:
         return replace(outcome, reason=f"{whose} ratio to the reference has no interval: raise --repetitions")
     text = f"ratio to {row.reference} {percent(change.value)} against the record "
     text += f"({percent(change.low)} to {percent(change.high)})"
-    if outcome.verdict is Verdict.UNUSABLE:
+    if row.detail.get("crowded") or question.before.detail.get("crowded"):
+        text += ": taken beside other work"
+    elif outcome.verdict is Verdict.UNUSABLE:
         text += f": too wide to see a change of {percent(limit)}"
     elif outcome.verdict in MOVED:
         text += f", limit {percent(limit)}"
-    seen = percent(error_rate.smallest_time(change, limit, question.tests), sign="")
+    seen = percent(rules.smallest_time(change, limit, question.tests), sign="")
     return replace(outcome, reason=text, smallest=seen)
 
 
-def _loss(question: Question, outcome: Outcome, now: float, recorded: Recorded) -> Outcome:
-    row, change = question.row, outcome.change
-    if change is not None:
-        return _paired(question, outcome, change, recorded)
-    if outcome.ground == rules.VALUES:
-        shift = rules.value_change(row.metric, recorded.value, now) or 0.0
-        lost = "the per-token losses of the record or of this run are not there to pair"
-        beneath = outcome.verdict is Verdict.WITHIN_NOISE
-        ending = f"; {lost}" if beneath else f", but {lost}: record again"
-        return replace(outcome, reason=f"{shift:+.3g} against the record's value{ending}")
-    text = "every token's loss bit-identical to the record"
-    if outcome.verdict in MOVED:
-        text = (
-            f"{shown(now, row.unit)}, recorded {shown(recorded.value, row.unit)}, from losses bit-identical to the "
-            "record: what is made of them changed (windows, weights or aggregate)"
-        )
-    return replace(outcome, reason=text, smallest=percent(question.floor, sign=""))
-
-
-def _paired(question: Question, outcome: Outcome, change: Estimate, recorded: Recorded) -> Outcome:
+def _paired(question: Question, outcome: Outcome, change: Estimate) -> Outcome:
     floor, room = outcome.floor, question.room
-    seen = percent(min(room, error_rate.smallest_loss(change, floor, question.tests)), sign="")
+    seen = percent(min(room, rules.smallest_loss(change, floor, question.tests)), sign="")
     text = f"{signed(change.value)} against the record ({change.low:+.3g} to {change.high:+.3g}, floor {floor:.3g})"
     if outcome.ground == rules.THIS_TEXT:
         text += f": beyond {percent(room)} on this very text, where it is exact"
     if outcome.verdict is Verdict.UNUSABLE:
         text += f": {change.count} windows, fewer than {FEWEST_WINDOWS}, cannot tell it from noise"
-    return replace(outcome, reason=text + blame(question, recorded, outcome.verdict), smallest=seen)
+    return replace(outcome, reason=text + blame(question, outcome.verdict), smallest=seen)
 
 
-def blame(question: Question, recorded: Recorded, verdict: Verdict | None) -> str:
+def blame(question: Question, verdict: Verdict | None) -> str:
     """Whether the unquantized reference moved too: then it was not the quantizer; '' where nothing can be said."""
     row, floor, room = question.row, question.floor, question.room
     if row.method == row.reference:
         return f"; the unquantized reference itself moved: {MOVERS} did it, no quantizer" if verdict in MOVED else ""
-    moved = rules.reference_change(question, recorded)
+    moved = rules.reference_change(question)
     if moved is None or rules.decide(moved, floor, 1, room) not in MOVED:
         return ""
     text = f"; the unquantized reference itself moved by {signed(moved.value)}"
-    apart = rules.paired_change(question, recorded)
+    apart = rules.paired_change(question)
     if apart is None or rules.decide(apart, floor, 1, room) in {*MOVED, Verdict.UNUSABLE}:
         return text
     return f"{text} and the loss against it did not: {MOVERS} did it, not the quantizer"
-
-
-LABEL_WIDTH = 12  # of a failure's report
-SELECTABLE = re.compile(r"[\w:+./-]+")  # what pytest's -k reads as one word
-
-
-def token_limit(protocol_id: str) -> str:
-    """'all', or 'first 4096': how much of the text a protocol id says was read."""
-    match = re.search(r"\btokens: (?:the )?(first \d+)", protocol_id)
-    return match[1] if match else "all"
 
 
 def shown(value: float, unit: str) -> str:
@@ -387,25 +339,7 @@ def message(row: Row, recorded: Recorded | None, environment: Environment) -> st
         lines.append(("baseline", f"{shown(recorded.value, row.unit)} ({recorded.file}{when}{times})"))
     if row.value is not None:
         lines.append(("measured", shown(row.value, row.unit)))
-    lines += _difference(row, recorded)
-    if recorded is not None:
-        changed = difference(recorded.environment, environment)
-        lines += _block("environment", changed or ["no difference to the record's"])
-    if row.verdict in (Verdict.WORSE, Verdict.UNRECORDED, Verdict.NOT_COMPARABLE):
-        lines += [("measure", command(row)), ("record", command(row, "--regen-all"))]
-    else:
-        lines.append(("run", command(row)))
-    return "\n".join([f"{row.verdict}: {row.case.id}", *(f"  {name:<{LABEL_WIDTH}}{text}" for name, text in lines)])
-
-
-def _block(name: str, texts: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name if first == 0 else "", text) for first, text in enumerate(texts)]
-
-
-def _difference(row: Row, recorded: Recorded | None) -> list[tuple[str, str]]:
-    """The judged change with its interval and floor, and the bound, as the judge left them in the row."""
-    lines = []
-    change = row.detail.get("change")
+    change = row.detail.get("change")  # this and what follows as the judge left it in the row
     if isinstance(change, dict):
         value, low, high = (decode_number(change[name]) for name in ("value", "low", "high"))
         lines.append(("difference", f"{signed(value)}, 95% interval {low:+.3g} to {high:+.3g}"))
@@ -417,4 +351,11 @@ def _difference(row: Row, recorded: Recorded | None) -> list[tuple[str, str]]:
         lines.append(("could see", f"{row.detail['smallest']}: the smallest effect"))
     if row.detail.get("bound"):
         lines.append(("bound", str(row.detail["bound"])))
-    return lines
+    if recorded is not None:
+        changed = difference(recorded.environment, environment) or ["no difference to the record's"]
+        lines += [("environment", changed[0]), *(("", text) for text in changed[1:])]
+    if row.verdict in (Verdict.WORSE, Verdict.UNRECORDED, Verdict.NOT_COMPARABLE):
+        lines += [("measure", command(row)), ("record", command(row, "--regen-all"))]
+    else:
+        lines.append(("run", command(row)))
+    return "\n".join([f"{row.verdict}: {row.case.id}", *(f"  {name:<{LABEL_WIDTH}}{text}" for name, text in lines)])

@@ -4,8 +4,6 @@ One outlier coarsens the whole tensor, which is what the per-channel scale of ab
 Weights only: the product is that of absmax-int8, `compute=bf16` included.
 """
 
-from __future__ import annotations
-
 from harness.methods.quantizing.int8 import Tensor8
 from harness.methods.quantizing.weight_method import weight_method
 

@@ -6,8 +6,6 @@ depend on another's. A token with one large channel loses its small ones, which 
 for. Not in the core list: it is planned when named.
 """
 
-from __future__ import annotations
-
 from harness.methods.quantizing.int8 import Rows8By8
 from harness.methods.quantizing.weight_method import weight_method
 

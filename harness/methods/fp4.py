@@ -5,8 +5,6 @@ w' = level[q] max|block|. Magnitudes over 12: 0, 1/16 (the one subnormal, 0.0052
 device, ours as its CPU code of 0.50 does.
 """
 
-from __future__ import annotations
-
 from harness.methods.quantizing.int4 import Blocks4
 from harness.methods.quantizing.weight_method import weight_method
 

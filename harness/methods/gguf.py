@@ -12,7 +12,7 @@ import functools
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.core.contracts import Arguments, Checkpoint, Method
 from harness.core.files import cache_dir
@@ -21,8 +21,6 @@ from harness.methods.quantizing.weight_method import stored_weights
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
     from torch import Tensor, nn
-
-    from harness.inputs.models.gguf_format.file import GgufFile
 
 
 def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
@@ -39,80 +37,60 @@ def gguf_method(kind: str, summary: str, bits: float, grid: str = "") -> Method:
         grid=grid,
         core=False,
         concurrent=True,
-        file_bytes=file_bytes,
+        file_bytes=lambda model: int(cast("Any", model).gguf_file_bytes),
     )
 
 
 def load(kind: str, checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
-    """The checkpoint through a file of this format; eval mode, on `device`."""
-    from harness.inputs.models import checkpoints
-    from harness.inputs.models.gguf_format import write
-    from harness.inputs.models.gguf_format.file import GgufFile
-
-    scratch = cache_dir() / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        path = Path(folder) / "model.gguf"
-        size = write.write(checkpoint, kind, path)
-        model: Any = checkpoints.open_model(checkpoint, arguments.dtype, "cpu")
-        fill(model, GgufFile(path), kind)
-    model.gguf_file_bytes = size
-    return model.to(device)  # type: ignore[no-any-return]
-
-
-def file_bytes(model: Any) -> int:
-    """Size of the file that `load` read this model from, bytes."""
-    return int(model.gguf_file_bytes)
-
-
-def sketch(kind: str, model: nn.Module, arguments: Arguments) -> None:
-    """Room for the blocks in place of every matrix, on the device where the model lies (meta too)."""
-    from harness.methods.quantizing import stored
-
-    for own, names in formats(model, kind).items():
-        stored.apply(model, recipe(own), names)
-
-
-def recipe(kind: str) -> Recipe:
-    """What `stored` needs: room for a matrix's blocks, to be filled from the file, and how they are read."""
-    from harness.inputs.models.gguf_format import file
-
-    def room(weight: Tensor) -> dict[str, Tensor]:
-        import torch
-
-        size = file.row_bytes(kind, weight.shape[1])
-        return {"blocks": torch.empty(weight.shape[0], size, dtype=torch.uint8, device=weight.device)}
-
-    def read(kept: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return file.dequantize(kept["blocks"], kind)
-
-    return Recipe(f"gguf-{kind.lower()}", Functions(room, read))
-
-
-def fill(model: Any, file: GgufFile, kind: str) -> None:
-    """Put every tensor of a file into a model of the same shapes; its matrices stay packed."""
+    """The checkpoint through a file of this format, its matrices kept packed; eval mode, on `device`."""
     import numpy as np
     import torch
 
-    from harness.inputs.models.gguf_format import architectures, read
+    from harness.inputs.models import checkpoints
+    from harness.inputs.models.gguf_format import architectures, write
+    from harness.inputs.models.gguf_format.file import GgufFile
     from harness.methods.quantizing import stored
 
-    architecture = architectures.of_config(model.config)
-    config = model.config
-    sketch(kind, model, Arguments("fp32"))
-    with torch.no_grad():
-        for name, tensor in file.tensors.items():
+    scratch = cache_dir() / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, torch.no_grad():
+        path = Path(folder) / "model.gguf"
+        size = write.write(checkpoint, kind, path)
+        model: Any = checkpoints.open_model(checkpoint, arguments.dtype, "cpu")
+        architecture = architectures.of_config(model.config)
+        sketch(kind, model, arguments)
+        for name, tensor in GgufFile(path).tensors.items():
             module_name, _, suffix = name.rpartition(".")
             module = model.get_submodule(architecture.module(module_name))
             store = stored.store_of(module) if suffix == "weight" else None
             if store is None:
-                values = read.in_layout(tensor.dequantize(), name, architecture, config)
+                values = architectures.in_layout(tensor.dequantize(), name, architecture, model.config)
                 getattr(module, suffix).copy_(torch.from_numpy(np.array(values, order="C")))
             else:
                 rows = tensor.data.reshape(tensor.shape[0], -1)  # (out, bytes a row)
-                if heads := architecture.heads(name, config):
-                    rows = read.halves_apart(rows, heads)
+                if heads := architecture.heads(name, model.config):
+                    rows = architectures.halves_apart(rows, heads)
                 store.get_buffer("blocks").copy_(torch.from_numpy(np.array(rows, order="C")))
+    model.gguf_file_bytes = size
+    return model.to(device)  # type: ignore[no-any-return]
+
+
+def sketch(kind: str, model: nn.Module, arguments: Arguments) -> None:
+    """Room for the blocks in place of every matrix, to be filled from the file, where the model lies (meta too)."""
+    import torch
+
+    from harness.inputs.models.gguf_format import file
+    from harness.methods.quantizing import stored
+
+    def room(weight: Tensor, kind: str) -> dict[str, Tensor]:
+        size = file.row_bytes(kind, weight.shape[1])
+        return {"blocks": torch.empty(weight.shape[0], size, dtype=torch.uint8, device=weight.device)}
+
+    def read(kept: Mapping[str, Tensor], shape: tuple[int, int], kind: str) -> Tensor:
+        return file.dequantize(kept["blocks"], kind)
+
+    for own, names in formats(model, kind).items():
+        stored.apply(model, Recipe(f"gguf-{own.lower()}", Functions(room, read), {"kind": own}), names)
 
 
 def formats(model: Any, kind: str) -> dict[str, list[str]]:

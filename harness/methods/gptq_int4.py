@@ -16,9 +16,6 @@ from harness.methods.quantizing.weight_method import calibrated_method
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-NAME = "gptq-int4"
-DAMP = 0.01  # the paper's
-
 
 def calibrate(
     model: nn.Module, names: list[str], windows: list[Tensor], checkpoint: Checkpoint, arguments: Arguments, device: str
@@ -27,17 +24,18 @@ def calibrate(
     from harness.methods.quantizing import gptq
 
     values: Any = arguments.values
-    options = gptq.GptqOptions(values["block"], values["damp"], values["act_order"] == "yes")
-    gptq.apply(model, names, windows, options, lambda tensors: gptq.recipe(NAME, options.block, tensors))
+    gptq.apply(model, names, windows, values["block"], values["damp"], values["act_order"] == "yes")
 
 
 METHOD = calibrated_method(
-    name=NAME,
+    name="gptq-int4",
     summary="GPTQ: symmetric int4 in blocks, codes calibrated on text",
     calibrate=calibrate,
     parameters={
         "act_order": Parameter(str, "yes", "quantize columns by falling activation energy", ("no", "yes")),
-        "damp": Parameter(float, DAMP, "of the mean diagonal of the inputs' second moments, added to it"),
+        "damp": Parameter(
+            float, 0.01, "of the mean diagonal of the inputs' second moments, added to it"
+        ),  # the paper's
     },
     concurrent=True,
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.quantizing.layers import GROUP, layer_method
+from harness.methods.quantizing.weight_method import GROUP, layer_method
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def replace(layer: nn.Linear, group: int) -> nn.Module:
@@ -34,25 +34,14 @@ def sketch(layer: nn.Linear, group: int) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
-def tensors(layer: Any) -> list[Tensor]:
-    """Codes, scales, zero points."""
-    return [layer.W_q, layer.meta["scale"], layer.meta["zero"]]
-
-
-def read(layer: Any) -> Tensor:
-    """(out, in)."""
-    result: Tensor = layer.dequantize()
-    return result
-
-
 METHOD = layer_method(
     name="hqq-int4",
     summary="HQQ 4-bit affine codes in groups, fitted without calibration",
     bits=4,
     requires=("hqq",),
     replace=replace,
-    tensors=tensors,
-    read=read,
+    tensors=lambda layer: [layer.W_q, layer.meta["scale"], layer.meta["zero"]],
+    read=lambda layer: layer.dequantize(),
     sketch=sketch,
     parameters={"group": GROUP},
 )

@@ -3,8 +3,6 @@
 The code -8 stays unused, so that the grid is symmetric. Ties round to even. |w - w'| <= s / 2.
 """
 
-from __future__ import annotations
-
 from harness.methods.quantizing.int4 import Steps4
 from harness.methods.quantizing.weight_method import weight_method
 

@@ -5,8 +5,6 @@ min and max exactly and reproduces any affine 4-bit grid of the same blocks (GGU
 end codes. Ties round to even. |w - w'| <= s / 2.
 """
 
-from __future__ import annotations
-
 from harness.methods.quantizing.int4 import AffineSteps4
 from harness.methods.quantizing.weight_method import weight_method
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Arguments, Checkpoint, Method
-from harness.methods.quantizing.layers import as_linear
-from harness.methods.quantizing.weight_method import calibrated_method
+from harness.methods.quantizing.weight_method import as_linear, calibrated_method
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor
@@ -28,6 +27,8 @@ def llmcompressor_method(name: str, summary: str, modifier: str) -> Method:
         model: Any, names: list[str], windows: list[Tensor], checkpoint: Checkpoint, arguments: Arguments, device: str
     ) -> None:
         """The library works on a model of its own; its codes come into layers of ours."""
+        import torch
+
         from harness.inputs.models import checkpoints
         from harness.methods.quantizing import gptq, stored
 
@@ -37,21 +38,18 @@ def llmcompressor_method(name: str, summary: str, modifier: str) -> Method:
             other.set_submodule(target, as_linear(other.get_submodule(target)))
         run(other, names, windows, modifier, block)
         theirs = dict(other.named_parameters())
-        for key, parameter in model.named_parameters():
-            if key.rpartition(".")[0] not in names or not key.endswith(".weight"):
-                parameter.copy_(theirs[key])
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.rpartition(".")[0] not in names or not key.endswith(".weight"):
+                    parameter.copy_(theirs[key])
         for target in names:
-            kept = gptq.packed(*codes(other.get_submodule(target), block))
+            layer: Any = other.get_submodule(target)
+            weight, scale = layer.weight.detach().float(), layer.weight_scale.detach().float()  # (out, in / block)
+            codes = (weight.unflatten(1, (-1, block)) / scale[..., None]).round().clamp(-8, 7).flatten(1)  # (out, in)
+            kept = gptq.packed(codes, scale)
             stored.apply(model, gptq.recipe(name, block, kept), [target])
 
     return calibrated_method(name=name, summary=summary, calibrate=calibrate, requires=("llmcompressor",))
-
-
-def codes(layer: Any, block: int) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) and steps (out, in / block) of a layer that the library has quantized."""
-    weight, scale = layer.weight.detach().float(), layer.weight_scale.detach().float()
-    groups = weight.unflatten(1, (-1, block)) / scale[..., None]  # (out, blocks, block)
-    return groups.round().clamp(-8, 7).flatten(1), scale
 
 
 def run(model: Any, names: Sequence[str], windows: Sequence[Tensor], modifier: str, block: int) -> None:

@@ -5,8 +5,6 @@ w' = level[q] max|block|. The levels are quantiles at equal steps of probability
 bitsandbytes uses too; a test derives them again.
 """
 
-from __future__ import annotations
-
 from harness.methods.quantizing.int4 import Blocks4
 from harness.methods.quantizing.weight_method import weight_method
 

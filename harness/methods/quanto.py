@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Method
-from harness.methods.quantizing.layers import layer_method
+from harness.methods.quantizing.weight_method import layer_method
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn
@@ -33,7 +33,7 @@ def quanto_method(name: str, summary: str, bits: float, kind: str) -> Method:
         requires=("optimum-quanto",),
         replace=replace,
         tensors=lambda layer: [layer.weight],
-        read=read,
+        read=lambda layer: layer.weight.dequantize(),
     )
 
 
@@ -48,12 +48,6 @@ def _outside_inference_mode(kind: Any) -> Any:
         return result
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
-
-
-def read(layer: Any) -> Tensor:
-    """(out, in)."""
-    result: Tensor = layer.weight.dequantize()
-    return result
 
 
 METHODS = (

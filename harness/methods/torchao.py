@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Method, Parameter
-from harness.methods.quantizing.layers import GROUP, layer_method
+from harness.methods.quantizing.weight_method import GROUP, layer_method
 
 if TYPE_CHECKING:  # annotations only
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def torchao_method(
@@ -17,14 +17,17 @@ def torchao_method(
 ) -> Method:
     """The method of one of the library's configurations, by its class's name."""
 
-    def replace(layer: nn.Linear, **values: Any) -> nn.Module:
+    def replace(layer: nn.Linear, group: int = 0) -> nn.Module:
+        import torch
         from torch import nn
         from torchao import quantization
 
-        chosen = getattr(quantization, config)(**_options(values))
-        holder = nn.Sequential(layer)
-        quantization.quantize_(holder, chosen)
-        layer.__class__ = _own_class()  # no plain nn.Linear any more: nothing may take its weight for a plain one
+        options: dict[str, Any] = {}
+        if group:
+            options = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(group)}  # type: ignore[attr-defined]
+        quantization.quantize_(nn.Sequential(layer), getattr(quantization, config)(**options))
+        # no plain nn.Linear any more, though of the same forward: nothing may take its weight for a plain one
+        layer.__class__ = type("TorchaoLinear", (nn.Linear,), {"__module__": __name__})
         return layer
 
     return layer_method(
@@ -34,32 +37,9 @@ def torchao_method(
         requires=("torchao",),
         replace=replace,
         tensors=lambda layer: [layer.weight],
-        read=read,
+        read=lambda layer: layer.weight.dequantize(),
         parameters=parameters,
     )
-
-
-def _options(values: Mapping[str, Any]) -> dict[str, Any]:
-    if "group" not in values:
-        return {}
-    import torch
-    from torchao.quantization import PerGroup
-
-    return {"weight_dtype": torch.int4, "granularity": PerGroup(int(values["group"]))}  # type: ignore[attr-defined]
-
-
-def _own_class() -> type[nn.Linear]:
-    """A subclass of nn.Linear with the same forward."""
-    from torch import nn
-
-    return type("TorchaoLinear", (nn.Linear,), {"__module__": __name__})
-
-
-def read(layer: nn.Linear) -> Tensor:
-    """(out, in)."""
-    weight: Any = layer.weight
-    result: Tensor = weight.dequantize()
-    return result
 
 
 METHODS = (

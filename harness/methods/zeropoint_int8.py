@@ -8,8 +8,6 @@ z keeps whole numbers in fp32: a row that lies far from 0 (a norm's weight) has 
 row c has no spread; its step is |c|, which makes it exact.
 """
 
-from __future__ import annotations
-
 from harness.methods.quantizing.int8 import ZeroPoints8
 from harness.methods.quantizing.weight_method import weight_method
 

@@ -143,11 +143,6 @@ MEASURES = {
 }
 
 
-def measure(subject: Subject, member: Member) -> Figure:
-    """One member for the case in hand."""
-    return MEASURES[member.name](subject, member)
-
-
 METRIC = Metric(
     family="divergence",
     members=(
@@ -156,5 +151,5 @@ METRIC = Metric(
         Member("divergence.rms_dp", "probability", "lower", paired=True),
         Member("divergence.first_divergence", "token", "higher", paired=True),
     ),
-    measure=measure,
+    measure=lambda subject, member: MEASURES[member.name](subject, member),
 )

@@ -37,13 +37,12 @@ the figure that did not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 from harness.core.contracts import Member, Metric, Subject
 from harness.core.errors import KERNEL, MEMORY, HarnessError, blamed
 from harness.core.records import Figure
-from harness.metrics.measuring.checks import CHECKS, LAYER, metric
+from harness.metrics.measuring.checks import CHECKS, metric
 
 WORDS = 200  # characters of an exception's first line
 TWICE = "run_twice"
@@ -61,13 +60,10 @@ def measure(subject: Subject, member: Member) -> Figure:
 
 def once(subject: Subject, name: str) -> Figure:
     """What a check finds; what the library raises is its finding, but for want of memory or of a kernel."""
-    from harness.metrics.measuring import layer_checks, model_checks
+    from harness.metrics.measuring import invariant_checks
 
-    checks: dict[str, Callable[[Subject], Figure]] = (
-        layer_checks.CHECKS if subject.case.model == LAYER else model_checks.CHECKS
-    )
     try:
-        return checks[name](subject)
+        return invariant_checks.CHECKS[name](subject)
     except HarnessError:
         raise
     except Exception as error:

@@ -25,15 +25,18 @@ timed against each other, and that log ratio is the session's A/A comparison. `a
 says how far the reference seems to differ from itself.
 
 `detail`: `p90 p99 reference_p50 reference_iqr reference_samples log_ratio log_ratio_low log_ratio_high
-log_ratio_usable aa_floor blocks warmup prompt_tokens new_tokens threads wait_policy`, seconds where a time; numbers
-that could not be had are null. On CUDA also `device_seconds` and `reference_device_seconds` (profiler; kernels and
-copies of one repetition), or null with `device_seconds_error`. Of `evaluation` one window is profiled, not the whole
-text; `device_tokens` says how long it is.
+log_ratio_usable aa_floor blocks warmup prompt_tokens new_tokens threads wait_policy others switches crowded`, seconds
+where a time; numbers that could not be had are null. `others` is how many of the process's cores were busy for somebody
+else meanwhile, `switches` how often a second it lost one; where fewer were left than it has threads the time is
+`crowded`, and nothing is decided by it. On CUDA also `device_seconds` and `reference_device_seconds` (profiler; kernels
+and copies of one repetition), or null with `device_seconds_error`. Of `evaluation` one window is profiled, not the
+whole text; `device_tokens` says how long it is.
 
 *Left out*: tokenising, loading, sampling, the transfer of results, everything before warm-up. On CUDA the gaps in which
 the device waits for the host are in, so a small model shows its launch cost.
-Equal to nobody else's number: absolute times belong to one machine. The forwards are the model's own: where a
-processor lacks products in half precision, `evaluation` alone gains from the engine's fp32 products.
+Equal to nobody else's number: absolute times belong to one machine. What runs is what a plain script runs: the forwards
+are the model's own, as `from_pretrained` gives it, and threads wait as they do there (`--wait-policy`); `python -m
+studies.performance.second_opinion` compares both. Only `evaluation` takes the engine's quicker products.
 """
 
 from __future__ import annotations
@@ -87,7 +90,11 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
             apart["device_tokens"] = len(window[0].ids) - 1
     summary = summarise(timing.candidate)
     detail = {"p90": summary.p90, "p99": summary.p99, **_against_reference(timing), **lengths, **apart}
-    detail |= {"threads": torch.get_num_threads(), "wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
+    threads = torch.get_num_threads()
+    detail |= {"threads": threads, "wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
+    if timing.load is not None:
+        detail |= {"others": timing.load.others, "switches": timing.load.switches}
+        detail["crowded"] = subject.device.name == "cpu" and timing.load.crowded(threads)
     return Figure(summary.p50, "s", len(timing.candidate), summary.iqr, samples=timing.candidate, detail=detail)
 
 

@@ -37,13 +37,10 @@ product is a file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.core.contracts import Member, Metric, Subject
 from harness.core.records import Figure
-
-if TYPE_CHECKING:  # annotations only
-    from torch import nn
 
 PROMPT = 8  # tokens of the forward before storage_after: any forward repacks, a short one is cheap
 WINDOW = 512  # tokens of the forward whose peak is read: the default protocol's window
@@ -53,43 +50,30 @@ PEAKS = ("resident", "allocated", "requested", "reserved")
 
 def measure(subject: Subject, member: Member) -> Figure:
     """One member of a loaded model; `Figure.detail` as the module's docstring says."""
-    model = subject.model  # loaded here at the latest, which fills `before` and `predicted`
+    model: Any = subject.model  # loaded here at the latest, which fills `before` and `predicted`
     if member.exact:
-        return _exact(subject, member.name)
+        value, predicted = subject.before[member.name], subject.predicted.get(member.name)
+        if predicted is None:  # a live module: no configuration and method say what it should be
+            return Figure(value, "B")
+        return Figure(value, "B", detail={"predicted": predicted, "predicted_equal": value == predicted})
     if member.needs_file:
         assert subject.method.file_bytes is not None  # else not planned
         return Figure(subject.method.file_bytes(model), "B")
     if member.name == "memory.load_peak":
         return _peak(subject.before, subject.device)
     if member.name == "memory.run_peak":
-        return _run_peak(subject, model)
-    return _storage_after(subject, model)
-
-
-def _exact(subject: Subject, name: str) -> Figure:
-    value, predicted = subject.before[name], subject.predicted.get(name)
-    if predicted is None:  # a live module: no configuration and method say what it should be
-        return Figure(value, "B")
-    return Figure(value, "B", detail={"predicted": predicted, "predicted_equal": value == predicted})
-
-
-def _storage_after(subject: Subject, model: nn.Module) -> Figure:
+        length = min(WINDOW, int(getattr(model.config, "max_position_embeddings", None) or WINDOW))
+        subject.release_reference()
+        subject.device.reset_peak()
+        _forward(subject, model, length)
+        figure = _peak(subject.device.peak(), subject.device)
+        figure.detail["tokens"] = length
+        return figure
     from harness.inputs.models import sizes
 
     _forward(subject, model, PROMPT)
     before = subject.before["memory.storage"]
     return Figure(sizes.storage_bytes(model), "B", detail={"before": before, "tokens": PROMPT})
-
-
-def _run_peak(subject: Subject, model: nn.Module) -> Figure:
-    context = getattr(model.config, "max_position_embeddings", None) or WINDOW
-    length = min(WINDOW, int(context))
-    subject.release_reference()
-    subject.device.reset_peak()
-    _forward(subject, model, length)
-    figure = _peak(subject.device.peak(), subject.device)
-    figure.detail["tokens"] = length
-    return figure
 
 
 def _peak(peak: Mapping[str, int], device: Any) -> Figure:

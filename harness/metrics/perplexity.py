@@ -67,14 +67,6 @@ def describe(subject: Subject, nll: NDArray[np.float32]) -> dict[str, Any]:
     }
 
 
-def per_token(subject: Subject, nll: NDArray[np.float32]) -> Figure:
-    """Perplexity a token."""
-    value = aggregate(nll, subject.plan)
-    error = standard_error(nll, window_slices(subject.plan))
-    detail = describe(subject, nll) | {"mean_nll": mean_nll(nll, subject.plan)}
-    return Figure(value, "ppl", len(nll), None if error is None else value * error, detail=detail)
-
-
 def delta(subject: Subject, nll: NDArray[np.float32]) -> Figure:
     """D with its interval over windows."""
     reference = subject.reference_nll()
@@ -112,7 +104,9 @@ def measure(subject: Subject, member: Member) -> Figure:
     """One member for the case in hand."""
     nll = subject.nll()
     if member.name == "perplexity":
-        return per_token(subject, nll)
+        value, error = aggregate(nll, subject.plan), standard_error(nll, window_slices(subject.plan))
+        detail = describe(subject, nll) | {"mean_nll": mean_nll(nll, subject.plan)}
+        return Figure(value, "ppl", len(nll), None if error is None else value * error, detail=detail)
     return delta(subject, nll) if member.paired else normalised(subject, nll, member)
 
 

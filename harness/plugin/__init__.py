@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.core.errors import HarnessError
-from harness.core.options import SETTINGS, Setting, read_declared
+from harness.core.options import SETTINGS, read_declared
 
 if TYPE_CHECKING:
     from harness.core.records import Case, Row
@@ -50,43 +51,26 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
             group.addoption(*spellings, dest=dest, action="store_true", help=f"{setting.help} (default: off)")
         else:
             text = f"{setting.help} (default: {setting.default})"
-            reader = as_argument(setting)
+            reader = functools.partial(as_argument, setting.read)
             group.addoption(*spellings, dest=dest, type=reader, metavar=setting.metavar, default=None, help=text)
 
 
 def is_active(config: pytest.Config) -> bool:
     """Whether the short names exist: asked for with -p, or the project has a [tool.harness] table."""
-    arguments = config.invocation_params.args
-    asked = any(
-        str(item) == "-pharness.plugin" or (str(item) == "harness.plugin" and str(before) == "-p")
-        for before, item in zip(("", *arguments), arguments, strict=False)
-    )
+    arguments = list(map(str, config.invocation_params.args))
+    asked = "-pharness.plugin" in arguments or ("-p", "harness.plugin") in itertools.pairwise(arguments)
     try:
         return asked or read_declared(config.rootpath)[0]
     except HarnessError:
         return True  # the table is there; `begin` says what is wrong with it
 
 
-def as_argument(setting: Setting) -> Callable[[str], Any]:
-    """The setting's reader, its errors turned into argparse's."""
-    assert setting.read is not None
-    read = setting.read
-
-    def reader(text: str) -> Any:
-        try:
-            return read(text)
-        except HarnessError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    reader.__name__ = setting.name
-    return reader
-
-
-def is_used(config: pytest.Config) -> bool:
-    """Whether this session means the harness, as far as its command line and its project say."""
-    given = any(config.getoption(f"harness_{setting.name}") not in (None, False) for setting in SETTINGS)
-    named = any("harness.cases" in argument or "harness/cases" in argument for argument in config.args)
-    return given or named or is_active(config)
+def as_argument(read: Callable[[str], Any], text: str) -> Any:
+    """What a setting's reader makes of a text, its error turned into argparse's."""
+    try:
+        return read(text)
+    except HarnessError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def begin(config: pytest.Config) -> State:
@@ -94,14 +78,13 @@ def begin(config: pytest.Config) -> State:
     from harness.plugin.state import State  # local, as all below: a session that does not use it pays for nothing
 
     worker = getattr(config, "workerinput", None)
+    register = config.pluginmanager.register
     for name, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     try:
         state = State(config)
-        state.validate()
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
-    register = config.pluginmanager.register
     if worker is not None:
         from harness.plugin.xdist import CARD, Worker
 
@@ -109,19 +92,17 @@ def begin(config: pytest.Config) -> State:
             fix = "give pyproject.toml a [tool.harness] table, or pytest -p harness.plugin"
             raise pytest.UsageError(f"with -n a session must say before its tests that it measures cases: {fix}")
         register(Worker(state, worker), "harness-worker")
-        config.stash[STATE] = state
-        return state
+    else:
+        from harness.plugin.collector import Collector, Publisher
+
+        collector = Collector(state)
+        register(collector, "harness-collector")
+        register(Publisher(state.options), "harness-publisher")
+        if state.workers:
+            from harness.plugin.xdist import Controller
+
+            register(Controller(state, collector), "harness-controller")
     config.stash[STATE] = state
-    from harness.plugin.collector import Collector
-    from harness.plugin.publisher import Publisher
-
-    collector = Collector(state)
-    register(collector, "harness-collector")
-    register(Publisher(state.options), "harness-publisher")
-    if state.workers:
-        from harness.plugin.xdist import Controller
-
-        register(Controller(state, collector), "harness-controller")
     return state
 
 
@@ -132,13 +113,15 @@ def state_of(config: pytest.Config) -> State:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the options once, in every process; collect in the controller."""
-    if is_used(config):
+    """Read the options once, where the command line or the project says that this session means the harness."""
+    given = any(config.getoption(f"harness_{setting.name}") not in (None, False) for setting in SETTINGS)
+    named = any("harness.cases" in argument or "harness/cases" in argument for argument in config.args)
+    if given or named or is_active(config):
         begin(config)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the group's process."""
+    """End the group's process, and leave the report directory to the next session."""
     if state := config.stash.get(STATE, None):
         state.close()
 
@@ -149,19 +132,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     state = state_of(metafunc.config)
     apart = metafunc.definition.get_closest_marker("invariant") is not None
-    try:
-        plan = state.invariants if apart else state.plan
-    except HarnessError as error:
-        raise pytest.UsageError(str(error)) from error
+    plan = state.invariants if apart else state.plan
     if apart and not plan:
-        unasked = pytest.param(None, id="all", marks=pytest.mark.skip(reason="run with -m invariant"))
-        metafunc.parametrize("harness_case", [unasked])
-        return
-    marks = {"cuda": pytest.mark.gpu, "cpu": pytest.mark.cpu}
-    parameters = [
-        pytest.param(case, id=case.id, marks=(marks[case.device], getattr(pytest.mark, case.family))) for case in plan
-    ]
-    metafunc.parametrize("harness_case", parameters)
+        unasked = pytest.mark.skip(reason="run with -m invariant")
+        return metafunc.parametrize("harness_case", [pytest.param(None, id="all", marks=unasked)])
+    devices = {"cuda": pytest.mark.gpu, "cpu": pytest.mark.cpu}
+    marks = {case: (devices[case.device], getattr(pytest.mark, case.family)) for case in plan}
+    metafunc.parametrize("harness_case", [pytest.param(case, id=case.id, marks=marks[case]) for case in plan])
 
 
 @pytest.hookimpl(trylast=True)
@@ -181,7 +158,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture
 def harness_check(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
     """Measure and judge one case; fails with a small report where the session must fail."""
-    from harness.plugin.checking import check
+    from harness.plugin.state import check
 
     return functools.partial(check, request, state_of(request.config))
 
@@ -193,6 +170,6 @@ def harness_measure(request: pytest.FixtureRequest) -> Callable[..., list[Row]]:
     With --report-dir each call leaves its report in a folder of its own there, `DIR/tests/TEST/1`; without it the
     measurements are temporary. A live module says by itself where it lies: --device is not held against it.
     """
-    from harness.plugin.fixtures import measure_in
+    from harness.plugin.state import measure_in
 
     return measure_in(request.config)

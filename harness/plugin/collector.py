@@ -1,4 +1,4 @@
-"""The controller's side of a session: which rows came in, and the files at the end.
+"""The controller's side of a session: which rows and published figures came in, and the files at the end.
 
 The only writer of the report directory's tables: workers attach their rows to the test report, and each row is
 flushed to measurements.jsonl as it arrives.
@@ -6,7 +6,9 @@ flushed to measurements.jsonl as it arrives.
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +17,29 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pluggy import HookimplMarker
 
-from harness import judge, report
+from harness import judge, published, report
 from harness.core.errors import HarnessError
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import visible
-from harness.judge import baselines, error_rate
-from harness.plugin.checking import CallOutcome
+from harness.judge import baselines, rules
+from harness.plugin.state import ENVIRONMENT, ROW, UNWRITTEN
 from harness.plugin.xdist import case_id
-from harness.results.directory import ReportDirectory, writing
-from harness.run import engines, merge
+from harness.published import beside, of_baselines, of_rows
+from harness.results.directory import MEASUREMENTS, PUBLISHED, REPORT, ReportDirectory, published_json, writing
+from harness.run import merge
 from harness.run.local import missing
 
 if TYPE_CHECKING:
+    from harness.core.options import Options
     from harness.plugin.state import State
 
 hookimpl = HookimplMarker("pytest")
 FAILED, NO_TESTS = 1, 5  # pytest's exit statuses for failed tests, and for none
+
+
+def command_of(session: pytest.Session) -> str:
+    """The command line, as a shell takes it."""
+    return shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
 
 
 class Collector:
@@ -38,7 +47,6 @@ class Collector:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.directory = ReportDirectory(state.options.report_dir)
         self.opened = False  # whether this session has a report: it measures something, or is a shard of nothing
         self.rows: dict[str, Row] = {}
         self.crashed: dict[str, str] = {}
@@ -54,31 +62,19 @@ class Collector:
 
     def begin(self, config: pytest.Config) -> None:
         """Open the report and make what the cases need; what a user must fix is said here, before anything ran."""
-        state, options, cases = self.state, self.state.options, self.state.selected
-        empty_shard = options.shard is not None and not cases
-        if config.option.collectonly or not (cases or empty_shard):
+        state, cases = self.state, self.state.selected
+        if config.option.collectonly or not (cases or state.options.shard):
             return
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         say = reporter.write_line if reporter is not None else print
         try:
-            engines.check_cards(cases, options, state.cuda, state.workers)
-            self.directory.own()
-            runnable = [case for case in cases if not state.absent(case)]
-            if runnable:
-                state.session.runner.arrived = self.keep
-            inputs = state.session.prepare(runnable, say) if runnable else {}
-            self.directory.open(keep=options.resume)
-            if state.workers:
-                self.directory.keep_inputs(inputs)
-            self.directory.keep_plan(cases)
-            if options.resume:
-                known = self.directory.resumable(say)
-                self.rows = {case.id: known[case.id] for case in cases if case.id in known}
+            state.session.open(cases, say, self.keep, state.workers)
         except HarnessError as error:
-            self.directory.give_up()
             raise pytest.UsageError(str(error)) from error
+        known = state.session.resumable
+        self.rows = {case.id: known[case.id] for case in cases if case.id in known}
         self.opened = True
-        say(f"harness: {len(cases)} cases planned, report in {options.report_dir}")
+        say(f"harness: {len(cases)} cases planned, report in {state.options.report_dir}")
 
     # which rows
 
@@ -87,35 +83,40 @@ class Collector:
         """Take a row as its test ends, and flush it."""
         if report.when != "call" and not report.failed:
             return
-        outcome = CallOutcome.of(report)
-        if outcome is None:
+        left: dict[str, Any] = dict(report.user_properties)
+        if ROW not in left:
             if report.failed and (name := case_id(report.nodeid)):
                 self.crashed[name] = str(report.longrepr).strip().splitlines()[-1] if report.longrepr else "crashed"
             return
-        if outcome.unwritten:
-            self.troubles.append(outcome.unwritten)
-        row = outcome.row
+        if UNWRITTEN in left:
+            self.troubles.append(left[UNWRITTEN])
+        row = Row.from_json(left[ROW])
         if report.failed and row.value is not None and not self.fails(row):
             reason = f"{row.reason}; exact facts differ from the record" if row.reason else "exact facts differ"
             row = replace(row, verdict=Verdict.WORSE, reason=reason)
         self.rows[row.case.id] = row
-        self.keep(row, outcome.world)
+        self.keep(row, left.get(ENVIRONMENT, {}))
 
     def keep(self, row: Row, world: Mapping[str, Any]) -> None:
         """Flush a row; one that was measured ahead comes without verdict, and again with it when its test runs."""
         try:
-            self.directory.append(row, world)
+            self.state.session.directory.append(row, world)
         except HarnessError as error:  # nothing more is measured that could not be kept
             raise pytest.exit.Exception(f"{error}; then go on with --resume", returncode=FAILED) from error
 
     @hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
         """Say the figure and the verdict where pytest says PASSED."""
-        outcome = CallOutcome.of(report) if report.when == "call" and not report.skipped else None
-        if outcome is None:
+        left = dict(report.user_properties) if report.when == "call" and not report.skipped else {}
+        if ROW not in left:
             return None
+        row = Row.from_json(left[ROW])
+        figure = f"missing: {visible(row.reason)}"
+        if row.value is not None:
+            scale, unit, digits = {"B": (2**-20, "MiB", 2), "s": (1e3, "ms", 1)}.get(row.unit, (1.0, row.unit, 4))
+            figure = f"{row.value * scale:.{digits}f} {unit} ({row.verdict})"
         letter, word = (".", "PASSED") if report.passed else ("F", "FAILED")
-        return report.outcome, letter, f"{word} {brief(outcome.row)}"
+        return report.outcome, letter, f"{word} {figure}"
 
     def fails(self, row: Row) -> bool:
         """Whether a row fails the session."""
@@ -136,11 +137,12 @@ class Collector:
         """Write everything, whatever ended the session."""
         if not self.opened:
             return
-        options = self.state.options
-        self.rows = {row.case.id: row for row in self.state.ahead()} | self.rows
-        rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in self.state.selected]
-        tests = self.state.tests
-        rows = error_rate.settle(rows, tests)
+        state = self.state
+        self.rows = {row.case.id: row for row in state.session.ahead()} | self.rows
+        rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in state.selected]
+        cases, bounds = state.whole or state.selected, state.session.bounds  # a shard has the error rate of the whole
+        tests = rules.tests(cases, bounds, stop_early=state.options.stop_early)
+        rows = rules.settle(rows, tests)
         self.rows = {row.case.id: row for row in rows}
         for step in (self._keep, self._record, self._publish):  # one that fails leaves the others standing
             try:
@@ -149,40 +151,36 @@ class Collector:
                 self.troubles.append(str(error))
         if self.troubles and session.exitstatus == 0:
             session.exitstatus = FAILED
-        if session.exitstatus == NO_TESTS and options.shard:
+        if session.exitstatus == NO_TESTS and state.options.shard:
             session.exitstatus = 0  # more shards than groups: nothing to do is done
         if session.exitstatus == 0 and any(self.fails(row) for row in rows):
             session.exitstatus = FAILED
 
-    @hookimpl
-    def pytest_unconfigure(self) -> None:
-        """Leave the report directory to the next session."""
-        self.directory.release()
-
     def _keep(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
         """The tables that a resumed session, a merge and every command start from."""
-        options = self.state.options
-        self.directory.keep(rows)
-        if options.shard and self.state.whole:
-            merge.write_shard(options.report_dir, options.shard, self.state.whole, tests)
+        options, whole = self.state.options, self.state.whole
+        self.state.session.directory.keep(rows)
+        if options.shard and whole:
+            merge.write_shard(options.report_dir, options.shard, whole, tests)
 
     def _record(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
         """The baselines, where they are recorded anew."""
-        options, worlds = self.state.options, self.directory.environments
+        options, directory = self.state.options, self.state.session.directory
         if options.regenerate:
             with writing(options.baselines):
                 chosen = baselines.to_record(rows, options.regenerate)
-                baselines.record(options.baselines, chosen, worlds, self.directory.losses)
+                baselines.record(options.baselines, chosen, directory.environments, directory.losses)
 
     def _publish(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
         """The report and its plots."""
-        command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
-        folder, worlds = self.directory.folder, self.directory.environments
-        self.report_path = report.write(folder, rows, self.state.selected, worlds, command=command)
+        directory = self.state.session.directory
+        worlds, command = directory.environments, command_of(session)
+        self.report_path = report.write(directory.folder, rows, self.state.selected, worlds, command=command)
 
     def why_not(self, case: Case) -> str:
         """Why a selected case has no row."""
-        return self.crashed.get(case.id) or self.state.absent(case) or "not reached: the session stopped before it"
+        absent = self.state.session.absent(case)
+        return self.crashed.get(case.id) or absent or "not reached: the session stopped before it"
 
     @hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -198,19 +196,53 @@ class Collector:
         gpu = [row for row in rows if row.device == "cuda"]
         if gpu:
             terminalreporter.write_line(f"{sum(row in ran for row in gpu)} of {len(gpu)} gpu cases ran")
-        reasons = dict.fromkeys(row.reason for row in rows if row.value is None)
-        for reason in reasons:
-            count = sum(row.reason == reason for row in rows if row.value is None)
+        for reason, count in Counter(row.reason for row in rows if row.value is None).items():
             terminalreporter.write_line(f"missing {count}: {visible(reason)}")
-        counts = {verdict: sum(row.verdict is verdict for row in ran) for verdict in Verdict}
-        terminalreporter.write_line(", ".join(f"{verdict} {count}" for verdict, count in counts.items() if count))
+        counts = Counter(row.verdict for row in ran)
+        terminalreporter.write_line(", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict]))
         if self.report_path:
             terminalreporter.write_line(f"report: {self.report_path}")
 
 
-def brief(row: Row) -> str:
-    """The figure in a few characters."""
-    if row.value is None:
-        return f"missing: {visible(row.reason)}"
-    scale, unit, digits = {"B": (2**-20, "MiB", 2), "s": (1e3, "ms", 1)}.get(row.unit, (1.0, row.unit, 4))
-    return f"{row.value * scale:.{digits}f} {unit} ({row.verdict})"
+class Publisher:
+    """Registered beside it: takes each published figure as its test ends, and puts them into the report."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.directory = ReportDirectory(options.report_dir)
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    @hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take a figure as its test ends."""
+        text = dict(report.user_properties).get("published_entry")
+        if report.when == "call" and isinstance(text, str):
+            entry = json.loads(text)
+            self.entries[entry["id"]] = entry
+
+    @hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Into the session's report; where nothing was measured, into the report that lies there, or one of its own."""
+        if not self.entries:
+            return
+        folder, claims = self.options.report_dir, self.options.baselines / "published"
+        try:
+            measured = (self.directory.folder / MEASUREMENTS).is_file()
+            ratios = of_rows(report.read_report(folder).rows) if measured else {}
+            listed = [self.entries[claim.id] for claim in published.read(claims) if claim.id in self.entries]
+            entries = beside(listed, ratios or of_baselines(self.options.baselines))
+            self.directory.put({PUBLISHED: published_json(entries) + "\n"})
+            if measured:
+                report.rewrite(folder)
+            else:
+                report.write(folder, (), (), {}, command=command_of(session))
+        except HarnessError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    @hookimpl
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """How many figures got which verdict."""
+        if self.entries:
+            terminalreporter.section("published figures")
+            terminalreporter.write_line(published.summary(list(self.entries.values())))
+            terminalreporter.write_line(f"report: {self.directory.folder / REPORT}")

@@ -1,19 +1,33 @@
-"""What one pytest process holds: the options, the plan, which cases were selected, and the session that measures."""
+"""What one pytest process holds, and what its tests ask of it: a case's row, or a measurement of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from urllib.parse import quote
 
+import pytest
+
+from harness import judge
+from harness.core.files import rewritten
 from harness.core.options import SETTINGS, Options, build, read_declared
-from harness.core.records import Case, Row
-from harness.judge import baselines, bounds, error_rate
-from harness.run import engines, plan, project
-from harness.run.session import Session
+from harness.core.records import Case, Row, Verdict
+from harness.judge import baselines
+from harness.run import measure
+from harness.run import plan as planning
+from harness.run.session import Session, check_engine, has_cuda
 
-if TYPE_CHECKING:
-    import pytest
+# What a test leaves for the controller: properties of its report, which pytest-xdist carries between processes.
+ROW = "harness_row"  # as JSON
+ENVIRONMENT = "harness_environment"  # that it was measured in
+UNWRITTEN = "harness_unwritten"  # why a record could not be written
+FOLLOWED = ("device", "baselines")  # options of the session that a test's own measurements follow
+LONGEST = 150  # characters of a test in a folder's name
 
 
 class State:
@@ -23,7 +37,7 @@ class State:
         config: pytest's, whose options and command line are read here and nowhere else.
 
     Raises:
-        HarnessError: an option, or the [tool.harness] table, that cannot be meant.
+        HarnessError: an option, a name, a record's schema or the [tool.harness] table that cannot be meant.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -31,7 +45,7 @@ class State:
         regenerate = "all" if config.getoption("regen_all", False) else ""
         regenerate = regenerate or ("force" if config.getoption("force_regen", False) else "")
         _, declared = read_declared(config.rootpath)
-        project.open_to(declared)
+        planning.open_to(declared)
         self.options: Options = build(
             given,
             declared,
@@ -41,76 +55,127 @@ class State:
         )
         self.is_worker = hasattr(config, "workerinput")
         self.workers = len(config.getoption("tx", None) or ())  # of pytest-xdist
-        self.words = (config.option.markexpr, config.option.keyword, *config.args)  # what the user named
+        check_engine(self.options.engine, self.workers)
+        self.cuda = has_cuda(self.options.device, self.options.ray_address)
+        self.plan = planning.plan(self.options, self.cuda)
+        named = (config.option.markexpr, config.option.keyword, *config.args)  # what the user speaks of
+        asked = any("invariant" in str(word) for word in named)
+        self.invariants = planning.invariant_plan(self.options, self.cuda) if asked else ()
+        baselines.validate(self.options.baselines)
         self.selected: tuple[Case, ...] = ()  # of this process; the controller's are those of all workers
         self.whole: tuple[Case, ...] = ()  # with --shard, the selected plan before it was cut
         self._session: Session | None = None
 
-    def validate(self) -> None:
-        """Every option, name and schema error now, as a HarnessError."""
-        engines.check(self.options, self.workers)
-        _ = self.plan
-        baselines.validate(self.options.baselines)
-
-    @functools.cached_property
-    def cuda(self) -> bool:
-        """Whether cases can run on a CUDA device."""
-        return engines.cuda(self.options)
-
-    @functools.cached_property
-    def plan(self) -> tuple[Case, ...]:
-        """Every case that the options ask for."""
-        return plan.plan(self.options, self.cuda)
-
-    @functools.cached_property
-    def invariants(self) -> tuple[Case, ...]:
-        """Every invariant's case; () where the command line does not speak of invariants."""
-        asked = any("invariant" in str(word) for word in self.words)
-        return plan.invariant_plan(self.options, self.cuda) if asked else ()
-
     def cut(self, items: list[Any]) -> list[Any]:
-        """Leave pytest's items of this shard in the list; returns the others."""
+        """Leave pytest's items of this shard in the list; returns the others. What measures no case is of the first."""
         assert self.options.shard
-        self.whole = plan.selected(items)
-        items[:], others = plan.cut(items, self.whole, self.options.shard)
+        self.whole = cases_of(items)
+        mine, first = set(planning.mine(self.whole, self.options)), self.options.shard.index == 1
+        kept: list[Any] = []
+        others: list[Any] = []
+        for item in items:
+            case = cases_of([item])
+            (kept if (case[0] in mine if case else first) else others).append(item)
+        items[:] = kept
         return others
 
     def select_items(self, items: Iterable[Any]) -> None:
         """The cases of the items that pytest collected and selected are this session's."""
-        self.select(plan.selected(items))
+        self.select(cases_of(items))
 
     def select(self, cases: Iterable[Case]) -> None:
         """These cases are this session's."""
         self.selected = tuple(dict.fromkeys(cases))
 
     def learn_whole(self, cases: Sequence[Case]) -> None:
-        """The plan before it was cut, as a worker saw it."""
+        """The plan before it was cut."""
         self.whole = tuple(cases)
 
     @property
-    def tests(self) -> int:
-        """Statistical tests of the session; a shard's are those of the whole, whose error rate it shares."""
-        rules = bounds.load(self.options.baselines)
-        return error_rate.tests(self.whole or self.selected, rules, stop_early=self.options.stop_early)
-
-    @property
     def session(self) -> Session:
-        """The session, made at the first case."""
+        """The session, made when the first case is."""
         if self._session is None:
-            self._session = Session(self.options, engines.threads(), self.whole or self.selected)
-            if self.is_worker:
-                self._session.hold_inputs()
+            cases = self.whole or self.selected
+            self._session = Session(self.options, planning.threads(), cases, cuda=self.cuda)
+            if self.is_worker:  # held to what the controller's session found when it began
+                self._session.runner.inputs = self._session.directory.known_inputs()
         return self._session
 
-    def ahead(self) -> list[Row]:
-        """Judged rows that came in and that no test asked for; none where nothing was measured."""
-        return self._session.ahead() if self._session else []
-
-    def absent(self, case: Case) -> str:
-        """Why a case cannot run here at all; '' when it can."""
-        return "no CUDA device" if case.device == "cuda" and not self.cuda else ""
-
     def close(self) -> None:
-        """End the group's process, if there is one."""
+        """End the session, if there is one."""
         if self._session:
             self._session.close()
+
+
+def cases_of(items: Iterable[Any]) -> tuple[Case, ...]:
+    """The cases of pytest's collected items, each once."""
+    calls = (getattr(item, "callspec", None) for item in items)
+    planned = (call.params.get("harness_case") for call in calls if call)
+    return tuple(dict.fromkeys(case for case in planned if case is not None))
+
+
+def check(request: pytest.FixtureRequest, state: State, case: Case) -> Row:
+    """Measure and judge one case; fails with a small report where the session must fail."""
+    __tracebackhide__ = True
+    session, options, properties = state.session, state.options, request.node.user_properties
+    row, trouble = session.check(case)
+    properties.append((ROW, row.to_json()))
+    if row.environment:
+        properties.append((ENVIRONMENT, dict(session.world(row))))
+    if trouble:
+        pytest.fail(f"{case.id}: a bug met while measuring\n{trouble}", pytrace=False)
+    if row.value is None:
+        if options.allow_missing:
+            pytest.skip(f"missing: {row.reason}")
+        pytest.fail(f"{case.id}: missing: {row.reason}", pytrace=False)
+    hold_facts(request, session, row)
+    if options.regenerate == "all" and row.verdict_reference is not Verdict.OUT_OF_BOUND:
+        return row
+    if options.regenerate == "force" and baselines.to_record([row], "force"):
+        pytest.fail(f"{case.id}: recorded anew because of --force-regen; run again without it", pytrace=False)
+    if judge.fails(row, require_baselines=options.require_baselines, allow_missing=options.allow_missing):
+        world = session.environment(row)
+        pytest.fail(judge.message(row, session.baselines.find(case, world), world), pytrace=False)
+    return row
+
+
+def hold_facts(request: pytest.FixtureRequest, session: Session, row: Row) -> None:
+    """Exact facts against `<method>.yaml` through pytest-regressions; nothing is written without its flags."""
+    __tracebackhide__ = True
+    regenerate, facts = session.options.regenerate, session.facts(row)
+    if not facts:
+        return
+    path = baselines.exact_path(session.options.baselines, row.case)
+    recorded = baselines.read_exact(path)
+    held = baselines.holds(recorded, facts) and row.verdict_baseline is not Verdict.NOT_COMPARABLE
+    if not (regenerate or held):
+        return  # the judge says so, with the command that records it
+    document = baselines.exact_document(recorded, facts, baselines.provenance(session.world(row)))
+    try:  # the fixture writes in place: a kill or a full disk would leave half a file
+        with rewritten(path) if regenerate else contextlib.nullcontext(path) as draft:
+            request.getfixturevalue("data_regression").check(document, fullpath=draft)
+    except OSError as error:
+        request.node.user_properties.append((UNWRITTEN, f"{path} cannot be written ({error.strerror})"))
+
+
+def measure_in(config: pytest.Config) -> Callable[..., list[Row]]:
+    """What the fixture `harness_measure` gives."""
+    given = {name: config.getoption(f"harness_{name}") for name in FOLLOWED}
+    start, home = config.invocation_params.dir, config.getoption("harness_report_dir")  # a test may change its folder
+    if given["baselines"] is not None:
+        given["baselines"] = start / given["baselines"]
+    calls: dict[str, itertools.count[int]] = {}
+
+    @functools.wraps(measure.measure)
+    def measured(models: Any = None, *arguments: Any, **options: Any) -> list[Row]:
+        chosen = {name: value for name, value in given.items() if not (name == "device" and measure.is_live(models))}
+        if home is not None:
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0] or "session"
+            number = next(calls.setdefault(test, itertools.count(1)))
+            folder = quote(test, safe="")
+            if len(folder) > LONGEST:
+                folder = f"{hashlib.sha256(folder.encode()).hexdigest()[:8]}-{folder[-LONGEST:]}"
+            chosen["report_dir"] = start / home / "tests" / folder / str(number)
+        return measure.measure(models, *arguments, **(chosen | options))
+
+    return measured

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
+from harness.core import gpus
 from harness.core.records import Case
-from harness.run import engines
 from harness.run.shards import longest_first
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ class Worker:
     @hookimpl
     def pytest_collection_finish(self) -> None:
         """Cases that need a card leave this process its own, before anything that computes is started."""
-        if any(case.device == "cuda" for case in self.state.selected):
-            engines.pin(self.given[CARD])
+        place = self.given[CARD]  # beyond the cards that there are the controller refuses the session
+        if any(case.device == "cuda" for case in self.state.selected) and place < len(gpus.cuda_devices()):
+            os.environ[gpus.VISIBLE] = gpus.entry(place, os.environ.get(gpus.VISIBLE))
 
     @hookimpl
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

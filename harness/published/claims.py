@@ -7,7 +7,7 @@ what was counted, at how many bits, in which unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -67,40 +67,27 @@ class Publication:
 
 
 class Claim(Table, frozen=True):
-    """One figure of one line of a report.
-
-    Attributes:
-        published: as printed; `digits` counts its decimals.
-        specification: the method of ours that stores the same weights, "" where there is none.
-        beside: the other figures of the same line, by metric.
-        fault: the control of docs/studies/pitfalls.md that yields this symptom.
-        passes: how many forward passes the report divides a time by.
-        dataset, text_protocol: what settles a perplexity once the weights are there.
-        tried: what weights can still tell where text or protocol is not said (`tries`).
-        reading: 'port' where the source joins rows and begins windows in a way of its own (`settling`).
-        slack: how far a measured figure may lie off, in the unit; "" is the printed precision.
-        verdict: the reviewed word, which the pytest case holds the computed one to.
-    """
+    """One figure of one line of a report."""
 
     report: Publication
     part: str
     method: str
-    specification: str
+    specification: str  # the method of ours that stores the same weights, "" where there is none
     metric: str
-    published: str
+    published: str  # as printed; `digits` counts its decimals
     unit: str
     convention: Convention | None = None
     reference: str = ""
-    fault: str = ""
+    fault: str = ""  # the control of docs/studies/pitfalls.md that yields this symptom
     remark: str = ""
-    passes: int = 1
-    dataset: str = ""
+    passes: int = 1  # how many forward passes the report divides a time by
+    dataset: str = ""  # with `text_protocol`, what settles a perplexity once the weights are there
     text_protocol: str = ""
-    tried: Literal["", "sentences", "cut texts"] = ""
-    reading: Literal["", "port"] = ""
-    slack: str = ""
-    verdict: str = ""
-    beside: Mapping[str, str] = field(default_factory=dict)
+    tried: Literal["", "sentences", "cut texts"] = ""  # by weights, where text or protocol is not said (`settling`)
+    reading: Literal["", "port"] = ""  # 'port': the source joins rows and begins windows in a way of its own
+    slack: str = ""  # how far a measured figure may lie off, in the unit; "" is the printed precision
+    verdict: str = ""  # the reviewed word, which the pytest case holds the computed one to
+    beside: Mapping[str, str] = field(default_factory=dict)  # the other figures of the same line, by metric
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -190,13 +177,12 @@ def read_file(path: Path) -> tuple[Claim, ...]:
     if file.report != path.stem:
         raise BadFile(f"{path} says report = {file.report!r}: write report = '{path.stem}'")
     report = Publication(file.report, file.model, file.text, file.protocol, file.missing, file.timed, file.timing)
-    return tuple(claim for line in file.claim for claim in _claims(path, report, line))
-
-
-def _claims(path: Path, report: Publication, line: Line) -> Iterator[Claim]:
-    for metric, figure in line.figures.items():
+    claims = []
+    for line in file.claim:
         shared = {"specification": line.specification, "reference": line.reference}
-        shared["remark"] = line.remark if metric == "memory" else ""
-        beside = {name: str(other.get("published")) for name, other in line.figures.items() if name != metric}
-        place = {"report": report, "part": line.part, "method": line.method, "metric": metric, "beside": beside}
-        yield fit({**shared, **figure, **place}, Claim, f"{path}: {line.part}, {line.method}, {metric}")
+        for metric, figure in line.figures.items():
+            beside = {name: str(other.get("published")) for name, other in line.figures.items() if name != metric}
+            place = {"report": report, "part": line.part, "method": line.method, "metric": metric, "beside": beside}
+            whole = {**shared, "remark": line.remark if metric == "memory" else "", **figure, **place}
+            claims.append(fit(whole, Claim, f"{path}: {line.part}, {line.method}, {metric}"))
+    return tuple(claims)

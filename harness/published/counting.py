@@ -11,23 +11,20 @@ again at 1, 2 or 4 bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from fnmatch import fnmatchcase
 
 import numpy as np
-from msgspec.structs import replace
 
 from harness.core import catalog
 from harness.core.specification import parse
 from harness.inputs.models import names
 from harness.methods.quantizing.arguments import resolve
-from harness.published.claims import MASKS, REMAINDERS, Claim, Convention, TensorGroup
+from harness.published.claims import MASKS, REMAINDERS, UNITS, Claim, Convention, TensorGroup
 
 SCALE_BYTES = 4  # fp32
 WIDTHS = (1, 2, 4)  # bytes an element: int8, fp16, fp32
@@ -56,27 +53,15 @@ class Anatomy:
     modules: Mapping[str, int]  # class name -> how many
     buffer_bytes: int  # of all buffers as transformers registers them today, in fp32
 
-    @property
-    def elements(self) -> int:
-        """Parameters, tied ones once."""
-        return sum(tensor.elements for tensor in self.tensors)
-
 
 @dataclass(frozen=True)
 class Truth:
     """What a method of ours holds, predicted: bytes, and how they are made up."""
 
     storage: int
-    footprint: int
     parameters: int
-    linear_elements: int
     codes: int  # bytes of the codes alone
-    bits_per_weight: float
-
-    @property
-    def state(self) -> int:
-        """Bytes of scales, zero points and tables."""
-        return round(self.bits_per_weight * self.linear_elements / 8) - self.codes if self.linear_elements else 0
+    state: int  # bytes of scales, zero points and tables
 
 
 @functools.cache
@@ -122,14 +107,9 @@ def truth(model: str, specification: str) -> Truth:
     arguments = resolve(parsed, method, "cpu")
     predicted = sizes.predict(names.config_of(model), method, arguments)
     elements = int(predicted["linear_elements"])
-    return Truth(
-        storage=int(predicted["memory.storage"]),
-        footprint=int(predicted["memory.footprint"]),
-        parameters=int(predicted["memory.parameters"]),
-        linear_elements=elements,
-        codes=int(elements * method.bits / 8),
-        bits_per_weight=predicted["bits_per_weight"],
-    )
+    codes = int(elements * method.bits / 8)
+    state = round(predicted["bits_per_weight"] * elements / 8) - codes if elements else 0
+    return Truth(int(predicted["memory.storage"]), int(predicted["memory.parameters"]), codes, state)
 
 
 @dataclass(frozen=True)
@@ -148,32 +128,17 @@ class Count:
         """All of it."""
         return self.quantized + self.remainder + self.scales + self.head_copy + self.masks + self.rotary
 
-    @property
-    def by_dtype(self) -> Mapping[str, int]:
-        """Codes apart from everything in floating point."""
-        return {"int8": self.quantized, "fp32": self.total - self.quantized}
-
-
-def layer_of(name: str) -> int | None:
-    """The decoder layer in a parameter's name: its first number."""
-    number = re.search(r"\.(\d+)\.", name)
-    return int(number[1]) if number else None
-
 
 def covers(group: TensorGroup, name: str) -> bool:
-    """Whether a group takes a parameter."""
-    layer = layer_of(name)
-    if group.layers is not None and (layer is None or not group.layers[0] <= layer <= group.layers[1]):
+    """Whether a group takes a parameter, whose decoder layer is the first number of its name."""
+    number = re.search(r"\.(\d+)\.", name)
+    if group.layers is not None and not (number and group.layers[0] <= int(number[1]) <= group.layers[1]):
         return False
     return any(fnmatchcase(name, pattern) for pattern in group.tensors)
 
 
 def count(anatomy: Anatomy, convention: Convention) -> Count:
-    """Count a model's bytes as a report does.
-
-    Raises:
-        ValueError: a group that takes no tensor, or bits that do not fill a byte.
-    """
+    """Count a model's bytes as a report does; ValueError where a group takes no tensor or bits do not fill a byte."""
     width = REMAINDERS[convention.remainder]
     quantized = remainder = scales = 0
     taken: set[int] = set()
@@ -191,44 +156,17 @@ def count(anatomy: Anatomy, convention: Convention) -> Count:
     if len(taken) < len(convention.quantized):
         missed = next(group for index, group in enumerate(convention.quantized) if index not in taken)
         raise ValueError(f"no parameter is called {' or '.join(missed.tensors)}")
+    tied = next((tensor for tensor in anatomy.tensors if tensor.role == "tied"), None)
+    head_copy = 0
+    if tied is not None and convention.head != "shared":  # in int8, beside the embedding that it was tied to
+        head_copy = tied.elements + (SCALE_BYTES * tied.channels if convention.scales != "none" else 0)
     return Count(
         quantized=quantized,
         remainder=remainder,
         scales=scales,
-        head_copy=_head_copy(anatomy, convention),
+        head_copy=head_copy,
         masks=anatomy.layers * (anatomy.positions**2 + 4) if convention.masks != "none" else 0,
         rotary=anatomy.layers * anatomy.rotary_elements * 4 if convention.rotary != "none" else 0,
-    )
-
-
-def _head_copy(anatomy: Anatomy, convention: Convention) -> int:
-    """An int8 copy of a tied head, beside the embedding it was tied to."""
-    tied = next((tensor for tensor in anatomy.tensors if tensor.role == "tied"), None)
-    if convention.head == "shared" or tied is None:
-        return 0
-    return tied.elements + (SCALE_BYTES * tied.channels if convention.scales != "none" else 0)
-
-
-def read_by_a_pass(anatomy: Anatomy, convention: Convention) -> int:
-    """Bytes of weights that one forward pass cannot do without: all but tables of which it reads a few rows.
-
-    A head that was copied is read in place of the embedding it was tied to. Buffers are not counted.
-    """
-    counted = count(anatomy, convention)
-    dropped = {"embedding"} | ({"tied"} if counted.head_copy else set())
-    rows = tuple(tensor for tensor in anatomy.tensors if tensor.role in dropped)
-    if not rows:
-        return counted.quantized + counted.remainder + counted.scales
-    wanted = tuple(group for group in convention.quantized if any(covers(group, row.name) for row in rows))
-    tables = count(dataclasses.replace(anatomy, tensors=rows), replace(convention, quantized=wanted, head="shared"))
-    return (
-        counted.quantized
-        + counted.remainder
-        + counted.scales
-        + counted.head_copy
-        - tables.total
-        + tables.masks
-        + tables.rotary
     )
 
 
@@ -296,10 +234,9 @@ def kinds(model: Anatomy) -> dict[str, int]:
     return dict(found)
 
 
-@functools.cache
-def search(model: str, published: Decimal, unit_bytes: int, digits: int) -> Search:
-    """Try the whole space for a figure printed with `digits` decimals of a unit of `unit_bytes`."""
-    about = anatomy(model)
+def search(claim: Claim) -> Search:
+    """Try the whole space for what prints as the claim's figure."""
+    about, unit = anatomy(claim.report.model), int(UNITS[claim.unit])
     sizes = kinds(about)
     totals = np.zeros(1, dtype=np.int64)
     for elements in sizes.values():
@@ -308,22 +245,17 @@ def search(model: str, published: Decimal, unit_bytes: int, digits: int) -> Sear
     masks = count(about, Convention(masks=MASKS[1])).masks
     extras = [(with_masks, again) for with_masks in (False, True) for again in (0, *WIDTHS)]
     space = np.concatenate([totals + masks * with_masks + head * again for with_masks, again in extras])
-    distance = np.abs(space - float(published) * unit_bytes)
-    window = distance <= unit_bytes * 10.0**-digits  # a printed step each side, then held to the printed digits
-    step = Decimal(1).scaleb(-digits)
-    hits = [
-        index
-        for index in np.flatnonzero(window)
-        if (Decimal(int(space[index])) / unit_bytes).quantize(step) == published
-    ]
+    distance = np.abs(space - float(claim.value) * unit)
+    window = distance <= unit * 10.0**-claim.digits  # a printed step each side, then held to the printed digits
+    hits = [index for index in np.flatnonzero(window) if claim.printed(int(space[index])) == claim.value]
     nearest: dict[int, int] = {}
     for index in np.argsort(distance, kind="stable")[: 64 * CLOSEST]:  # several assignments share a total
         nearest.setdefault(int(space[index]), int(index))
 
     def hit(index: int) -> Hit:
         extra, rest = divmod(index, len(totals))
-        digits_of = np.unravel_index(rest, (len(WIDTHS),) * len(sizes))
-        widths = {kind: WIDTHS[int(digit)] for kind, digit in zip(sizes, digits_of, strict=True)}
+        digits = np.unravel_index(rest, (len(WIDTHS),) * len(sizes))
+        widths = {kind: WIDTHS[int(digit)] for kind, digit in zip(sizes, digits, strict=True)}
         return Hit(int(space[index]), widths, *extras[extra])
 
     closest = tuple(hit(index) for index in list(nearest.values())[:CLOSEST])

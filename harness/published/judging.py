@@ -8,7 +8,7 @@ no right protocol reaches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
@@ -17,18 +17,7 @@ from msgspec.structs import replace
 
 from harness.core.text import mib
 from harness.published.claims import ROTARY, UNITS, Claim, Convention
-from harness.published.counting import (
-    Anatomy,
-    Count,
-    Truth,
-    anatomy,
-    count,
-    describe,
-    explain,
-    read_by_a_pass,
-    search,
-    truth,
-)
+from harness.published.counting import Count, Truth, anatomy, count, describe, explain, search, truth
 
 GB, GIB = 10**9, 2**30
 # Generous on purpose: A100 2.0, H100 3.35, H200 4.8, B200 8, and the HBM4 cards announced for 2026 up to 22 TB/s.
@@ -51,22 +40,15 @@ class Finding(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim and what became of it.
-
-    Attributes:
-        ours: our number in the claim's unit, None where there is none.
-        storage: bytes that the corresponding method of ours holds, None where there is none.
-        command: what reproduces or settles it.
-        ratio: the published figure over the same report's figure for its reference, None where it has none.
-    """
+    """A claim and what became of it."""
 
     claim: Claim
     finding: Finding
     note: str
-    ours: Decimal | None = None
-    storage: int | None = None
-    command: str = ""
-    ratio: Decimal | None = None
+    ours: Decimal | None = None  # our number in the claim's unit
+    storage: int | None = None  # bytes that the corresponding method of ours holds
+    command: str = ""  # what reproduces or settles it
+    ratio: Decimal | None = None  # the published figure over the same report's figure for its reference
 
 
 def judge(claims: Sequence[Claim]) -> tuple[Judgement, ...]:
@@ -74,20 +56,16 @@ def judge(claims: Sequence[Claim]) -> tuple[Judgement, ...]:
 
     Imports torch, reads no weights and no network.
     """
-    return tuple(_judge(claim, claims) for claim in claims)
-
-
-def _judge(claim: Claim, claims: Sequence[Claim]) -> Judgement:
-    kind = claim.metric.partition(".")[0].partition("_")[0]
-    if kind == "memory" or kind == "dtype":
-        return memory_judgement(claim)
-    if kind == "census":
-        return census_judgement(claim)
-    if kind == "perplexity":
-        return perplexity_judgement(claim, claims)
-    if kind in ("cpu", "gpu"):
-        return split_judgement(claim)
-    return time_judgement(claim, claims)
+    alone = {"memory": memory_judgement, "dtype": memory_judgement, "census": census_judgement}
+    alone |= {"cpu": split_judgement, "gpu": split_judgement}
+    found = []
+    for claim in claims:
+        kind = claim.metric.partition(".")[0].partition("_")[0]
+        if kind in alone:
+            found.append(alone[kind](claim))
+        else:
+            found.append((perplexity_judgement if kind == "perplexity" else time_judgement)(claim, claims))
+    return tuple(found)
 
 
 def memory_judgement(claim: Claim) -> Judgement:
@@ -95,20 +73,17 @@ def memory_judgement(claim: Claim) -> Judgement:
     held = truth(claim.report.model, claim.specification).storage if claim.specification else None
     command = f"python -m harness memory {claim.report.model} --method {claim.specification}" if held else ""
     if claim.convention is None:
-        space = search(claim.report.model, claim.value, int(UNITS[claim.unit]), claim.digits)
+        space = search(claim)
         finding = Finding.REPRODUCED if space.hits else Finding.NOT_DERIVABLE
         ours = _in_unit(space.hits[0].bytes, claim) if space.hits else None
         return Judgement(claim, finding, _joined(explain(space, claim), claim.remark), ours, held, command)
     total, note = counted(claim, claim.convention)
     agrees = claim.printed(total) == claim.value
     if not agrees:
-        note = (
-            f"under its convention ({describe(claim.convention)}) the architecture gives {claim.printed(total)}; {note}"
-        )
-    finding = Finding.REPRODUCED if agrees else Finding.REFUTED
-    return Judgement(
-        claim, finding, _joined(note, claim.remark, _control(claim)), _in_unit(total, claim), held, command
-    )
+        gives = f"under its convention ({describe(claim.convention)}) the architecture gives {claim.printed(total)}"
+        note = f"{gives}; {note}"
+    finding, note = Finding.REPRODUCED if agrees else Finding.REFUTED, _joined(note, claim.remark, _control(claim))
+    return Judgement(claim, finding, note, _in_unit(total, claim), held, command)
 
 
 def census_judgement(claim: Claim) -> Judgement:
@@ -129,10 +104,15 @@ def census_judgement(claim: Claim) -> Judgement:
 
 def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     """Refuted where the weights would have to be read faster than any memory can; else not settled by anyone."""
-    weights = weights_of_a_pass(claim)
+    about, codes = anatomy(claim.report.model), 0
+    if not claim.metric.startswith("latency_before"):
+        if not claim.specification:
+            raise ValueError(f"{claim.id} has no method of ours: give it a specification")
+        codes = truth(claim.report.model, claim.specification).codes
+    # bytes that a pass cannot do without: the codes, or all in fp32 but the tables, of which it reads a few rows
+    weights = codes or 4 * sum(tensor.elements for tensor in about.tensors if tensor.role != "embedding")
     seconds = claim.in_base_units / claim.passes
-    ratio = _ratio(claim, claims)
-    note = _published_ratio(ratio)
+    ratio, note = _ratio(claim, claims)
     rate = Decimal(weights) / seconds
     if rate > BYTES_PER_SECOND:
         least = Decimal(weights) / BYTES_PER_SECOND / UNITS[claim.unit] * claim.passes
@@ -152,13 +132,11 @@ def time_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
 
 def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     """Refuted beyond what any right protocol yields; settled by weights where text and protocol are named."""
-    about = anatomy(claim.report.model)
+    about, command = anatomy(claim.report.model), f"pytest tests/cases -m published --models {claim.report.model}"
     if claim.dataset and claim.text_protocol:
-        command = f"pytest tests/cases -m published --models {claim.report.model}"
         note = _joined(f"{claim.dataset} under {claim.text_protocol}", claim.remark, f"run: {command}")
         return Judgement(claim, Finding.NEEDS_WEIGHTS, note, command=command)
-    ratio = _ratio(claim, claims)
-    note = _published_ratio(ratio)
+    _, note = _ratio(claim, claims)
     if claim.value > about.vocabulary:
         said = (
             f"worse than a model that never looks at its input: {about.vocabulary:,} equally likely tokens give "
@@ -175,11 +153,10 @@ def perplexity_judgement(claim: Claim, claims: Sequence[Claim]) -> Judgement:
     missing = f"not said: {claim.report.missing['perplexity']}"
     said = _joined(missing, note, _control(claim), claim.remark)
     if claim.tried == "sentences":  # the text is named: every reading of it can be tried
-        command = f"pytest tests/cases -m published --models {claim.report.model} --datasets {claim.dataset}:FILE"
+        command += f" --datasets {claim.dataset}:FILE"
         said = _joined("the text is named, so every reading of it can be tried", said, f"run: {command}")
         return Judgement(claim, Finding.NEEDS_WEIGHTS, said, command=command)
     if claim.tried:  # the protocol is said, the articles are not
-        command = f"pytest tests/cases -m published --models {claim.report.model}"
         said = _joined(said, f"its protocol on {claim.dataset}, which settles nothing: {command}")
     return Judgement(claim, Finding.UNDERSPECIFIED, said)
 
@@ -220,10 +197,6 @@ def _unquantized_split(claim: Claim, held: Truth, missing: str) -> Judgement:
     return Judgement(claim, Finding.UNDERSPECIFIED, _joined(missing, said), whole, held.storage)
 
 
-def _published_ratio(ratio: Decimal | None) -> str:
-    return f"published ratio to its reference {ratio:.3f}" if ratio is not None else ""
-
-
 def _in_unit(base: int, claim: Claim) -> Decimal:
     return Decimal(base) / UNITS[claim.unit]
 
@@ -236,20 +209,17 @@ def _control(claim: Claim) -> str:
     return f"what yields this: control {claim.fault} of docs/studies/pitfalls.md" if claim.fault else ""
 
 
-def _ratio(claim: Claim, claims: Sequence[Claim]) -> Decimal | None:
-    """The claim over the same report's figure for the reference, as a plain factor."""
-    base: Mapping[str, str] = claim.beside
-    before = base.get({"latency_ms": "latency_before_ms", "perplexity": "perplexity_before"}.get(claim.metric, ""), "")
-    if claim.reference == "before" and before:
-        return claim.value / Decimal(before)
-    metric = claim.metric.replace("latency_table_s", "latency_s")
-    references = [
-        other
-        for other in claims
-        if (other.report.name, other.method, other.metric) == (claim.report.name, claim.reference, metric)
-    ]
-    references.sort(key=lambda other: other.part != claim.part)  # its own part's, else the other part's
-    return claim.value / references[0].value if references else None
+def _ratio(claim: Claim, claims: Sequence[Claim]) -> tuple[Decimal | None, str]:
+    """The claim over the same report's figure for the reference, as a plain factor and in words."""
+    column = {"latency_ms": "latency_before_ms", "perplexity": "perplexity_before"}.get(claim.metric, "")
+    base = claim.beside.get(column, "") if claim.reference == "before" else ""
+    if not base:
+        wanted = (claim.report.name, claim.reference, claim.metric.replace("latency_table_s", "latency_s"))
+        others = [other for other in claims if (other.report.name, other.method, other.metric) == wanted]
+        others.sort(key=lambda other: other.part != claim.part)  # its own part's, else the other part's
+        base = others[0].published if others else ""
+    ratio = claim.value / Decimal(base) if base else None
+    return ratio, f"published ratio to its reference {ratio:.3f}" if ratio is not None else ""
 
 
 def counted(claim: Claim, convention: Convention) -> tuple[int, str]:
@@ -257,41 +227,24 @@ def counted(claim: Claim, convention: Convention) -> tuple[int, str]:
     about = anatomy(claim.report.model)
     total = count(about, convention)
     if convention.only:
-        return total.by_dtype[convention.only], ""
-    notes = [_difference(claim, about, total)] if claim.specification else []
-    notes += [_also(convention, about, names) for names in convention.same_bytes]
-    notes += [_rotary(claim, convention, about)] if about.rotary_elements and convention.rotary == "none" else []
+        return total.quantized if convention.only == "int8" else total.total - total.quantized, ""
+    notes = [_difference(claim, total)] if claim.specification else []
+    for names in convention.same_bytes:  # other tensors at the same width: then the figure cannot tell them apart
+        other = replace(convention, quantized=(replace(convention.quantized[0], tensors=names),))
+        same = "the same bytes" if count(about, other).total == total.total else "other bytes"
+        notes.append(f"{' and '.join(names)} instead would give {same}")
+    if about.rotary_elements and convention.rotary == "none":
+        with_them = count(about, replace(convention, rotary=ROTARY[1]))
+        buffers, printed = f"{with_them.rotary:,} bytes of rotary buffers", claim.printed(with_them.total)
+        hidden = printed == claim.printed(total.total)
+        words = f"{buffers} would not show at this precision" if hidden else f"with {buffers} it would print {printed}"
+        notes.append(words)
     return total.total, _joined(*notes)
 
 
-def weights_of_a_pass(claim: Claim) -> int:
-    """Bytes of weights that a forward pass of the claim's model reads, as its method stores them."""
-    about = anatomy(claim.report.model)
-    if claim.metric.startswith("latency_before"):
-        return read_by_a_pass(about, Convention())
-    if not claim.specification:
-        raise ValueError(f"{claim.id} has no method of ours: give it a specification")
-    held = truth(claim.report.model, claim.specification)
-    return held.codes or read_by_a_pass(about, Convention())
-
-
-def _also(convention: Convention, about: Anatomy, names: tuple[str, ...]) -> str:
-    """Whether other tensors at the same width give the same bytes: then the figure cannot tell them apart."""
-    other = replace(convention, quantized=(replace(convention.quantized[0], tensors=names),))
-    same = count(about, other).total == count(about, convention).total
-    return f"{' and '.join(names)} instead would give {'the same bytes' if same else 'other bytes'}"
-
-
-def _rotary(claim: Claim, convention: Convention, about: Anatomy) -> str:
-    with_them = count(about, replace(convention, rotary=ROTARY[1]))
-    if claim.printed(with_them.total) == claim.printed(count(about, convention).total):
-        return f"{with_them.rotary:,} bytes of rotary buffers would not show at this precision"
-    return f"with {with_them.rotary:,} bytes of rotary buffers it would print {claim.printed(with_them.total)}"
-
-
-def _difference(claim: Claim, about: Anatomy, found: Count) -> str:
+def _difference(claim: Claim, found: Count) -> str:
     """Every term between storage and the published count, in bytes that add up exactly."""
-    held = truth(claim.report.model, claim.specification)
+    about, held = anatomy(claim.report.model), truth(claim.report.model, claim.specification)
     terms = [
         (held.state - found.scales, "scales and tables left out", "scales counted beyond ours"),
         (-found.head_copy, "", "the tied head counted again as an int8 copy"),

@@ -24,21 +24,13 @@ Figures = Mapping[str, float]  # by name, the unit in it; perplexities and count
 
 @dataclass(frozen=True)
 class Pitfall:
-    """One fault.
+    """One fault."""
 
-    Attributes:
-        name: as claims and `python -m harness published` refer to it.
-        title: a few words.
-        reported: what a report prints that this explains; "" for a fault that no report's figure needs.
-        symptom: whether figures bear the mark: true of the fault, false of the right version.
-        mark: the same in words.
-    """
-
-    name: str
+    name: str  # as claims and `python -m harness published` refer to it
     title: str
-    reported: str
-    symptom: Callable[[Figures], bool]
-    mark: str
+    reported: str  # what a report prints that this explains; "" for a fault that no report's figure needs
+    symptom: Callable[[Figures], bool]  # whether figures bear the mark: true of the fault, false of the right version
+    mark: str  # the same in words
 
 
 PITFALLS = {
@@ -165,22 +157,14 @@ def restored(code: int, low: float, high: float, divisor: int) -> float:
 
 
 def with_padding(text: float, padding: float, share: float) -> float:
-    """Perplexity where padding is scored like text.
-
-    Args:
-        text: perplexity of the text positions.
-        padding: perplexity of the padding.
-        share: of the padding among all scored positions, 0 to 1.
-    """
+    """Perplexity where padding is scored like text, from that of each; `share` of the positions (0..1) are padding."""
     return math.exp((1 - share) * math.log(text) + share * math.log(padding))
 
 
 def averaged(nll: ArrayLike, counts: Sequence[int]) -> float:
-    """The plain mean of perplexities taken piece by piece: exp is convex, so of equal pieces never below `perplexity`.
+    """The plain mean of perplexities of pieces: (tokens,) nats, and the tokens of each piece, which add up to them.
 
-    Args:
-        nll: (tokens,) nats.
-        counts: tokens of each piece, in order; they add up to the tokens.
+    Since exp is convex, it is of equal pieces never below `perplexity`.
     """
     values = np.asarray(nll, np.float64)
     with np.errstate(over="ignore"):

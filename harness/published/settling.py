@@ -13,7 +13,7 @@ It runs on articles that can be had, beside ours: what a figure of that kind loo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,7 @@ CHARACTERS = 512  # that a text is cut to
 def weights_for(claim: Claim, options: Options) -> Specification | None:
     """The session's model that a claim speaks of: by its name, else by its architecture (a local copy, another name).
 
-    Raises:
-        HarnessError: a model that is named as a folder or file and cannot be had.
+    HarnessError where one is named as a folder or file that cannot be had.
     """
     wanted = claim.report.model
     if any(str(model) == wanted for model in options.models):
@@ -71,16 +70,24 @@ def _checkpoint(model: Specification, options: Options) -> Checkpoint:
     )
 
 
-@dataclass(frozen=True)
 class Reader:
-    """A model and a text of a claim, at hand."""
+    """A method's model on a text of a claim; HarnessError, one line that says how, where either cannot be had."""
 
-    model: Any
-    tokenizer: Any
-    context: int  # tokens
-    corpus: corpora.Corpus
-    device: str
-    options: Options
+    def __init__(self, specification: str, options: Options, weights: Specification, text: Specification) -> None:
+        from harness.inputs.models import checkpoints
+        from harness.methods.quantizing.arguments import resolve
+
+        allowed = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+        names.locate(weights, options.declared, **allowed)
+        corpora.check(text, options.declared)
+        checkpoint, wanted = _checkpoint(weights, options), parse(specification)
+        self.options, self.device = options, "cpu" if options.device == "auto" else options.device
+        self.tokenizer = checkpoints.tokenizer(checkpoint)
+        self.context: int = checkpoints.read_config(checkpoint).max_position_embeddings  # tokens
+        method = catalog.methods()[wanted.name]
+        arguments = replace(resolve(wanted, method, self.device), declared=options.declared)
+        self.model = method.load(checkpoint, arguments, self.device)
+        self.corpus = corpora.read(text, options.declared)
 
     def plan(self, corpus: corpora.Corpus, protocol: str) -> TokenPlan:
         """The windows of a text under a protocol of ours."""
@@ -95,35 +102,22 @@ class Reader:
         return nll.astype(np.float64)
 
 
-def reader(specification: str, options: Options, weights: Specification, text: Specification) -> Reader:
-    """A method's model on a text.
-
-    Raises:
-        HarnessError: weights or text cannot be had; one line that says how.
-    """
-    from harness.inputs.models import checkpoints
-    from harness.methods.quantizing.arguments import resolve
-
-    allowed = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-    names.locate(weights, options.declared, **allowed)
-    corpora.check(text, options.declared)
-    device = "cpu" if options.device == "auto" else options.device
-    checkpoint, wanted = _checkpoint(weights, options), parse(specification)
-    tokenizer, context = checkpoints.tokenizer(checkpoint), checkpoints.read_config(checkpoint).max_position_embeddings
-    method = catalog.methods()[wanted.name]
-    arguments = replace(resolve(wanted, method, device), declared=options.declared)
-    model = method.load(checkpoint, arguments, device)
-    return Reader(model, tokenizer, context, corpora.read(text, options.declared), device, options)
-
-
 def settle(judgement: Judgement, options: Options, weights: Specification) -> Judgement:
-    """Measure a claim that needs weights; the verdict is 'reproduced' or 'refuted', by the claim's own reading.
-
-    Raises:
-        HarnessError: weights or text cannot be had; one line that says how.
-    """
+    """Measure a claim that needs weights (HarnessError as of `Reader`): reproduced or refuted, in its own reading."""
     claim = judgement.claim
-    ours, theirs = measured(claim, options, weights)
+    text = Reader("fp32", options, weights, parse(claim.dataset))
+
+    def value(corpus: corpora.Corpus, port: bool) -> float:
+        plan = text.plan(corpus, claim.text_protocol)
+        plan = led_by(plan, protocols.prefix_token(text.tokenizer)) if port else plan
+        nll = text.nll(plan.windows, options.batch_size)
+        if claim.metric.endswith("_word"):
+            return float(np.exp(nll.sum() / plan.normalisers["word"]))
+        return protocols.aggregate(nll, plan)
+
+    ours = theirs = value(text.corpus, False)
+    if claim.reading == "port":
+        theirs = value(as_port(text.corpus), True)
     note = f"measured {theirs:.4f} as the source reads the text"
     if ours != theirs:
         note += f", {ours:.4f} as our {claim.text_protocol} does"
@@ -136,22 +130,6 @@ def within(claim: Claim, value: float) -> bool:
     if claim.slack:
         return abs(Decimal(value) - claim.value) <= Decimal(claim.slack)
     return claim.printed(Decimal(value)) == claim.value
-
-
-def measured(claim: Claim, options: Options, weights: Specification) -> tuple[float, float]:
-    """Perplexity under our protocol, and under the source's own reading where that differs (else the same twice)."""
-    text = reader("fp32", options, weights, parse(claim.dataset))
-
-    def value(corpus: corpora.Corpus, port: bool) -> float:
-        plan = text.plan(corpus, claim.text_protocol)
-        plan = led_by(plan, protocols.prefix_token(text.tokenizer)) if port else plan
-        nll = text.nll(plan.windows, options.batch_size)
-        if claim.metric.endswith("_word"):
-            return float(np.exp(nll.sum() / plan.normalisers["word"]))
-        return protocols.aggregate(nll, plan)
-
-    ours = value(text.corpus, False)
-    return ours, value(as_port(text.corpus), True) if claim.reading == "port" else ours
 
 
 def as_port(corpus: corpora.Corpus) -> corpora.Corpus:
@@ -167,13 +145,12 @@ def led_by(plan: TokenPlan, token: int) -> TokenPlan:
 
 
 def tried(judgement: Judgement, options: Options, weights: Specification) -> Judgement:
-    """The judgement with what every reading gives; 'reproduced' or 'not derivable' where the text is named.
+    """The judgement with what every reading gives (HarnessError as of `Reader`).
 
-    Raises:
-        HarnessError: weights or text cannot be had; one line that says how.
+    It is 'reproduced' or 'not derivable' where the text is named.
     """
     claim, text = judgement.claim, text_of(judgement.claim, options)
-    values = readings(claim.tried, reader(claim.specification, options, weights, text))
+    values = readings(claim.tried, Reader(claim.specification, options, weights, text))
     listed = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
     if claim.tried == "cut texts":
         return replace(judgement, note=f"on {text}, not the report's articles: {listed}; {judgement.note}")
@@ -208,7 +185,8 @@ def readings(tried: str, text: Reader) -> Mapping[str, float]:
         }
     sentences = text.plan(text.corpus, "sentence").windows
     alone = [window for window in sentences if window.scored]
-    led = [behind(window, protocols.prefix_token(text.tokenizer)) for window in sentences if len(window.ids)]
+    lead = np.array([protocols.prefix_token(text.tokenizer)])  # behind it all of a sentence's own tokens are scored
+    led = [replace(one, ids=np.concatenate([lead, one.ids]), scored=len(one.ids)) for one in sentences if len(one.ids)]
     values = averages("each sentence alone", alone, text.nll(alone))
     values |= averages("each sentence behind a leading token", led, text.nll(led))
     return values | {f"one text, chunk:{width}": whole(width) for width in WIDTHS if width <= text.context}
@@ -222,11 +200,6 @@ def averages(name: str, windows: Sequence[Window], nll: Any) -> dict[str, float]
         f"{name}, over mean losses": float(np.exp(means.mean())),
         f"{name}, over perplexities": float(np.exp(means).mean()),
     }
-
-
-def behind(window: Window, token: int) -> Window:
-    """The window behind a token, all of its own tokens scored."""
-    return replace(window, ids=np.concatenate([[token], window.ids]), scored=len(window.ids))
 
 
 def cut_pages(corpus: corpora.Corpus) -> corpora.Corpus:

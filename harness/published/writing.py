@@ -1,32 +1,47 @@
-"""Judgements as plain entries, and entries as a terminal table, as JSON and as a section of markdown.
+"""Judgements as plain entries, and entries as a terminal table and as a section of markdown.
 
 An entry holds all that a reader is shown, so that a report can be made anew from published.json, without torch.
+Published ratios of times stand beside those measured here: a ratio is the only part of a time that travels at all.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from harness.core.records import Row
+from harness.core.specification import parse
 from harness.core.text import mib
 from harness.core.values import decode_number, encode
+from harness.judge import baselines
 from harness.published.counting import describe
 from harness.published.judging import Finding, Judgement
 
 LINE_WIDTH = 160  # of a sentence in the terminal
+METHOD_WIDTH = 22  # of the terminal's second column
 NOTE_WIDTH = 72  # of the terminal's last column: the whole line stays under 200 characters
 FIGURES = 6  # significant digits of our number where the claim prints none
 HEADERS = ("part", "method", "metric", "published", "ours", "storage MiB", "verdict", "why")
 RULE = "|:--|:--|:--|--:|--:|--:|:--|:--|"
 RATIOS = ("report", "method", "published time", "ratio", "ours [95%]", "of", "why they differ")
 RATIO_RULE = "|:--|:--|--:|--:|--:|:--|:--|"
+EMBEDDED = "smollm2-135m"  # whose recorded figures stand beside published ones where no session is named
+INSTEAD: Mapping[str, tuple[str, ...]] = {  # what a report timed -> members of `latency`, the nearest first
+    "forward": ("latency.forward", "latency.prefill"),
+    "generate": ("latency.generate", "latency.decode"),
+    "evaluation": ("latency.evaluation", "latency.forward", "latency.prefill"),
+}
+SIMILAR = 1.1  # two ratios within 10% are called alike: reports print no intervals
 
 PAGE_HEADING = """\
 # Published figures, computed again
@@ -40,9 +55,26 @@ difference to the published figure.
 Entry = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A method's time over the reference's: geometric centre and 95% limits."""
+
+    value: float
+    low: float
+    high: float
+    metric: str  # member of `latency`
+    where: str  # model and device
+
+
+Measured = Mapping[tuple[str, str], Ratio]  # by method name and member of `latency`
+
+
 def entry(judgement: Judgement) -> dict[str, Any]:
     """One judgement; numbers in the claim's unit, infinities as text, `ours` null where there is none."""
-    claim = judgement.claim
+    claim, ours, printed = judgement.claim, judgement.ours, ""
+    if ours is not None:
+        as_claimed = judgement.finding is Finding.REPRODUCED or claim.digits
+        printed = str(ours.quantize(Decimal(1).scaleb(-claim.digits))) if as_claimed else f"{ours:.{FIGURES}g}"
     given = {
         "id": claim.id,
         "report": claim.report.name,
@@ -57,18 +89,84 @@ def entry(judgement: Judgement) -> dict[str, Any]:
         "published": float(claim.value),
         "unit": claim.unit,
         "convention": describe(claim.convention) if claim.convention else "",
-        "ours": None if judgement.ours is None else float(judgement.ours),
+        "ours": None if ours is None else float(ours),
         "verdict": str(judgement.finding),
         "note": judgement.note,
         "command": judgement.command,
         "printed": claim.published,
-        "ours_printed": _ours(judgement),
+        "ours_printed": printed,
         "specification": claim.specification,
         "storage_bytes": judgement.storage,
         "published_ratio": None if judgement.ratio is None else float(judgement.ratio),
     }
     encoded: dict[str, Any] = encode(given)
     return encoded
+
+
+def of_rows(rows: Iterable[Row]) -> Measured:
+    """The ratios of a session's rows; of a method's specifications the bare name, else the first, stands for it."""
+    found: dict[tuple[str, str], Ratio] = {}
+    for row in sorted(rows, key=lambda row: ":" in row.method):
+        if row.value is not None and row.metric.startswith("latency."):
+            _put(found, row.method, row.metric, row.detail, f"{row.model}, {row.device}")
+    return found
+
+
+def of_baselines(folder: Path) -> Measured:
+    """The ratios recorded for the embedded model's bare methods, of several the newest."""
+    found: dict[tuple[str, str], Ratio] = {}
+    files = [(path, baselines.read_overlay(path)[1]) for path in baselines.overlays(folder / EMBEDDED)]
+    entries = [(entry, path.name.partition("@")[0]) for path, entries in files for entry in entries]
+    for entry, bare in sorted(entries, key=lambda pair: pair[0].recorded, reverse=True):
+        if entry.method_id.partition(":")[0] == bare and entry.metric.startswith("latency."):
+            world = entry.environment
+            chip = world.gpu or f"{world.cpu} ({world.instructions}), {world.threads} threads"
+            where = f"{EMBEDDED}, {chip}, recorded {entry.recorded[:10]}"
+            _put(found, entry.method_id, entry.metric, entry.detail, where)
+    return found
+
+
+def _put(found: dict[tuple[str, str], Ratio], method: str, metric: str, detail: Mapping[str, Any], where: str) -> None:
+    limits = [detail.get(name) for name in ("log_ratio", "log_ratio_low", "log_ratio_high")]
+    if all(isinstance(limit, (int, float)) and math.isfinite(limit) for limit in limits):
+        value, low, high = (math.exp(float(limit)) for limit in limits if limit is not None)
+        found.setdefault((parse(method).name, metric), Ratio(value, low, high, metric, where))
+
+
+def beside(entries: Sequence[Entry], measured: Measured) -> list[dict[str, Any]]:
+    """The entries, each published ratio of times with ours beside it and the reason where the two differ."""
+    told = []
+    for entry in entries:
+        timed, name = entry.get("timed", ""), str(entry.get("specification", "")).partition(":")[0]
+        ours = next((measured[name, metric] for metric in INSTEAD.get(timed, ()) if (name, metric) in measured), None)
+        if ours is None or entry.get("published_ratio") is None:
+            told.append({**entry, "our_ratio": None})
+        else:
+            told.append({**entry, "our_ratio": asdict(ours), "why_ratio": why(entry, ours, name)})
+    return told
+
+
+def why(entry: Entry, ours: Ratio, name: str) -> str:
+    """Whether the ratios are alike, and what is known to separate them."""
+    published, timed = entry["published_ratio"], entry["timed"]
+    if ours.low <= published <= ours.high or max(published / ours.value, ours.value / published) <= SIMILAR:
+        return "alike"
+    here, there = ("faster" if ratio < 1 else "slower" for ratio in (ours.value, published))
+    times = f"{here} in both, {ours.value / published:.2g} times the published ratio here"
+    parts = [times if here == there else f"{there} there, {here} here"]
+    if entry.get("verdict") == "refuted":
+        parts.append("the published times break the hardware's arithmetic, so their ratio says nothing of it")
+    kernels = "bitsandbytes has kernels for cards that read its codes, and others for processors"
+    others = "an implementation of its own there, ours here, on hardware that the report does not name"
+    parts.append(kernels if name.startswith("bnb-") else others)
+    if entry.get("timing"):
+        parts.append(str(entry["timing"]))
+    if any(word in str(entry.get("specification")) for word in ("names=", "layers=")):
+        parts.append("ours with every projection quantized")
+    if ours.metric != f"latency.{timed}":
+        parts.append(f"{ours.metric} stands in for the report's {timed}")
+    parts.append(f"{entry.get('model')} there, another model here")
+    return "; ".join(parts)
 
 
 def summary(entries: Sequence[Entry]) -> str:
@@ -84,37 +182,41 @@ def table(entries: Sequence[Entry]) -> str:
     """For a terminal: one line a figure, notes wrapped, reports apart; then the ratios of times."""
     parts = []
     for name, group in groupby(entries, key=lambda entry: entry["report"]):
-        lines = [[*_cells(entry), entry["note"]] for entry in group]
-        widths = [None, 22, None, None, None, None, None, NOTE_WIDTH]
-        written = tabulate(
-            lines, HEADERS, tablefmt="simple", maxcolwidths=widths, disable_numparse=True,
-            colalign=("left", "left", "left", "right", "right", "right", "left", "left"),
-        )  # fmt: skip
-        parts.append(f"{name}\n{written}")
+        parts.append(f"{name}\n{_terminal(HEADERS, list(map(_cells, group)), RULE)}")
     if timed := _timed(entries):
-        lines = [_ratio_cells(entry) for entry in timed]
-        widths = [None, 22, None, None, None, None, NOTE_WIDTH]
-        written = tabulate(
-            lines, RATIOS, tablefmt="simple", maxcolwidths=widths, disable_numparse=True,
-            colalign=("left", "left", "right", "right", "right", "left", "left"),
-        )  # fmt: skip
+        written = _terminal(RATIOS, list(map(_ratio_cells, timed)), RATIO_RULE)
         parts.append(f"{textwrap.fill(_where(timed), LINE_WIDTH)}\n{written}")
     return "\n\n".join([*parts, summary(entries)])
+
+
+def _terminal(headers: Sequence[str], lines: Sequence[Sequence[str]], rule: str) -> str:
+    """A table with its columns aligned as markdown's rule says, its last column wrapped."""
+    widths = [None, METHOD_WIDTH, *[None] * (len(headers) - 3), NOTE_WIDTH]
+    sides = ["right" if cell.endswith(":") else "left" for cell in rule.strip("|").split("|")]
+    return tabulate(lines, headers, tablefmt="simple", maxcolwidths=widths, disable_numparse=True, colalign=sides)
 
 
 def section(entries: Sequence[Entry]) -> str:
     """Markdown without a heading of its own level 2: the counts, the ratios of times, then one table a report."""
     parts = [summary(entries)]
     if timed := _timed(entries):
-        lines = [_line([_escape(cell) for cell in _ratio_cells(entry)]) for entry in timed]
-        parts += ["### Ratios of times", _escape(_where(timed)), "\n".join([_line(RATIOS), RATIO_RULE, *lines])]
+        parts += [
+            "### Ratios of times",
+            _escape(_where(timed)),
+            _markdown(RATIOS, map(_ratio_cells, timed), RATIO_RULE),
+        ]
     for name, group in groupby(entries, key=lambda entry: entry["report"]):
         found = list(group)
         parts.append(f"### Report {_escape(name)}: {_escape(found[0]['model'])}")
         parts.append(f"Text: {_escape(found[0]['text'])}. Protocol: {_escape(found[0]['protocol'])}.")
-        lines = [_line([_escape(cell) for cell in (*_cells(entry), entry["note"])]) for entry in found]
-        parts.append("\n".join([_line(HEADERS), RULE, *lines]))
+        parts.append(_markdown(HEADERS, map(_cells, found), RULE))
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown(headers: Sequence[str], lines: Iterable[Sequence[str]], rule: str) -> str:
+    """A table, unpadded: the last column is long."""
+    rows = [f"| {' | '.join(map(_escape, line))} |" for line in lines]
+    return "\n".join([f"| {' | '.join(headers)} |", rule, *rows])
 
 
 def page(entries: Sequence[Entry]) -> str:
@@ -148,11 +250,6 @@ def _ratio_cells(entry: Entry) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str]) -> str:
-    """A row of a markdown table, unpadded: the last column is long."""
-    return f"| {' | '.join(cells)} |"
-
-
 def _cells(entry: Entry) -> list[str]:
     storage = entry.get("storage_bytes")
     return [
@@ -163,15 +260,8 @@ def _cells(entry: Entry) -> list[str]:
         entry.get("ours_printed", ""),
         mib(storage) if storage is not None else "",
         entry["verdict"],
+        entry["note"],
     ]
-
-
-def _ours(judgement: Judgement) -> str:
-    if judgement.ours is None:
-        return ""
-    if judgement.finding is Finding.REPRODUCED or judgement.claim.digits:
-        return str(judgement.ours.quantize(Decimal(1).scaleb(-judgement.claim.digits)))
-    return f"{judgement.ours:.{FIGURES}g}"
 
 
 def _escape(text: str) -> str:

@@ -19,7 +19,7 @@ from harness.core.records import Case, Row, Verdict
 from harness.core.text import NOTHING, percent, plural
 from harness.core.values import decode_number, flatten
 from harness.judge.two_reports import INVARIANT, holds, seen
-from harness.report.markup import bullets, code, escape, measure, place, table
+from harness.report.markup import bullets, code, escape, table
 
 FAILING = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)  # what a session fails on, whatever its options
 OPEN = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED)  # nothing could be decided
@@ -38,7 +38,7 @@ MOVED = (Verdict.WORSE, Verdict.BETTER)
 
 def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     """One paragraph on the outcome, then what failed; `rows` are complete."""
-    mine = of_plan(rows, planned)
+    mine = rows[: len(set(planned))]  # what answers the plan comes first
     if not mine:
         return "**Nothing was measured: no case was planned.**"
     ran, counts = measured(mine), Counter(row.verdict for row in mine)
@@ -49,24 +49,21 @@ def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     elif harm:
         opening = f"Harm: {', '.join(harm)}."
     tally = f"Planned {len(mine):,}, ran {ran:,}, missing {len(mine) - ran:,}."
-    lines = [f"**{opening}** {intended(planned)}", "", f"{tally} Verdicts: {words(counts)}."]
+
+    def named(field: str) -> str:
+        return some((getattr(case, field) for case in planned), NAMED)
+
+    methods = {case.method for case in planned if case.method != case.reference}
+    texts, devices = named("dataset"), ", ".join(dict.fromkeys(case.device for case in planned))
+    where = f" on {texts} under {named('protocol')}" if texts else ""
+    against = f"{plural(len(methods), 'method')} against {named('reference')}"
+    intended = f"Planned: {against} for {named('model')}{where}; {named('family')}; on {devices}."
+    lines = [f"**{opening}** {intended}", "", f"{tally} Verdicts: {words(counts)}."]
     failed = [row for row in mine if row.verdict in FAILING and row.verdict is not Verdict.MISSING]
     lines += ["", *failures(failed[:SHOWN])] if failed else []
     if len(failed) > SHOWN:
         lines.append(f"- … and {len(failed) - SHOWN:,} more, in the account below.")
     return "\n".join(lines)
-
-
-def intended(planned: Sequence[Case]) -> str:
-    """What the session set out to measure, in a sentence."""
-    methods = {case.method for case in planned if case.method != case.reference}
-    texts = some((case.dataset for case in planned), NAMED)
-    where = f" on {texts} under {some((case.protocol for case in planned), NAMED)}" if texts else ""
-    models, families = some((case.model for case in planned), NAMED), some((case.family for case in planned), NAMED)
-    references = some((case.reference for case in planned), NAMED)
-    devices = ", ".join(dict.fromkeys(case.device for case in planned))
-    against = f"{plural(len(methods), 'method')} against {references}"
-    return f"Planned: {against} for {models}{where}; {families}; on {devices}."
 
 
 def measured(rows: Iterable[Row]) -> int:
@@ -86,6 +83,17 @@ def some(values: Iterable[str], most: int = SOME) -> str:
     return ", ".join(map(code, unique[:most])) + more
 
 
+def place(case: Case) -> str:
+    """Where a figure stands: model, method, text, metric."""
+    text = f", {code(case.dataset)} {code(case.protocol)}" if case.dataset else ""
+    return f"{code(case.model)}, {code(case.method)}{text}, {code(case.metric)}"
+
+
+def measure(case: Case) -> str:
+    """What was measured: the metric, and the text where there is one."""
+    return code(case.metric) + (f" {code(case.dataset)} {code(case.protocol)}" if case.dataset else "")
+
+
 def failures(rows: Iterable[Row]) -> list[str]:
     """One bullet a row with its verdict and reason."""
     return [
@@ -96,8 +104,14 @@ def failures(rows: Iterable[Row]) -> list[str]:
 
 def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     """Planned, ran, missing and why, then every row that failed and what stayed open; `rows` are complete."""
-    mine = of_plan(rows, planned)
-    parts = [_counts(mine)] if mine else ["No case was planned."]
+    mine = rows[: len(set(planned))]
+    lines = []
+    for (model, device), own in grouped(mine, lambda row: (row.model, row.device)).items():
+        ran = measured(own)
+        numbers = [f"{count:,}" for count in (len(own), ran, len(own) - ran)]
+        lines.append([code(model), escape(device), *numbers, words(Counter(row.verdict for row in own))])
+    headers = ["model", "device", "planned", "ran", "missing", "verdicts"]
+    parts = [table(headers, lines, words=(0, 1, -1)) if mine else "No case was planned."]
     if missing := [row for row in mine if row.value is None]:
         parts.append("Missing, by reason:\n\n" + "\n".join(by_reason(missing)))
     if failed := [row for row in mine if row.verdict in FAILING and row.value is not None]:
@@ -114,15 +128,6 @@ def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     if extra := len(rows) - len(mine):
         parts.append(f"{plural(extra, 'row')} of an earlier plan stand in the tables and are not counted here.")
     return "\n\n".join(parts)
-
-
-def _counts(rows: Sequence[Row]) -> str:
-    lines = []
-    for (model, device), own in grouped(rows, lambda row: (row.model, row.device)).items():
-        ran = measured(own)
-        numbers = [f"{count:,}" for count in (len(own), ran, len(own) - ran)]
-        lines.append([code(model), escape(device), *numbers, words(Counter(row.verdict for row in own))])
-    return table(["model", "device", "planned", "ran", "missing", "verdicts"], lines, words=(0, 1, -1))
 
 
 def by_reason(rows: Sequence[Row]) -> list[str]:
@@ -161,17 +166,17 @@ def baselines(rows: Sequence[Row]) -> str:
 
 
 def protocols(rows: Sequence[Row], *, clashes_only: bool = False) -> str:
-    """Protocol ids and token hashes; two under one short name are said to be two (and, if asked, no other is said)."""
-    groups: dict[tuple[str, str, str], dict[tuple[str, str], list[Row]]] = {}
-    for row in rows:
-        if row.protocol_id or row.token_hash:
-            key = (row.model, row.dataset, row.protocol)
-            groups.setdefault(key, {}).setdefault((row.protocol_id, row.token_hash), []).append(row)
+    """Protocol ids and token hashes, then the weights' revisions or content hashes.
+
+    Two under one short name are said to be two (and, if asked, no other is said).
+    """
+    read = [row for row in rows if row.protocol_id or row.token_hash]
+    texts = grouped(read, lambda row: (row.model, row.dataset, row.protocol))
+    groups = {place: grouped(own, lambda row: (row.protocol_id, row.token_hash)) for place, own in texts.items()}
     lines = []
     if clashes_only and (left := sum(len(found) == 1 for found in groups.values())):
-        lines.append(
-            f"- {plural(left, 'text')} of a model under a protocol: ids and token hashes in measurements.jsonl."
-        )
+        told = "ids and token hashes in measurements.jsonl."
+        lines.append(f"- {plural(left, 'text')} of a model under a protocol: {told}")
         groups = {place: found for place, found in groups.items() if len(found) > 1}
     for (model, dataset, protocol), found in groups.items():
         name = f"{code(dataset)} under {code(protocol)} for {code(model)}"
@@ -181,14 +186,11 @@ def protocols(rows: Sequence[Row], *, clashes_only: bool = False) -> str:
             tokens = next((row.detail["tokens"] for row in served if isinstance(row.detail.get("tokens"), int)), None)
             count = f", {plural(tokens, 'token')}" if tokens is not None else ""
             lines.append(f"- {name}: {escape(protocol_id)}; token ids sha256 {code(token_hash)}{count}")
-    return "\n".join(lines) or "No text was read."
-
-
-def revisions(rows: Sequence[Row]) -> str:
-    """The resolved revision or content hash of every model measured."""
-    known = dict.fromkeys((row.model, row.revision) for row in rows if row.revision)
-    lines = [f"{code(model)}: {code(revision)}" for model, revision in known]
-    return bullets("Weights, by commit or content:", lines) if lines else ""
+    parts = ["\n".join(lines) or "No text was read."]
+    if known := dict.fromkeys((row.model, row.revision) for row in rows if row.revision):
+        weights = [f"{code(model)}: {code(revision)}" for model, revision in known]
+        parts.append(bullets("Weights, by commit or content:", weights))
+    return "\n\n".join(parts)
 
 
 def environments(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> str:
@@ -348,20 +350,8 @@ class Section:
 
     def aligned(self, method: str) -> bool:
         """Whether the method's codes can represent the grid on which the model's weights already lie."""
-        return method in self._aligned
-
-    @functools.cached_property
-    def _aligned(self) -> frozenset[str]:
-        return frozenset(
-            row.method
-            for row in self.cells.values()
-            if row.detail.get("grid_aligned") is True or row.census.get("grid_aligned") is True
-        )
-
-
-def is_large(cases: int) -> bool:
-    """Whether a report of so many cases leaves its tables out."""
-    return cases > MOST_CASES
+        rows = (row for _, row in self.by_method.get(method, ()))
+        return any(row.detail.get("grid_aligned") is True or row.census.get("grid_aligned") is True for row in rows)
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -385,24 +375,12 @@ def complete(rows: Sequence[Row], planned: Sequence[Case]) -> tuple[Row, ...]:
     return (*answered, *(row for case, row in by_case.items() if case not in wanted))
 
 
-def of_plan(rows: Sequence[Row], planned: Sequence[Case]) -> Sequence[Row]:
-    """Of complete rows, those that answer the plan: they come first."""
-    return rows[: len(set(planned))]
-
-
 def sections(rows: Sequence[Row]) -> tuple[Section, ...]:
     """Group complete rows; sections, methods, texts and metrics keep the order of the rows."""
-    groups = grouped(rows, lambda row: (row.model, row.device, row.reference))
-    return tuple(_section(*key, members) for key, members in groups.items())
-
-
-def _section(model: str, device: str, reference: str, rows: Sequence[Row]) -> Section:
-    cells = {(row.method, row.metric, (row.dataset, row.protocol)): row for row in rows}
-    methods = sorted(dict.fromkeys(method for method, _, _ in cells), key=lambda method: method != reference)
-    texts = dict.fromkeys(text for _, _, text in cells if text[0])
-    return Section(model, device, reference, tuple(methods), tuple(texts), cells)
-
-
-def severest(rows: Iterable[Row]) -> Verdict | None:
-    """The most severe verdict among rows, None without rows."""
-    return min((row.verdict for row in rows), key=lambda verdict: verdict.severity, default=None)
+    found = []
+    for key, own in grouped(rows, lambda row: (row.model, row.device, row.reference)).items():
+        cells = {(row.method, row.metric, (row.dataset, row.protocol)): row for row in own}
+        methods = sorted(dict.fromkeys(method for method, _, _ in cells), key=lambda method: method != key[2])
+        texts = dict.fromkeys(text for _, _, text in cells if text[0])
+        found.append(Section(*key, tuple(methods), tuple(texts), cells))
+    return tuple(found)

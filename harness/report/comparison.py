@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import NOTHING, exp, mib, milliseconds, number, percent, perplexity, plural, ratio
 from harness.judge.two_reports import HARM, INVARIANT, UNDECIDED, Comparison, Entry, holds, seen
-from harness.report.account import SHOWN, grouped, words
-from harness.report.markup import bullets, code, code_block, escape, place, table
+from harness.report.account import SHOWN, grouped, place, words
+from harness.report.markup import bullets, code, code_block, escape, table
 
 OUTCOME = {0: "No harm", 1: "Harm", 3: "Undecided"}
 HOW = """\
@@ -34,22 +34,23 @@ def render_comparison(comparison: Comparison) -> str:
     total = plural(judged, "case")
     if shown := len(entries) - judged:
         total += f" judged, {shown:,} only shown"
-    paired = (
-        f"{comparison.paired:,} compared token by token."
-        if comparison.paired
-        else "**Nothing was paired: values only.**"
-    )
-    parts = [
-        "# A against B",
-        f"**{OUTCOME[comparison.status]}**: {total}: {words(counts)}. {paired}",
-    ]
+    paired = f"{comparison.paired:,} compared token by token."
+    if not comparison.paired:
+        paired = "**Nothing was paired: values only.**"
+    parts = ["# A against B", f"**{OUTCOME[comparison.status]}**: {total}: {words(counts)}. {paired}"]
     for verdicts in (HARM, UNDECIDED):
         if moved := [entry for entry in entries if entry.verdict in verdicts]:
-            more = f"\n- … and {len(moved) - SHOWN:,} more, in the tables." if len(moved) > SHOWN else ""
-            parts.append("\n".join(map(_bullet, moved[:SHOWN])) + more)
+            told = []
+            for entry in moved[:SHOWN]:
+                said = (place(entry.case), change(entry), escape(entry.reason))
+                told.append(f"- **{entry.verdict}**: {': '.join(part for part in said if part != NOTHING)}")
+            if len(moved) > SHOWN:
+                told.append(f"- … and {len(moved) - SHOWN:,} more, in the tables.")
+            parts.append("\n".join(told))
     parts += [f"Note: {escape(note)}" for note in comparison.notes]
     differing = bullets("Environment difference:", map(escape, comparison.environment))
     parts.append(differing if comparison.environment else "Environment: no recorded difference.")
+    headers = ["method", "metric", "A", "B", "change [95%]", "verdict"]
     groups = grouped(
         entries, lambda entry: (entry.case.model, entry.case.device, entry.case.dataset, entry.case.protocol)
     )
@@ -59,13 +60,12 @@ def render_comparison(comparison: Comparison) -> str:
             [code(entry.case.method), code(entry.case.metric), *_values(entry), change(entry), _word(entry)]
             for entry in members
         ]
-        headers = ["method", "metric", "A", "B", "change [95%]", "verdict"]
         parts += [f"## {code(model)} on {escape(device)}{text}", table(headers, lines, words=(0, 1, -1))]
-    parts += [
-        f"Only in {name}: {plural(len(cases), 'case')} ({_names(cases)})."
-        for name, cases in (("A", comparison.only_a), ("B", comparison.only_b))
-        if cases
-    ]
+    for name, cases in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if cases:
+            whose = [escape(whose) for whose in dict.fromkeys(f"{case.model}, {case.method}" for case in cases)]
+            named = "; ".join([*whose[:SHOWN], "…"] if len(whose) > SHOWN else whose)
+            parts.append(f"Only in {name}: {plural(len(cases), 'case')} ({named}).")
     parts.append(
         "Change is B / A (B - A for metrics that are no ratio), with a 95% interval where one could be had: Student's "
         "t over windows for perplexity; for time, whose change is that of its ratio to the reference in the same "
@@ -78,17 +78,6 @@ def render_comparison(comparison: Comparison) -> str:
 
 def _word(entry: Entry | None) -> str:
     return str(entry.verdict) if entry and entry.verdict else NOTHING
-
-
-def _bullet(entry: Entry) -> str:
-    moved = change(entry)
-    said = [place(entry.case), *([moved] if moved != NOTHING else []), escape(entry.reason)]
-    return f"- **{entry.verdict}**: {': '.join(said)}"
-
-
-def _names(cases: Sequence[Case]) -> str:
-    names = list(dict.fromkeys(f"{case.model}, {case.method}" for case in cases))
-    return "; ".join(escape(name) for name in names[:SHOWN]) + ("; …" if len(names) > SHOWN else "")
 
 
 def _values(entry: Entry) -> list[str]:
@@ -151,7 +140,12 @@ def render_upgrade(sides: Sequence[SideFacts], steps: Sequence[Step], *, where: 
         answer(whole.comparison, first.label, last.label, where),
     ]
     if len(steps) > 1:
-        parts.append("\n".join(_step(sides, step) for step in steps))
+        lines = []
+        for step in steps:
+            counts = words(Counter(entry.verdict for entry in step.comparison.entries if entry.verdict))
+            names = escape(f"{sides[step.before].label} -> {sides[step.after].label}")
+            lines.append(f"- {names}: **{OUTCOME[step.comparison.status].lower()}** ({counts})")
+        parts.append("\n".join(lines))
     parts += ["## What did not load or run", _failures(sides)]
     parts += ["## Environment", f"On {escape(where)}. {_packages(sides)}"]
     every = list(dict.fromkeys(entry.case for step in steps for entry in step.comparison.entries))
@@ -166,12 +160,6 @@ def render_upgrade(sides: Sequence[SideFacts], steps: Sequence[Step], *, where: 
         parts += ["## Behaviour", _behaviour(sides, steps, behaved)]
     parts += ["## How it was measured", HOW, code_block(command)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _step(sides: Sequence[SideFacts], step: Step) -> str:
-    counts = words(Counter(entry.verdict for entry in step.comparison.entries if entry.verdict))
-    names = f"{sides[step.before].label} -> {sides[step.after].label}"
-    return f"- {escape(names)}: **{OUTCOME[step.comparison.status].lower()}** ({counts})"
 
 
 def _failures(sides: Sequence[SideFacts]) -> str:
@@ -210,15 +198,16 @@ def _table(
             line.append(str(Verdict.MISSING) if row is None or row.value is None else written(row.value))
         line += [_moved(found.get(case)) for found in entries]
         lines.append(line)
-    headers = ["model", "method", "what", *(escape(side.label) for side in sides), *_arrows(sides, steps)]
+    headers = ["model", "method", "what", *_arrows(sides, steps, "change [95%]")]
     return table(headers, lines, words=(0, 1, 2))
 
 
-def _arrows(sides: Sequence[SideFacts], steps: Sequence[Step]) -> list[str]:
-    if len(steps) == 1:
-        return ["change [95%]"]
-    short = [side.label.rpartition("==")[2] for side in sides]
-    return [escape(f"{short[step.before]} -> {short[step.after]}") for step in steps]
+def _arrows(sides: Sequence[SideFacts], steps: Sequence[Step], alone: str) -> list[str]:
+    """The headers of the sides' columns and of the steps'; that of a single step is `alone`."""
+    labels = [side.label for side in sides]
+    short = [label.rpartition("==")[2] for label in labels]
+    arrows = [escape(f"{short[step.before]} -> {short[step.after]}") for step in steps]
+    return [*map(escape, labels), *(arrows if len(steps) > 1 else [alone])]
 
 
 def _moved(entry: Entry | None) -> str:
@@ -226,10 +215,9 @@ def _moved(entry: Entry | None) -> str:
         return NOTHING
     if entry.verdict in (Verdict.SAME, Verdict.MISSING) or entry.change is None:
         return str(entry.verdict)
-    if entry.case.family == "memory" and entry.a.value is not None and entry.b.value is not None:
-        return (
-            f"{entry.b.value - entry.a.value:+,.0f} ({100 * (entry.b.value / entry.a.value - 1):+.2f}%) {entry.verdict}"
-        )
+    a, b = entry.a.value, entry.b.value
+    if entry.case.family == "memory" and a is not None and b is not None:
+        return f"{b - a:+,.0f} ({100 * (b / a - 1):+.2f}%) {entry.verdict}"
     return f"{change(entry)} {entry.verdict}"
 
 
@@ -254,8 +242,7 @@ def _behaviour(sides: Sequence[SideFacts], steps: Sequence[Step], cases: Sequenc
     if not groups:
         return opening
     lines = [[line[0], line[1], ", ".join(map(code, models)), *line[2:]] for line, models in groups.items()]
-    arrows = _arrows(sides, steps) if len(steps) > 1 else ["verdict"]
-    headers = ["invariant", "method", "on", *(escape(side.label) for side in sides), *arrows, "known fault"]
+    headers = ["invariant", "method", "on", *_arrows(sides, steps, "verdict"), "known fault"]
     listed = table(headers, lines, words=range(len(headers)))
     parts = [f"{opening} The others (a figure where one is over its limit):", listed]
     if faults:
@@ -274,17 +261,17 @@ def answer(comparison: Comparison, before: str, after: str, where: str) -> str:
     entries = comparison.entries
     # equal shas of the losses are a pairing of every token too
     tokens = sum(entry.paired or bool(entry.a.nll and entry.a.nll == entry.b.nll) for entry in entries)
-    opening = (
-        f"**Moving from {escape(before)} to {escape(after)} {WORDS[comparison.status]}** on {escape(where)}, over "
-        f"{plural(len(entries), 'case')}, {tokens:,} of them compared token by token."
-    )
+    families = grouped(entries, lambda entry: entry.case.family)
+    absent = [entry for entry in entries if entry.a.value is None or entry.b.value is None]
+    gone = f"{plural(len(absent), 'case')} did not run on both sides ({_methods(absent)}), see below."
     sentences = [
-        opening,
+        f"**Moving from {escape(before)} to {escape(after)} {WORDS[comparison.status]}** on {escape(where)}, over "
+        f"{plural(len(entries), 'case')}, {tokens:,} of them compared token by token.",
         _quality([entry for entry in entries if entry.case.metric == "perplexity"]),
-        _memory([entry for entry in entries if entry.case.family == "memory"]),
-        *_speed([entry for entry in entries if entry.case.family == "latency"]),
-        _invariants([entry for entry in entries if entry.case.family == INVARIANT]),
-        _missing(entries),
+        _memory(families.get("memory", ())),
+        *_speed(families.get("latency", ())),
+        _invariants(families.get(INVARIANT, ())),
+        gone if absent else "",
         _advice(comparison),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -359,21 +346,13 @@ def _invariants(entries: Sequence[Entry]) -> str:
     for verdict, said in ((Verdict.WORSE, "no longer {}"), (Verdict.BETTER, "{} again")):
         if moved := [entry for entry in entries if entry.verdict is verdict]:
             state = said.format("holds" if len(moved) == 1 else "hold")
-            parts.append(f"{plural(len(moved), 'check')} {state}: {_checks(moved)}")
+            checks = grouped(moved, lambda entry: entry.case.metric.partition(".")[2])
+            named = []
+            for whose, same in grouped(checks.items(), lambda check: _methods(check[1])).items():
+                named.append(f"{', '.join(code(name) for name, _ in same)} ({whose})")
+            parts.append(f"{plural(len(moved), 'check')} {state}: {'; '.join(named)}")
     kept = sum(entry.verdict in (Verdict.SAME, Verdict.WITHIN_NOISE) for entry in entries)
     return f"Behaviour: {'; '.join([*parts, f'{kept:,} are as they were'])}."
-
-
-def _checks(entries: Sequence[Entry]) -> str:
-    """Checks by name, those of the same methods together."""
-    checks = grouped(entries, lambda entry: entry.case.metric.partition(".")[2])
-    together = grouped(checks, lambda name: _methods(checks[name]))
-    return "; ".join(f"{', '.join(map(code, names))} ({whose})" for whose, names in together.items())
-
-
-def _missing(entries: Sequence[Entry]) -> str:
-    absent = [entry for entry in entries if entry.a.value is None or entry.b.value is None]
-    return f"{plural(len(absent), 'case')} did not run on both sides ({_methods(absent)}), see below." if absent else ""
 
 
 def _advice(comparison: Comparison) -> str:

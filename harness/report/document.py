@@ -1,39 +1,30 @@
-"""The report: `render` is a pure function of rows, plan and environments; `write` puts it into a directory.
+"""The report as markdown: of rows, of a report directory, or of what two of them compare; and the directory's own.
 
-A report of very many cases shows one table a model, and the verdicts that matter, instead of every table.
+What a caller has, rows measured just now or a path, is opened here too. `markdown` is a pure function of rows, plan and
+environments. A report of very many cases shows one table a model, and the verdicts that matter, instead of every table.
 """
 
 from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
-from harness.core.errors import BadFile
+from harness.core.errors import BadFile, HarnessError
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import NOTHING, mib, number, plural, ratio
-from harness.judge.two_reports import INVARIANT
+from harness.judge import bounds, two_reports
+from harness.judge.two_reports import INVARIANT, Comparison
 from harness.report import account, tables
-from harness.report.account import (
-    FAILING,
-    MOST_CASES,
-    MOVED,
-    NO_TEXT,
-    Section,
-    complete,
-    finite,
-    invariants,
-    is_large,
-    sections,
-    verdicts,
-)
+from harness.report.account import FAILING, MOST_CASES, MOVED, NO_TEXT, Section, complete, finite, sections
+from harness.report.comparison import render_comparison
 from harness.report.markup import code, code_block, escape
 from harness.report.plots import MOST, Plot, drawn, plots_of, svgs
-from harness.report.tables import ratio_note
-from harness.results.directory import MEASUREMENTS, REPORT, ReportDirectory, SavedSession, published_of, read_report
+from harness.results import directory
+from harness.results.directory import MEASUREMENTS, REPORT, ReportDirectory, SavedSession
 
 READING = """\
 - Perplexity and every ratio: lower is better. Memory and time: lower is better. MiB is 2^20 bytes.
@@ -50,9 +41,99 @@ LEFT_OUT = (
     "a model follows; every figure is in measurements.jsonl, and `python -m harness report DIR --models NAME` prints "
     "the whole report of one model."
 )
+Report: TypeAlias = str | Path | SavedSession | Iterable[Row]  # what can be compared and rendered
+# report directories that this process has measured into, which hold the losses of its rows, and their environments
+_measured: dict[Path, Mapping[str, Mapping[str, Any]]] = {}
 
 
-def render(
+def measured_into(folder: Path, environments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Note where rows of this process have their per-token losses, and the environments that they name."""
+    _measured[folder] = dict(environments)
+
+
+def read_report(path: str | Path) -> SavedSession:
+    """A report directory, or a bare measurements.jsonl file, as it lies on the disk.
+
+    Returns:
+        An object with `rows` (a tuple of Row, in the order written), `planned` (a tuple of Case: those without a row
+        never ran), `environments` (by id, as the rows name them), `notes`, `command` and `folder`. `compare` and
+        `render` take it as it is.
+
+    Raises:
+        HarnessError: nothing was measured there, or a file is damaged; a torn last line is a note only.
+    """
+    return directory.read_report(Path(path))
+
+
+def compare(a: Report, b: Report, *, baselines: str | Path = "baselines") -> Comparison:
+    """What moved from A, the earlier side, to B, the later one, case by case.
+
+    Losses are paired token by token where both sides have them: report directories do, and so do rows that this
+    process measured. Rows alone are compared by value.
+
+    Args:
+        a: a report directory or measurements.jsonl, what `read_report` gave, or rows.
+        b: the same for the later side: `worse` says that B is worse.
+        baselines: the folder whose bounds.toml, if it has one, says what is noise, over the harness's own.
+
+    Returns:
+        An object with `entries`, one a shared case (`case`, rows `a` and `b`, `verdict`, `reason`; `change` with `low`
+        and `high`, ln(B / A) or B - A in the metric's unit), `only_a`, `only_b`, `environment` (what differs, line by
+        line), `notes`, and `status`: 0 no harm, 1 harm, 3 undecided. `render` makes text of it.
+
+    Raises:
+        HarnessError: the sides share no case, or a side cannot be read.
+    """
+    before, after = opened(a), opened(b)
+    # losses lie in a side's directory; those of rows without one, in the directories measured into here
+    folders = [(side.folder,) if side.folder else tuple(_measured) for side in (before, after)]
+    return two_reports.compare(
+        before.rows,
+        after.rows,
+        *(directory.nll_reader(*own) for own in folders),
+        environments_a=before.environments,
+        environments_b=after.environments,
+        bounds=bounds.load(Path(baselines)),
+        notes=[*(f"A: {note}" for note in before.notes), *(f"B: {note}" for note in after.notes)],
+    )
+
+
+def render(what: Report | Comparison) -> str:
+    """Markdown that also reads in a terminal: the report of rows, or what `compare` found.
+
+    Args:
+        what: rows, what `read_report` gave, a report directory, or what `compare` gave. Without plots.
+
+    Raises:
+        HarnessError: a directory that cannot be read.
+    """
+    if isinstance(what, Comparison):
+        return render_comparison(what)
+    report = opened(what)
+    parts = report.rows, report.planned, report.environments
+    return markdown(*parts, notes=report.notes, command=report.command, with_plots=False)
+
+
+def opened(report: Report) -> SavedSession:
+    """What was given, as `read_report` gives it; HarnessError where it is neither path, report nor rows."""
+    if isinstance(report, str | Path):
+        return read_report(report)
+    if isinstance(report, SavedSession):
+        return report
+    rows = tuple(report)
+    if stranger := next((row for row in rows if not isinstance(row, Row)), None):
+        raise HarnessError(f"a {type(stranger).__name__} is no row: give a report directory, or rows of `measure`")
+    known = {name: world for worlds in _measured.values() for name, world in worlds.items()}
+    used = {name: known[name] for name in sorted({row.environment for row in rows} & known.keys())}
+    return SavedSession(rows, tuple(row.case for row in directory.latest(rows)), used, command=command_of(rows))
+
+
+def command_of(rows: Iterable[Row]) -> str:
+    """What measures the rows again where no command line does; '' where one does."""
+    return "harness.measure(module, tokenizer, ...)" if any(row.live for row in rows) else ""
+
+
+def markdown(
     rows: Sequence[Row],
     planned: Sequence[Case],
     environments: Mapping[str, Mapping[str, Any]],
@@ -62,7 +143,7 @@ def render(
     with_plots: bool = True,
     published_figures: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The whole report as markdown.
+    """The whole report.
 
     Args:
         rows: measurements in the order written; for one case the last stands.
@@ -70,7 +151,7 @@ def render(
         environments: by id, as `Environment.to_dict` gives them.
         notes: lines that a reader must know before the figures.
         command: what made the report, for the section on reproducing it; "" derives one from the plan.
-        with_plots: embed the images that `plots` of the same rows gives.
+        with_plots: embed the images that `svgs` of the same rows gives.
         published_figures: entries of `harness.published`, for a section of their own.
     """
     found = complete(rows, planned)
@@ -80,11 +161,20 @@ def render(
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
     if found:
         parts += ["## How to read it", READING]
-    parts += _measured(sections([row for row in found if row.case.family != INVARIANT]), len(found), with_plots)
-    if behaved := invariants(found):
+    every, large = sections([row for row in found if row.case.family != INVARIANT]), len(found) > MOST_CASES
+    parts += (
+        _figures(every, with_plots)
+        if not large
+        else [LEFT_OUT.format(plural(len(found), "case"), MOST_CASES), *map(_overview, every)]
+    )
+    if behaved := account.invariants(found):
         parts += ["## Invariants", behaved]
     if not alone:
-        parts += _session(found, planned)
+        parts += ["## Planned, ran, missing", account.account(found, planned)]
+        if listed := _verdicts_that_matter(found) if large else account.verdicts(found):
+            parts += ["## Verdicts, case by case", listed]
+        parts += ["## Baselines", account.baselines(found)]
+        parts += ["## Protocols, tokens, weights", account.protocols(found, clashes_only=large)]
     if published_figures:
         from harness import published  # few reports have any
 
@@ -92,13 +182,11 @@ def render(
     if not alone:
         parts += ["## Environment", account.environments(found, environments)]
     if command or planned:
-        parts += ["## To reproduce", code_block(command or derived_command(planned))]
+        parts += ["## To reproduce", code_block(command or _derived_command(planned))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _measured(every: Sequence[Section], cases: int, with_plots: bool) -> list[str]:
-    if is_large(cases):
-        return [LEFT_OUT.format(plural(cases, "case"), MOST_CASES), *map(overview, every)]
+def _figures(every: Sequence[Section], with_plots: bool) -> list[str]:
     parts, images = [], drawn(every)
     if with_plots and not any(images) and (left := sum(len(plots_of(section)) for section in every)):
         parts.append(
@@ -107,16 +195,6 @@ def _measured(every: Sequence[Section], cases: int, with_plots: bool) -> list[st
     for section, pictures in zip(every, images, strict=True):
         parts += _section(section, pictures if with_plots else ())
     return parts
-
-
-def _session(found: Sequence[Row], planned: Sequence[Case]) -> list[str]:
-    parts = ["## Planned, ran, missing", account.account(found, planned)]
-    short = is_large(len(found))
-    if listed := verdicts_that_matter(found) if short else verdicts(found):
-        parts += ["## Verdicts, case by case", listed]
-    parts += ["## Baselines", account.baselines(found)]
-    parts += ["## Protocols, tokens, weights", account.protocols(found, clashes_only=short)]
-    return [*parts, account.revisions(found)]
 
 
 def _section(section: Section, images: Sequence[Plot]) -> list[str]:
@@ -135,21 +213,15 @@ def _section(section: Section, images: Sequence[Plot]) -> list[str]:
         parts += [f"### {code(section.model)}: memory"]
         parts += [_image(plot) for plot in images if plot.kind == "memory"]
         parts += [memory]
-    parts += _latency(section, images)
-    if quantized := tables.census(section):
-        parts += [f"### {code(section.model)}: what was quantized", quantized]
-    return parts
-
-
-def _latency(section: Section, images: Sequence[Plot]) -> list[str]:
     timed = [(text, name) for text in (NO_TEXT, *section.texts) for name in section.metrics(text, "latency")]
-    if not timed:
-        return []
-    parts = [f"### {code(section.model)}: latency"]
-    parts += [_image(plot) for plot in images if plot.kind == "latency"]
+    if timed:
+        parts += [f"### {code(section.model)}: latency"]
+        parts += [_image(plot) for plot in images if plot.kind == "latency"]
     for text, name in timed:
         where = f" ({code(text[0])}, {code(text[1])})" if text != NO_TEXT else ""
-        parts += [f"{code(name)}{where}:", tables.latency(section, name, text), ratio_note(section, name, text)]
+        parts += [f"{code(name)}{where}:", tables.latency(section, name, text), tables.ratio_note(section, name, text)]
+    if quantized := tables.census(section):
+        parts += [f"### {code(section.model)}: what was quantized", quantized]
     return parts
 
 
@@ -157,28 +229,35 @@ def _image(plot: Plot) -> str:
     return f"![{escape(plot.caption)}]({quote(plot.filename)})"
 
 
-def derived_command(planned: Sequence[Case]) -> str:
+def _derived_command(planned: Sequence[Case]) -> str:
     """A pytest command that plans these cases again (token limit and batch size are not in a plan)."""
-
-    def option(name: str, values: Sequence[str]) -> list[str]:
-        unique = [value for value in dict.fromkeys(values) if value]
-        return [f"--{name}", shlex.quote(",".join(unique))] if unique else []
-
+    fields = ("model", "method", "dataset", "protocol", "metric")
+    given = {f"{name}s": [getattr(case, name) for case in planned] for name in fields}
+    given["reference"] = [planned[0].reference]
+    if len(devices := {case.device for case in planned}) == 1:
+        given["device"] = list(devices)
     parts = ["pytest -p harness.plugin --pyargs harness.cases"]
-    every = dict(zip(Case._fields, zip(*planned, strict=True), strict=True))
-    for name in ("model", "method", "dataset", "protocol", "metric"):
-        parts += option(f"{name}s", every[name])
-    parts += option("reference", [planned[0].reference])
-    devices = dict.fromkeys(case.device for case in planned)
-    return " ".join(parts + (option("device", list(devices)) if len(devices) == 1 else []))
+    for name, values in given.items():
+        if unique := [value for value in dict.fromkeys(values) if value]:
+            parts.append(f"--{name} {shlex.quote(','.join(unique))}")
+    return " ".join(parts)
 
 
-def overview(section: Section) -> str:
+def _overview(section: Section) -> str:
     """One line a method over all texts: how far its perplexity is from the reference's, bits, storage, verdict."""
     rows = {method: section.rows(method, (*section.texts, NO_TEXT)) for method in section.methods}
+    ratios: dict[str, list[float]] = {}  # perplexity over the reference's on each text that has a finite one
+    for method in section.methods:
+        found = (tables.quality_ratio(section, method, text) for text in section.texts if method != section.reference)
+        ratios[method] = [ratio for ratio in found if ratio is not None and finite(ratio)]
+
+    def spread(method: str) -> str:
+        values = ratios[method]
+        return ratio(statistics.median(values), min(values), max(values)) if values else NOTHING
+
     columns: list[tables.Column] = [
-        ("texts", lambda method: str(len(ratios(section, method)) or NOTHING)),
-        ("ratio to reference, median [least, most]", lambda method: spread(ratios(section, method))),
+        ("texts", lambda method: str(len(ratios[method]) or NOTHING)),
+        ("ratio to reference, median [least, most]", spread),
         ("bits/weight", lambda method: number(tables.bits(section, method))),
         ("storage MiB", lambda method: tables.shown(section.row(method, "memory.storage"), mib)),
         ("cases", lambda method: f"{len(rows[method]):,}"),
@@ -190,29 +269,16 @@ def overview(section: Section) -> str:
     return "\n\n".join([head, *notes, tables.by_method(section, columns)])
 
 
-def ratios(section: Section, method: str) -> list[float]:
-    """Perplexity over the reference's on each text that has a finite one."""
-    if method == section.reference:
-        return []
-    found = (tables.quality_ratio(section, method, text) for text in section.texts)
-    return [ratio for ratio in found if ratio is not None and finite(ratio)]
-
-
-def spread(values: Sequence[float]) -> str:
-    """'1.0012 [0.9990, 1.0100]': median, least and most."""
-    return ratio(statistics.median(values), min(values), max(values)) if values else NOTHING
-
-
-def verdicts_that_matter(rows: Sequence[Row]) -> str:
+def _verdicts_that_matter(rows: Sequence[Row]) -> str:
     """Verdicts case by case, of those that failed, or moved against their record."""
     ran = [row for row in rows if row.value is not None]
     shown = [row for row in ran if row.verdict in (*FAILING, Verdict.BETTER) or row.verdict_baseline in MOVED]
     counts = f"{len(shown):,} of {plural(len(ran), 'measured case')} failed or moved"
-    return "\n\n".join(filter(None, [f"{counts}; the others are in measurements.jsonl.", verdicts(shown)]))
+    return "\n\n".join(filter(None, [f"{counts}; the others are in measurements.jsonl.", account.verdicts(shown)]))
 
 
 def write(
-    directory: Path,
+    folder: Path,
     rows: Sequence[Row],
     planned: Sequence[Case],
     environments: Mapping[str, Mapping[str, Any]],
@@ -226,30 +292,31 @@ def write(
     are those that the directory keeps.
     """
     if notes or command:
-        ReportDirectory(directory).keep_session(command=command, notes=list(notes))
-    return _put_report(directory, SavedSession(tuple(rows), tuple(planned), environments, tuple(notes), command))
+        ReportDirectory(folder).keep_session(command=command, notes=list(notes))
+    return _put(folder, SavedSession(tuple(rows), tuple(planned), environments, tuple(notes), command))
 
 
-def _put_report(directory: Path, session: SavedSession) -> Path:
-    rows, planned, notes, figures = session.rows, session.planned, session.notes, published_of(directory)
-    text = render(rows, planned, session.environments, notes=notes, command=session.command, published_figures=figures)
-    ReportDirectory(directory).put({**svgs(rows, planned), REPORT: text})
-    return directory / REPORT
+def _put(folder: Path, told: SavedSession) -> Path:
+    parts = told.rows, told.planned, told.environments
+    figures = directory.published_of(folder)
+    text = markdown(*parts, notes=told.notes, command=told.command, published_figures=figures)
+    ReportDirectory(folder).put({**svgs(told.rows, told.planned), REPORT: text})
+    return folder / REPORT
 
 
-def rewrite(directory: Path) -> Path:
+def rewrite(folder: Path) -> Path:
     """Make report.md and the plots anew from a report directory's measurements."""
-    if not directory.is_dir():
-        raise BadFile(f"{directory} is no report directory: name the folder that holds {MEASUREMENTS}")
-    return _put_report(directory, read_report(directory))
+    if not folder.is_dir():
+        raise BadFile(f"{folder} is no report directory: name the folder that holds {MEASUREMENTS}")
+    return _put(folder, read_report(folder))
 
 
-def excerpt(directory: Path, models: Sequence[str]) -> str:
+def excerpt(folder: Path, models: Sequence[str]) -> str:
     """The report of some of a session's models as markdown without plots; nothing is written."""
-    session = read_report(directory)
+    session = read_report(folder)
     known = dict.fromkeys(case.model for case in (*session.planned, *(row.case for row in session.rows)))
     if unknown := [model for model in models if model not in known]:
-        raise BadFile(f"{directory} holds no case of '{unknown[0]}': it has {', '.join(known)}")
+        raise BadFile(f"{folder} holds no case of '{unknown[0]}': it has {', '.join(known)}")
     rows = [row for row in session.rows if row.model in models]
     planned = [case for case in session.planned if case.model in models]
-    return render(rows, planned, session.environments, notes=session.notes, command=session.command, with_plots=False)
+    return markdown(rows, planned, session.environments, notes=session.notes, command=session.command, with_plots=False)

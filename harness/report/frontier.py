@@ -21,8 +21,9 @@ from pathlib import Path
 from harness.core.errors import HarnessError
 from harness.core.files import replace_text
 from harness.core.records import Row
+from harness.core.stats import paired_delta
 from harness.core.text import MIB, NOTHING, mib, milliseconds
-from harness.core.values import decode_number
+from harness.judge.rules import log_ratio
 from harness.report.account import Section, Text, complete, sections
 from harness.report.markup import code, table
 from harness.report.plots import BLUE, GREY, STORAGE_LABEL, VERMILION, canvas_of, label, legend, plain, style, svg_text
@@ -119,22 +120,12 @@ def points(section: Section, text: Text) -> list[Point]:
             own = section.row(method, "perplexity", text)
             found.append(Point(method, 0.0, CENTRE, storage, seconds, None if seconds is None else CENTRE, own))
         elif quality is not None and quality.value is not None and math.isfinite(quality.value):
-            span = _span(quality.interval)
-            found.append(Point(method, quality.value, span, storage, seconds, _slowdown(speed), quality))
+            time = log_ratio(speed.detail) if speed is not None else None
+            slowdown = None if time is None else (time.low, time.high)
+            ends = quality.interval or (-math.inf, math.inf)
+            span = ends if all(map(math.isfinite, ends)) else None
+            found.append(Point(method, quality.value, span, storage, seconds, slowdown, quality))
     return found
-
-
-def _slowdown(row: Row | None) -> Span | None:
-    """The interval of the log of a method's time over the reference's, where it may decide anything."""
-    if row is None or not row.detail.get("log_ratio_usable"):
-        return None
-    return _span([decode_number(row.detail.get(f"log_ratio_{end}")) for end in ("low", "high")])
-
-
-def _span(value: Sequence[float] | None) -> Span | None:
-    if value is None or len(value) != 2 or not all(math.isfinite(end) for end in value):
-        return None
-    return float(value[0]), float(value[1])
 
 
 def apart(ours: Span | None, theirs: Span | None) -> Relation:
@@ -155,8 +146,6 @@ def exactly(ours: float | None, theirs: float | None) -> Relation:
 
 def quality(ours: Point, theirs: Point, nll: Nll) -> Relation:
     """Token by token where both are at hand, else by intervals."""
-    from harness.core.stats import paired_delta  # local: a report renders without numpy
-
     a, b = ours.row, theirs.row
     if a is not None and b is not None and a.nll and b.nll and a.token_hash == b.token_hash:
         if a.nll == b.nll:
@@ -185,20 +174,11 @@ def standings(found: Sequence[Point], nll: Nll) -> list[Standing]:
             relations = [axis(other.point, place.point) for axis in axes]
             better += relations[0] is Relation.BETTER
             worse += relations[0] is Relation.WORSE
-            _compare(place, other.point.method, relations)
+            if Relation.WORSE not in relations and Relation.BETTER in relations:
+                sure = Relation.NOT_SEPARATED not in relations
+                (place.dominated_by if sure else place.undecided).append(other.point.method)
         place.ranks = (1 + better, len(places) - worse)
     return places
-
-
-def _compare(place: Standing, other: str, relations: Sequence[Relation]) -> None:
-    """Note what `relations` of another method to this one mean for its place."""
-    if Relation.WORSE in relations:
-        return
-    open_ones = relations.count(Relation.NOT_SEPARATED)
-    if not open_ones and Relation.BETTER in relations:
-        place.dominated_by.append(other)
-    elif open_ones and (Relation.BETTER in relations):
-        place.undecided.append(other)
 
 
 def heading(section: Section, text: Text) -> Heading:

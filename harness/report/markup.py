@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from tabulate import tabulate
 
-from harness.core.records import Case
 from harness.core.text import visible
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .:=@,+/_*()-]*")  # harmless inside a code span: no pipe, backtick, HTML
@@ -30,17 +29,6 @@ def code(text: str) -> str:
 def code_block(text: str) -> str:
     """A command as an indented code block; indentation cannot be closed by what it holds."""
     return "\n".join("    " + visible(line) for line in text.splitlines())
-
-
-def place(case: Case) -> str:
-    """Where a figure stands: model, method, text, metric."""
-    text = f", {code(case.dataset)} {code(case.protocol)}" if case.dataset else ""
-    return f"{code(case.model)}, {code(case.method)}{text}, {code(case.metric)}"
-
-
-def measure(case: Case) -> str:
-    """What was measured: the metric, and the text where there is one."""
-    return code(case.metric) + (f" {code(case.dataset)} {code(case.protocol)}" if case.dataset else "")
 
 
 def bullets(head: str, lines: Iterable[str]) -> str:

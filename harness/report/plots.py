@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.records import Case, Row
 from harness.core.text import MIB, NOTHING, exp, mib, milliseconds, perplexity, visible
 from harness.core.values import digest
-from harness.report import labels
-from harness.report.account import NO_TEXT, Section, Text, complete, finite, is_large, sections
+from harness.report.account import MOST_CASES, NO_TEXT, Section, Text, complete, finite, sections
 from harness.report.tables import interval, quality_ratio
 
 if TYPE_CHECKING:
@@ -42,6 +41,14 @@ STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4"
 STYLE |= {"figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": DPI, "font.family": "DejaVu Sans"}
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # under figures, so that no line strikes them out
 STORAGE_LABEL = "storage, MiB (2^20 bytes; lower is better)"
+GAP = 7.0  # pixels between a point and its label: half a marker and some air
+STEP = 9.0  # pixels by which the search widens: under a line's height, so that no free lane is jumped
+RINGS = 18  # the search ends 160 pixels away: further, a leader line no longer tells what it belongs to
+MISLEADING = 1.0  # square pixels of overlap that a label nearer to another point than to its own is worth
+ANGLES = (0, 180, 90, 270, 45, 135, 315, 225, 20, 160, 340, 200, 70, 110, 250, 290)  # degrees, the readable first
+
+
+Panel = tuple[str, Text, float, Callable[[float | None], str], str]  # metric, text, scale, figures as text, title
 
 
 @dataclass(frozen=True)
@@ -58,27 +65,27 @@ class Plot:
 def plots_of(section: Section) -> tuple[Plot, ...]:
     """The plots for which a section has data: quality against memory and the combined one a text, the others once."""
     found = []
+
+    def add(kind: str, text: Text | None, caption: str) -> None:
+        name = filename("quality-memory" if kind == "quality" else kind, section, text or NO_TEXT)
+        where = ", ".join((f"{section.model} on {section.device}", *(text or ())))
+        found.append(Plot(kind, section, text, name, f"{caption}: {where}"))
+
     for text in section.texts:
-        names = [method for method in section.methods if drawable(section, method, text)]
-        where = f"{section.model} on {section.device}, {text[0]}, {text[1]}"
-        if len(names) > 1:  # one point compares with nothing
-            caption = f"Loss of quality against memory: {where}"
-            found.append(Plot("quality", section, text, filename("quality-memory", section, text), caption))
+        if sum(drawable(section, method, text) for method in section.methods) > 1:  # one point compares with nothing
+            add("quality", text, "Loss of quality against memory")
         if any(finite(section.value(method, "perplexity", text)) for method in section.methods):
-            caption = f"Perplexity, memory and latency by method (lower is better): {where}"
-            found.append(Plot("combined", section, text, filename("combined", section, text), caption))
+            add("combined", text, "Perplexity, memory and latency by method (lower is better)")
     if sized(section):
-        caption = f"Memory by method (lower is better): {section.model} on {section.device}"
-        found.append(Plot("memory", section, None, filename("memory", section, NO_TEXT), caption))
+        add("memory", None, "Memory by method (lower is better)")
     if timed(section):
-        caption = f"Latency by method (median, quartiles; lower is better): {section.model} on {section.device}"
-        found.append(Plot("latency", section, None, filename("latency", section, NO_TEXT), caption))
+        add("latency", None, "Latency by method (median, quartiles; lower is better)")
     return tuple(found)
 
 
 def drawn(found: Sequence[Section]) -> tuple[tuple[Plot, ...], ...]:
     """The plots of each section; none at all where there would be more than MOST."""
-    wanted = tuple(plots_of(section) for section in found)
+    wanted = tuple(map(plots_of, found))
     return wanted if sum(map(len, wanted)) <= MOST else tuple(() for _ in wanted)
 
 
@@ -111,18 +118,15 @@ def filename(kind: str, section: Section, text: Text) -> str:
 
 def svgs(rows: Sequence[Row], planned: Sequence[Case] = ()) -> dict[str, str]:
     """SVG by file name, for every figure that `render` links; the same rows give the same bytes."""
-    if is_large(len(planned)) or is_large(len(answered := complete(rows, planned))):
+    if len(answered := complete(rows, planned)) > MOST_CASES:
         return {}
-    plots = itertools.chain.from_iterable(drawn(sections(answered)))
-    return {plot.filename: svg(plot) for plot in plots}
-
-
-def svg(plot: Plot) -> str:
-    """One plot as SVG text."""
-    with style():
-        canvas = _quality(plot) if plot.kind == "quality" else _bars(plot)
-        _freeze(canvas)
-        return svg_text(canvas, plot.caption)
+    found = {}
+    for plot in itertools.chain.from_iterable(drawn(sections(answered))):
+        with style():
+            canvas = _quality(plot) if plot.kind == "quality" else _bars(plot)
+            _freeze(canvas)
+            found[plot.filename] = svg_text(canvas, plot.caption)
+    return found
 
 
 def svg_text(canvas: Figure, title: str) -> str:
@@ -244,15 +248,15 @@ def label(
     taken = []
     for ends in lines:
         (x0, y0), (x1, y1) = axes.transData.transform(ends)
-        taken.append(labels.Box(min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2))
+        taken.append(Box(min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2))
     area = axes.get_window_extent()
-    frame = labels.Box(area.x0 + 2, area.y0 + 2, area.x1 - 2, area.y1 - 2)
-    boxes = labels.place(pixels, [(extent.width + 4, extent.height + 1) for extent in extents], frame, taken)
+    frame = Box(area.x0 + 2, area.y0 + 2, area.x1 - 2, area.y1 - 2)
+    boxes = place(pixels, [(extent.width + 4, extent.height + 1) for extent in extents], frame, taken)
     for text, box, (x, y) in zip(texts, boxes, pixels, strict=True):
         x_data, y_data = axes.transData.inverted().transform((box.left + 2, box.bottom))
         text.set_position((float(x_data), float(y_data)))
         edge = (min(max(x, box.left), box.right), min(max(y, box.bottom), box.top))
-        if math.dist(edge, (x, y)) > 2 * labels.GAP:
+        if math.dist(edge, (x, y)) > 2 * GAP:
             leader = axes.transData.inverted().transform([(x, y), edge])
             axes.plot(*leader.T, color=GREY, lw=0.6, zorder=1)
 
@@ -260,38 +264,29 @@ def label(
 def _bars(plot: Plot) -> Figure:
     """Panels of bars side by side, one of the text's perplexity, of bytes or of times each."""
     section, text = plot.section, plot.text or NO_TEXT
-    panels: list[tuple[str, Text, float, Callable[[float | None], str], str]] = []
+    panels: list[Panel] = []
     if plot.kind == "combined":
         panels.append(("perplexity", text, 1, perplexity, "perplexity"))
         if any(finite(section.value(method, "memory.storage")) for method in section.methods):
             panels.append(("memory.storage", NO_TEXT, 1 / MIB, mib, "storage, MiB"))
         for metric in timed(section)[-1:]:  # decode where it is: what a reader of generated text waits for
-            title = f"{metric.partition('.')[2]} latency, ms"
-            panels.append((metric, NO_TEXT, 1000, milliseconds, title))
+            panels.append((metric, NO_TEXT, 1000, milliseconds, f"{metric.partition('.')[2]} latency, ms"))
     if plot.kind == "memory":
         for metric in sized(section):
-            title = f"{metric.partition('.')[2].replace('_', ' ')}, MiB (2^20 bytes)"
-            panels.append((metric, NO_TEXT, 1 / MIB, mib, title))
+            name = metric.partition(".")[2].replace("_", " ")
+            panels.append((metric, NO_TEXT, 1 / MIB, mib, f"{name}, MiB (2^20 bytes)"))
     if plot.kind == "latency":
         for metric in timed(section):
             panels.append((metric, NO_TEXT, 1000, milliseconds, f"{metric.partition('.')[2]}, ms"))
-    height = 1.3 + BAR_INCHES * len(section.methods)
-    canvas, drawn = canvas_of(height, plot.caption, len(panels), sharey=True)
-    for axes, (metric, where, scale, write, title) in zip(drawn, panels, strict=True):
-        _panel(axes, section, metric, where, scale, write, title)
+    canvas, drawn = canvas_of(1.3 + BAR_INCHES * len(section.methods), plot.caption, len(panels), sharey=True)
+    for axes, panel in zip(drawn, panels, strict=True):
+        _panel(axes, section, panel)
     return canvas
 
 
-def _panel(
-    axes: Axes,
-    section: Section,
-    metric: str,
-    text: Text,
-    scale: float,
-    write: Callable[[float | None], str],
-    title: str,
-) -> None:
+def _panel(axes: Axes, section: Section, panel: Panel) -> None:
     """One horizontal bar a method with its figure at the end; a word where there is none; quartiles as whiskers."""
+    metric, text, scale, write, title = panel
     axes.set_xlabel(title, fontsize=8.5)
     rows = [section.row(method, metric, text) for method in section.methods]
     values = [row.value * scale if row is not None and row.value is not None else math.nan for row in rows]
@@ -337,3 +332,73 @@ def quartiles(row: Row, scale: float) -> tuple[float, float]:
         return first * scale, third * scale
     half = (row.spread or 0.0) / 2 if row.spread is None or math.isfinite(row.spread) else 0.0
     return (value - half) * scale, (value + half) * scale
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+    def overlap(self, other: Box) -> float:
+        """Shared area."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.top, other.top) - max(self.bottom, other.bottom)
+        return max(0.0, width) * max(0.0, height)
+
+    def distance(self, point: tuple[float, float]) -> float:
+        """From a point to the nearest edge, 0 inside."""
+        x, y = point
+        return math.hypot(max(self.left - x, 0.0, x - self.right), max(self.bottom - y, 0.0, y - self.top))
+
+    @property
+    def area(self) -> float:
+        """Width times height."""
+        return (self.right - self.left) * (self.top - self.bottom)
+
+
+def place(
+    points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], frame: Box, taken: Sequence[Box] = ()
+) -> list[Box]:
+    """Boxes for labels of the given sizes near their points, all in pixels.
+
+    Greedy: each label takes the nearest position inside `frame` that meets no point, no `taken` box and no label
+    before it; where there is none, the position with the least overlap. Crowded points come first, so that those
+    with room around them yield.
+    """
+    occupied = [Box(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in points] + list(taken)
+    boxes: dict[int, Box] = {}
+    nearest = [
+        min((math.dist(point, other) for place, other in enumerate(points) if place != index), default=0.0)
+        for index, point in enumerate(points)
+    ]
+    for index in sorted(range(len(points)), key=nearest.__getitem__):
+        best, least = None, math.inf
+        for candidate in _positions(points[index], sizes[index]):
+            outside = candidate.area - candidate.overlap(frame)
+            clash = outside + sum(candidate.overlap(other) for other in occupied)
+            own = candidate.distance(points[index]) - 1  # 1 pixel: no visible difference
+            clash += MISLEADING * any(candidate.distance(other) < own for other in points)
+            if clash < least:
+                best, least = candidate, clash
+            if clash < 1e-6:  # rounding of pixel coordinates
+                break
+        assert best is not None
+        boxes[index] = best
+        occupied.append(best)
+    return [boxes[index] for index in range(len(points))]
+
+
+def _positions(point: tuple[float, float], size: tuple[float, float]) -> Iterator[Box]:
+    """Boxes of `size` around a point, nearest first; the box's near edge lies on the ring."""
+    (x, y), (width, height) = point, size
+    for ring in range(RINGS):
+        for angle in ANGLES:
+            cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+            radius = GAP + 1 + ring * STEP
+            centre_x = x + cosine * (radius + width / 2)
+            centre_y = y + sine * (radius + height / 2)
+            yield Box(centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from harness.core.records import Row
+from harness.core.stats import Estimate
 from harness.core.text import NOTHING, exp, mib, milliseconds, number, perplexity, ratio
 from harness.core.values import decode_number
-from harness.report.account import NO_TEXT, Section, Text, severest
+from harness.judge.rules import log_ratio
+from harness.report.account import NO_TEXT, Section, Text
 from harness.report.markup import code, escape, table
 
 MISSING = "missing"
@@ -105,9 +108,7 @@ def interval(row: Row | None) -> tuple[float | None, float | None]:
     """A row's interval where both ends are finite numbers and the metric does not call it unusable."""
     if row is None or row.interval is None or row.detail.get("usable") is False:
         return None, None
-    if not all(math.isfinite(end) for end in row.interval):
-        return None, None
-    return row.interval
+    return row.interval if all(map(math.isfinite, row.interval)) else (None, None)
 
 
 def bits(section: Section, method: str) -> float | None:
@@ -118,9 +119,9 @@ def bits(section: Section, method: str) -> float | None:
 
 def verdict(rows: Sequence[Row], *, by_metric: bool = False) -> str:
     """The most severe verdict, with the metric families (or metrics) it comes from unless all rows share it."""
-    worst = severest(rows)
-    if worst is None:
+    if not rows:
         return NOTHING
+    worst = min((row.verdict for row in rows), key=lambda verdict: verdict.severity)
     found = [row for row in rows if row.verdict is worst]
     names = dict.fromkeys(row.metric.partition(".")[2] or row.metric if by_metric else row.case.family for row in found)
     return str(worst) if len(found) == len(rows) else f"{worst} ({escape(', '.join(names))})"
@@ -129,7 +130,7 @@ def verdict(rows: Sequence[Row], *, by_metric: bool = False) -> str:
 def footnotes(section: Section, text: Text) -> list[str]:
     """What the marks of the main table mean, and what is known of the model; bullets."""
     lines = []
-    if any(section.aligned(method) for method in section.methods):
+    if any(map(section.aligned, section.methods)):
         lines.append(
             f"- {ALIGNED} Its codes can represent the grid on which this model's weights were stored before: what it "
             "loses here says little about weights that were never quantized."
@@ -173,6 +174,7 @@ def latency(section: Section, metric: str, text: Text) -> str:
     def within(name: str) -> Cell:
         return cells(lambda row: to_plain(row, section.row(name, metric, text)))
 
+    mixed, plain = other_dtypes(section, metric, text)
     window = any(detail(section.row(method, metric, text), "device_tokens") for method in section.methods)
     columns: list[Column] = [
         ("p50 ms", _values(section, metric, text, milliseconds)),
@@ -181,8 +183,8 @@ def latency(section: Section, metric: str, text: Text) -> str:
         ("IQR ms", cells(lambda row: milliseconds(row.spread if row else None))),
         ("device ms of a window" if window else "device ms", seconds("device_seconds")),
         ("runs", cells(lambda row: str(row.count) if row and row.value is not None else NOTHING)),
-        (ratio_heading(section, metric, text), cells(to_reference)),
-        *((f"ratio to {name} [95%]", within(name)) for name in plains(section, metric, text)),
+        (f"ratio to {escape(section.reference) if mixed else 'reference'} [95%]", cells(to_reference)),
+        *((f"ratio to {name} [95%]", within(name)) for name in plain),
         # where a cluster timed it; of a session on one machine nothing is said
         ("node", cells(lambda row: escape(str(row.detail["node"])) if row and row.detail.get("node") else NOTHING)),
         ("verdict", cells(lambda row: verdict([row] if row else []))),
@@ -223,20 +225,16 @@ def others(section: Section, text: Text) -> str:
 
 def census(section: Section) -> str:
     """Modules and elements quantized and left, and bytes by dtype, of each method; "" where no census was taken."""
-    taken = {}
-    for method in section.methods:
-        rows = section.rows(method, (*section.texts, NO_TEXT))
-        if census := next((row.census for row in rows if row.census), None):
-            taken[method] = census
+    taken: dict[str, Mapping[str, Any]] = {}
+    for row in section.cells.values():
+        if row.census:
+            taken.setdefault(row.method, row.census)
     if not taken:
         return ""
 
-    def count(name: str) -> Cell:
-        def cell(method: str) -> str:
-            value = taken.get(method, {}).get(name)
-            return f"{value:,}" if isinstance(value, int) else NOTHING
-
-        return cell
+    def count(method: str, name: str) -> str:
+        value = taken.get(method, {}).get(name)
+        return f"{value:,}" if isinstance(value, int) else NOTHING
 
     def by_dtype(method: str) -> str:
         sizes = taken.get(method, {}).get("bytes_by_dtype")
@@ -245,9 +243,9 @@ def census(section: Section) -> str:
         return ", ".join(f"{escape(str(name))} {mib(size)}" for name, size in sizes.items())
 
     columns: list[Column] = [
-        ("modules quantized", count("quantized_modules")),
-        ("weights quantized", count("quantized_elements")),
-        ("parameters left", count("left_elements")),
+        ("modules quantized", lambda method: count(method, "quantized_modules")),
+        ("weights quantized", lambda method: count(method, "quantized_elements")),
+        ("parameters left", lambda method: count(method, "left_elements")),
         ("bits/weight", lambda method: number(bits(section, method) if method in taken else None)),
         ("MiB by dtype", by_dtype),
     ]
@@ -262,7 +260,8 @@ def detail(row: Row | None, name: str) -> float | None:
 
 def to_reference(row: Row | None) -> str:
     """Time over the reference's, with its interval; for the reference itself its A/A comparison."""
-    shown = _shown(_logs(row))
+    found = time_ratio(row)
+    shown = NOTHING if found is None else ratio(exp(found.value), exp(found.low), exp(found.high))
     if row is None or row.method != row.reference or row.value is None:
         return shown
     return "1" if shown == NOTHING else f"A/A {shown}"
@@ -274,13 +273,13 @@ def to_plain(row: Row | None, plain: Row | None) -> str:
         return NOTHING
     if row.method == plain.method:
         return "1"
-    ours, theirs = _logs(row), _logs(plain)
+    ours, theirs = time_ratio(row), time_ratio(plain)
     if ours is None or theirs is None:
         return NOTHING
-    value = ours[0] - theirs[0]
-    below = math.hypot(ours[0] - ours[1], theirs[2] - theirs[0])
-    above = math.hypot(ours[2] - ours[0], theirs[0] - theirs[1])
-    return _shown((value, value - below, value + above))
+    value = ours.value - theirs.value
+    below = math.hypot(ours.value - ours.low, theirs.high - theirs.value)
+    above = math.hypot(ours.high - ours.value, theirs.value - theirs.low)
+    return ratio(exp(value), exp(value - below), exp(value + above))
 
 
 def dtype(row: Row | None) -> str:
@@ -289,53 +288,39 @@ def dtype(row: Row | None) -> str:
     return match[1] if match else ""
 
 
-def mixed(section: Section, metric: str, text: Text) -> list[str]:
-    """The dtypes, other than the reference's, in which methods ran that are more than a cast to it."""
+def other_dtypes(section: Section, metric: str, text: Text) -> tuple[list[str], list[str]]:
+    """The dtypes, other than the reference's, in which methods ran that are more than a cast to it.
+
+    Then those of them in which the unquantized model was timed too.
+    """
     rows = [row for method in section.methods if (row := section.row(method, metric, text))]
     ids = (str(row.detail.get("reference_id", "")) for row in rows)
     named = next((match[1] for name in ids if (match := DTYPE.search(name))), section.reference)
     reference = dtype(section.row(section.reference, metric, text)) or named
-    return list(dict.fromkeys(name for row in rows if (name := dtype(row)) not in ("", reference, row.method)))
-
-
-def plains(section: Section, metric: str, text: Text) -> list[str]:
-    """Of those dtypes the ones in which the unquantized model was timed too."""
-    return [name for name in mixed(section, metric, text) if _logs(section.row(name, metric, text))]
-
-
-def ratio_heading(section: Section, metric: str, text: Text) -> str:
-    """Of the column of ratios: the reference by its name where methods ran in another dtype."""
-    return f"ratio to {escape(section.reference) if mixed(section, metric, text) else 'reference'} [95%]"
+    mixed = list(dict.fromkeys(name for row in rows if (name := dtype(row)) not in ("", reference, row.method)))
+    return mixed, [name for name in mixed if time_ratio(section.row(name, metric, text))]
 
 
 def ratio_note(section: Section, metric: str, text: Text) -> str:
     """What a reader must know of ratios across dtypes; '' where there are none."""
-    names, there = mixed(section, metric, text), plains(section, metric, text)
-    if not names:
+    mixed, plain = other_dtypes(section, metric, text)
+    if not mixed:
         return ""
-    reference, absent = code(section.reference), [code(name) for name in names if name not in there]
-    sentences = [
-        f"Methods ran in {' and '.join(names)}: the ratio to {reference} is of dtype and quantization together."
-    ]
-    if there:
-        sentences.append(
-            f"The ratio to {' and to '.join(map(code, there))} is of quantization alone: the quotient of two ratios to "
-            f"{reference}, each timed in a process of its own; its interval joins theirs."
+    reference, absent = code(section.reference), [code(name) for name in mixed if name not in plain]
+    note = f"Methods ran in {' and '.join(mixed)}: the ratio to {reference} is of dtype and quantization together."
+    if plain:
+        note += (
+            f" The ratio to {' and to '.join(map(code, plain))} is of quantization alone: the quotient of two ratios "
+            f"to {reference}, each timed in a process of its own; its interval joins theirs."
         )
     if absent:
-        sentences.append(f"Measure {' and '.join(absent)} too for a ratio within one dtype.")
-    return " ".join(sentences)
+        note += f" Measure {' and '.join(absent)} too for a ratio within one dtype."
+    return note
 
 
-def _logs(row: Row | None) -> tuple[float, float, float] | None:
-    """The log of a row's time over the reference's with its interval, infinite where that is not usable."""
-    value, low, high = (detail(row, name) for name in ("log_ratio", "log_ratio_low", "log_ratio_high"))
+def time_ratio(row: Row | None) -> Estimate | None:
+    """The log of a row's time over the reference's; its interval is infinite where it may not decide."""
+    value = detail(row, "log_ratio")
     if row is None or value is None or not math.isfinite(value):
         return None
-    if low is None or high is None or row.detail.get("log_ratio_usable") is False:
-        return value, -math.inf, math.inf
-    return value, low, high
-
-
-def _shown(logs: tuple[float, float, float] | None) -> str:
-    return ratio(*map(exp, logs or (None, None, None)))
+    return log_ratio(row.detail) or Estimate(value, -math.inf, math.inf, 0, False)

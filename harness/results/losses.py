@@ -6,17 +6,14 @@ import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.core.errors import BadFile
 from harness.core.files import replace_bytes
 from harness.core.values import digest
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 SHA = re.compile(r"[0-9a-f]{64}")  # a row is a file's word: no other path than this may come of it
 LARGEST = 2**30  # bytes of one text's losses: a quarter of a billion tokens

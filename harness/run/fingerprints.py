@@ -7,7 +7,6 @@ texts or two weights under one name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
@@ -39,21 +38,18 @@ class StartInputs:
         if self.began.get(what, value) != value:
             raise HarnessError(f"the {what} changed while the session ran: go on with --resume")
 
-    def see(self, model: str, directory: Path) -> bool:
-        """Note the state of a model's files; whether it is the one that the session began with."""
-        self.seen[files(model)] = stamp = folder.stamp(directory)
-        return self.began.get(files(model)) == stamp
-
     def checkpoint(self, materialise: Callable[[], Checkpoint]) -> Checkpoint:
         """The model's folder, held to the weights that the session began with."""
         checkpoint = materialise()
-        if not self.see(checkpoint.specification, checkpoint.directory):
+        name = files(checkpoint.specification)
+        self.seen[name] = folder.stamp(checkpoint.directory)
+        if self.began.get(name) != self.seen[name]:
             checkpoint = materialise()  # hashed anew: the files may have changed while they were hashed
         self.hold(f"weights of {checkpoint.specification}", checkpoint.revision)
         return checkpoint
 
     def untouched(self, checkpoint: Checkpoint) -> None:
-        """HarnessError where a model's files were written to since they were seen."""
+        """HarnessError where a model's files were written to since they were seen; a live module has none."""
         name = files(checkpoint.specification)
-        if folder.stamp(checkpoint.directory) != self.seen[name]:
+        if name in self.seen and folder.stamp(checkpoint.directory) != self.seen[name]:
             raise HarnessError(f"the {name} changed while they were in use: go on with --resume")

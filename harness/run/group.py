@@ -1,13 +1,22 @@
-"""One model under one method in a process of its own: what metrics measure, and the row that comes of it.
+"""One model under one method in a process of its own, which answers requests until the other end of a pipe is gone.
 
-The process of the invariants on one layer: in a `Group`'s place where no model is loaded.
+Forked from a server that has imported torch but loaded no model, touched no device and started no thread pool,
+so that a segfault or the kernel's out-of-memory killer takes down one group and nothing else.
+
+A `Group` is what metrics measure, and what makes a row of it; a `LayerGroup` stands in its place for the invariants of
+one layer, where no model is loaded. What needs no group is answered too: making ready, and predicting what each takes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+import re
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
@@ -16,25 +25,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
+import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness.core import catalog, environment
-from harness.core.contracts import Arguments, Checkpoint, Member, Method, TokenPlan, Window
-from harness.core.errors import MissingPackage
+from harness.core import catalog, environment, errors, gpus
+from harness.core.contracts import Arguments, Checkpoint, Method, TokenPlan, Window
+from harness.core.errors import HarnessError, MissingPackage
 from harness.core.files import locked, replace_text, sha256_file
+from harness.core.options import Options
 from harness.core.records import Case, Figure, Row
 from harness.core.specification import parse
 from harness.core.values import digest
 from harness.inputs.models import checkpoints, sizes
+from harness.inputs.models.folder import no_room, stamp
 from harness.inputs.texts import corpora, protocols
 from harness.methods.quantizing import arguments, bnb, calibration, compiled
 from harness.metrics.measuring import census, engine, sequential
+from harness.metrics.measuring.checks import LAYER
 from harness.metrics.measuring.devices import open_device
 from harness.results import losses
 from harness.results.directory import LOSSES
-from harness.run import project
-from harness.run.fingerprints import StartInputs
+from harness.run.fingerprints import StartInputs, files
 from harness.run.messages import Job, Reply, Stop
-from harness.run.plan import method_of, missing_packages, packages
+from harness.run.plan import method_of, missing_packages, open_to, packages
+from harness.run.upgrade import interleaved
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +79,7 @@ class Group:
     ) -> None:
         """Of the catalogue's methods and the job's checkpoint, unless others are given (`live`)."""
         self.job, self.connection, options = job, connection, job.options
-        project.open_to(options.declared)
+        open_to(options.declared)
         known = catalog.methods() if methods is None else methods
         batch = options.batch_size
         self.method, self.arguments, self.batch_size, self.method_id = as_run(job.method, job.device, batch, known)
@@ -104,7 +118,7 @@ class Group:
         """What a number depends on beside weights, method and tokens: a hit under equal worlds is never stale."""
         here, config = self.environment, sha256_file(self.checkpoint.directory / "config.json")
         chip = here.gpu or here.machine  # losses are shared by equal cards, wherever they are
-        return config, here.environment_class, chip, str(here.threads), here.wait_policy, CODE
+        return config, here.environment_class, chip, str(here.threads), CODE
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  the group lives as long as its process
     def plan_of(self, dataset: str, protocol: str) -> TokenPlan:
@@ -148,7 +162,8 @@ class Group:
         self.census = self.counted(model, original)
         if self.job.device != "cpu":  # evidence that the device did the work, kept with every row; else no row
             ids = torch.ones((1, 8), dtype=torch.long, device=self.job.device)
-            self.proof = self.device.proof(lambda: model(input_ids=ids))
+            with torch.inference_mode():
+                self.proof = self.device.proof(lambda: model(input_ids=ids))
 
     def counted(self, model: nn.Module, original: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The census of the loaded model."""
@@ -192,12 +207,6 @@ class Group:
             assert nll is not None
             return nll
 
-    def compute_reference(self, cases: Sequence[Case]) -> None:
-        """The reference's losses on every text of the cases, where they are not there yet."""
-        for case in cases:
-            self.case = case
-            self.reference_nll()
-
     def score(self, model: nn.Module, method: Method, batch_size: int, some: Sequence[Window] = ()) -> Losses:
         """Run the engine over the plan's windows, or over some of them."""
         return engine.score(
@@ -216,7 +225,9 @@ class Group:
         early = asdict(stop) if stop else {}  # an early-stopped delta is another figure than that of every token
         code = (catalog.outside_code(), self.libraries)
         known = [self.checkpoint.revision, self.method_id, *plan, *self.world, *code, early]
-        timed = [self.repetitions, self.environment.machine] if catalog.member_of(case).timed else []
+        here = self.environment
+        waiting = here.wait_policy, here.spin_count, here.thread_library
+        timed = [self.repetitions, here.machine, *waiting] if catalog.member_of(case).timed else []
         return digest([case.id, case.reference, *known, *timed])
 
     def measure(self, case: Case, stop: Stop | None = None) -> Row:
@@ -226,16 +237,35 @@ class Group:
         started = time.perf_counter()
         assert self.model is not None  # load outside the metric, so that a failure to load reads as one
         figure = self.stopped(stop) if stop else catalog.metrics()[case.family].measure(self, member)
-        texts = self._text_facts(member, figure.detail.get("whole", True)) if case.dataset else {}
-        calibrated = self._calibration(case)
-        aligned = bool(self.method.grid) and self.method.grid == self.checkpoint.grid
-        facts = {"model_note": self.checkpoint.note, "proof": self.proof, "grid_aligned": aligned}
-        facts |= {"libraries": self.libraries, "precision": self.device.precision}
-        facts |= {"method_note": self.method.notes.get(case.device, "")}
-        if member.timed and case.method != case.reference:
-            facts |= {"reference_id": self.reference_id}  # its dtype may be another: a ratio of times holds both
+        texts: dict[str, Any] = {}
+        on_text: dict[str, Any] = {}
+        if case.dataset:
+            plan, folder = self.plan, self.job.options.report_dir / LOSSES
+            texts = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash}
+            if not member.timed and figure.detail.get("whole", True):
+                texts["nll"] = losses.save(folder, self.nll())
+                counts = [window.scored for window in plan.windows if window.scored]
+                on_text = {"window_counts": counts, "tokens": plan.tokens, "protocol": plan.protocol}
+                if case.method != case.reference:
+                    on_text["reference_nll"] = losses.save(folder, self.reference_nll())
+        calibrated: Any = self.model.calibration if self.method.calibrated else None  # what the method looked at
+        if calibrated is not None and case.dataset:  # never the text that is measured on
+            declared = self.job.options.declared
+            lines = corpora.read(parse(case.dataset), declared)
+            calibration.refuse_shared_lines(calibrated, lines, declared, case.method)
+        facts = {
+            "calibration": calibrated,
+            "model_note": self.checkpoint.note,
+            "proof": self.proof,
+            "grid_aligned": bool(self.method.grid) and self.method.grid == self.checkpoint.grid,
+            "libraries": self.libraries,
+            "precision": self.device.precision,
+            "method_note": self.method.notes.get(case.device, ""),
+            # its dtype may be another: a ratio of times holds both
+            "reference_id": self.reference_id if member.timed and case.method != case.reference else "",
+        }
         notes = {name: value for name, value in facts.items() if value}
-        detail = {**figure.detail, **calibrated, **notes, **texts.pop("detail", {})}
+        detail = {**figure.detail, **notes, **on_text}
         self.inputs.untouched(self.checkpoint)
         return Row.of(
             case,
@@ -251,16 +281,6 @@ class Group:
             **{name: getattr(figure, name) for name in ("unit", "count", "spread", "interval", "samples")},
             **texts,
         )
-
-    def _calibration(self, case: Case) -> dict[str, Any]:
-        """What a calibrated method looked at, for the row; never the text that is measured on."""
-        if not self.method.calibrated:
-            return {}
-        facts: Any = self.model.calibration
-        if case.dataset:
-            declared = self.job.options.declared
-            calibration.refuse_shared_lines(facts, corpora.read(parse(case.dataset), declared), declared, case.method)
-        return {"calibration": facts}
 
     def stopped(self, stop: Stop) -> Figure:
         """The paired delta over as many windows, in their seeded order, as decide it against its bound."""
@@ -297,18 +317,6 @@ class Group:
             return replace(figure, detail=detail | dict(figure.detail))
         return Figure(state.value, "nat", state.windows, interval=(state.low, state.high), detail=detail)
 
-    def _text_facts(self, member: Member, whole: bool) -> dict[str, Any]:
-        plan = self.plan
-        facts: dict[str, Any] = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash}
-        if not member.timed and whole:
-            counts = [window.scored for window in plan.windows if window.scored]
-            folder = self.job.options.report_dir / LOSSES
-            facts["nll"] = losses.save(folder, self.nll())
-            facts["detail"] = {"window_counts": counts, "tokens": plan.tokens, "protocol": plan.protocol}
-            if self.case.method != self.case.reference:
-                facts["detail"]["reference_nll"] = losses.save(folder, self.reference_nll())
-        return facts
-
 
 CODE = catalog.code_version()  # of what this process runs: taken at import, in the fork server, once a session
 
@@ -319,7 +327,16 @@ def loaded_facts(device: str) -> dict[str, str]:
     library = getattr(getattr(sys.modules["bitsandbytes.cextension"], "lib", None), "_lib", None)
     name = Path(getattr(library, "_name", "") or "").name
     cuda = str(torch.version.cuda or "")
-    return {"cuda": cuda, "bitsandbytes_library": name, "loops": compiled.runner()}
+    return {"cuda": cuda, "bitsandbytes_library": name, "loops": compiled.runner(), "thread_library": thread_library()}
+
+
+def thread_library() -> str:
+    """File name of the OpenMP library that torch brought, '' where it cannot be told: others wait in other ways."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    loaded = {Path(line.split()[-1]) for line in lines if re.search(r"/lib(gomp|iomp|omp)[^/]*$", line)}
+    own = [path.name for path in sorted(loaded) if "torch" in path.parts or "torch.libs" in path.parts]
+    return re.sub(r"-[0-9a-f]{6,}", "", (own or sorted(path.name for path in loaded) or [""])[0])
 
 
 class LayerGroup:
@@ -335,7 +352,8 @@ class LayerGroup:
 
     def key(self, case: Case, stop: Stop | None = None) -> str:
         """What --resume compares."""
-        return digest([case.id, self.method_id, self.environment.id, CODE])
+        alike = replace(self.environment, wait_policy="", spin_count="")  # how threads wait moves no finding
+        return digest([case.id, self.method_id, alike.id, CODE])
 
     def measure(self, case: Case, stop: Stop | None = None) -> Row:
         """Run one check; no verdict yet."""
@@ -354,3 +372,134 @@ class LayerGroup:
             seconds=round(time.perf_counter() - started, 3),
             key=self.key(case),
         )
+
+
+def prepare(job: Job, cases: list[Case], connection: Connection) -> dict[str, str]:
+    """Make every checkpoint and token plan that the cases need, so that what cannot be is said before measuring.
+
+    Returns what identifies each: a group that reads something else later refuses to measure.
+    """
+
+    def say(line: str) -> None:
+        connection.send(Reply("said", text=line))
+
+    options, inputs = job.options, dict[str, str]()
+    for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
+        checkpoint = checkpoints.of_session(model, options, say, verify=True)
+        seen = stamp(checkpoint.directory)  # before the group hashes them
+        first = next(case for case in cases if case.model == model)
+        group = Group(Job(options, model, first.method, "cpu", job.reference, job.threads, job.log), connection)
+        for dataset, protocol in dict.fromkeys((case.dataset, case.protocol) for case in cases if case.dataset):
+            group.plan_of(dataset, protocol)
+        inputs |= {**group.inputs.seen, files(model): seen}
+    return inputs
+
+
+def begun(job: Job, connection: Connection) -> Group | LayerGroup:
+    """The group; HarnessError where this process was forked from one that had started CUDA, which it then cannot."""
+    if job.device == "cuda" and torch.cuda._is_in_bad_fork() and gpus.cuda_devices():
+        raise HarnessError(
+            "CUDA was initialised before this process was forked: something that every Python of this environment "
+            "imports at its start (sitecustomize, a .pth file) asks for a card; take it out"
+        )
+    return LayerGroup(job) if job.model == LAYER else Group(job, connection)
+
+
+def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
+    """What a living group answers: a key, one repetition of a timing, or a row."""
+    if verb == "key":
+        return Reply("key", text=group.key(*argument))
+    if verb == "repetition" and isinstance(group, Group):
+        return interleaved.answer(group, argument)
+    if verb == "reference" and isinstance(group, Group):
+        for case in argument:  # its losses on each text, where they are not there yet
+            group.case = case
+            group.reference_nll()
+        return Reply("done")
+    row = group.measure(*argument)
+    kind, _ = errors.blamed(RuntimeError(row.detail.get("exception", "")))  # a finding of an invariant's
+    return Reply("row", row=row, data=group.environment.to_dict(), blamed=kind)
+
+
+def serve(job: Job, connection: Connection) -> None:
+    """The process's main loop: (verb, argument) in, `Reply` out, until 'close' or the other end is gone.
+
+    Behind a device error it ends: its context is dead, and the controller starts another process for what is left.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the fork server
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
+    with job.log.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    group: Group | LayerGroup | None = None
+    with bnb.quiet():
+        while True:
+            try:
+                verb, argument = connection.recv()
+            except EOFError:
+                return
+            if verb == "close":
+                return
+            try:
+                if verb == "prepare":
+                    reply = Reply("done", data=prepare(job, argument, connection))
+                elif verb == "needs":
+                    reply = Reply("needs", data=needs(job.options, argument))
+                elif verb == "code":
+                    reply = Reply("code", text=CODE)
+                else:
+                    group = group or begun(job, connection)
+                    reply = answered(group, verb, argument)
+            except Exception as error:
+                reply = failure(error)
+            connection.send(reply)
+            if reply.blamed == errors.DEVICE:
+                return
+
+
+def failure(error: Exception) -> Reply:
+    """What went wrong: one line where the user or the machine is to blame, else a traceback."""
+    if isinstance(error, HarnessError):
+        return Reply("error", text=str(error))
+    kind, line = errors.blamed(error)
+    if kind:
+        return Reply("error", text=errors.explained(kind, line), blamed=kind)
+    if no_room(error):
+        text = str(error).partition("\n")[0]
+        return Reply("error", text=f"a disk is full or cannot be written ({text}): make room, then --resume")
+    return Reply("bug", text="".join(traceback.format_exception(error)))
+
+
+def needs(options: Options, cases: Sequence[Case]) -> dict[str, Any]:
+    """What groups will take, for an engine that places them by it.
+
+    Returns:
+        `bytes`, predicted, by group (`Case.group`; one that cannot be predicted counts as the reference alone), and
+        `folders`, by model, where its plain folder lies.
+    """
+    found: dict[str, dict[str, Any]] = {"bytes": {}, "folders": {}}
+    for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
+        checkpoint = checkpoints.of_session(model, options)
+        found["folders"][model] = str(checkpoint.directory)
+        for case in {case.group: case for case in cases if case.model == model}.values():
+            found["bytes"][case.group] = group_bytes(case, checkpoint)
+    return found
+
+
+def group_bytes(case: Case, checkpoint: Checkpoint) -> int:
+    """The larger of loading the model under its method, and of what is left of it with the reference loaded beside."""
+    reference = method_of(parse(case.reference), catalog.methods())
+    method = method_of(parse(case.method), catalog.methods())
+    config = checkpoints.read_config(checkpoint)
+    given = arguments.resolve(parse(case.reference), reference, case.device)
+    beside = sizes.loading_peak(config, reference, given).bytes
+    if case.method == case.reference or missing_packages(method):
+        return beside
+    try:
+        given = arguments.resolve(parse(case.method), method, case.device)
+        loading = sizes.loading_peak(config, method, given).bytes
+        return max(loading, int(sizes.predict(config, method, given)["memory.storage"]) + beside)
+    except HarnessError:
+        return beside  # its cases will say why

@@ -28,18 +28,13 @@ from harness.inputs.texts import corpora
 from harness.methods.quantizing import bnb
 from harness.methods.quantizing.stored import weight_owners
 from harness.run import plan as planning
-from harness.run.child import answered, failure
-from harness.run.fingerprints import StartInputs
-from harness.run.group import Group
+from harness.run.group import Group, answered, failure
 from harness.run.local import Process, Runner
 from harness.run.messages import Job, Reply, Stop
 from harness.run.session import Session
 
 NAMED, REFERENCE = "live", "reference"  # what the rows call a module that was given without a name, and its reference
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-OF_NAMED_MODELS = {  # options that say how a named model is found, quantized or distributed
-    "methods", "shard", "engine", "ray_address", "resume", "allow_pickle", "trust_remote_code",
-}  # fmt: skip
 OWN_PROCESS = {"memory.load_peak", "memory.run_peak"}  # what a process holds that does other things too says nothing
 
 
@@ -63,12 +58,6 @@ class Live:
         return type(self.original).__name__.strip("_") or "module"
 
 
-def refuse(options: Mapping[str, Any]) -> None:
-    """HarnessError where a call gives an option that a live module has no use for."""
-    for name in OF_NAMED_MODELS & {name for name, value in options.items() if value is not None}:
-        raise HarnessError(f"{name}= goes with a named model: a live module is measured here, as it is; leave it out")
-
-
 @contextlib.contextmanager
 def opened(models: Any, tokenizer: Any, reference: Any, options: Options) -> Iterator[tuple[Session, tuple[Case, ...]]]:
     """A session that measures live modules in this process, and its cases; the modules evaluate meanwhile.
@@ -87,9 +76,15 @@ def opened(models: Any, tokenizer: Any, reference: Any, options: Options) -> Ite
         engine="local",
         resume=False,
     )
-    cases = tuple(_cases(live, options))
+    members = planning.chosen_members(options.metrics)
+    if any(member.name.startswith("invariant.") for member in members):
+        raise HarnessError("invariants are of named methods: leave them out beside a live module")
+    cases: tuple[Case, ...] = ()
+    for name, method in methods_of(live).items():
+        named = replace(options, reference=Specification(live.reference or name))  # without one each is its own
+        cases += tuple(planning.cases(named, [(Specification(name), method)], members, live.device))
     with evaluating(live), bnb.quiet():
-        yield LiveSession(options, torch.get_num_threads(), cases, functools.partial(LiveRunner, live)), cases
+        yield Session(options, torch.get_num_threads(), cases, runner=functools.partial(LiveRunner, live)), cases
 
 
 def _read(models: Any, tokenizer: Any, reference: Any) -> Live:
@@ -127,16 +122,6 @@ def _device(modules: Mapping[str, nn.Module]) -> str:
     return device.type
 
 
-def _cases(live: Live, options: Options) -> Iterator[Case]:
-    """The plan, the reference first; without one each module is its own."""
-    members = planning.chosen_members(options.metrics)
-    if any(member.name.startswith("invariant.") for member in members):
-        raise HarnessError("invariants are of named methods: leave them out beside a live module")
-    for name, method in methods_of(live).items():
-        named = replace(options, reference=Specification(live.reference or name))
-        yield from planning.cases(named, [(Specification(name), method)], members, live.device)
-
-
 def methods_of(live: Live) -> dict[str, Method]:
     """A method for each module, by name: what it quantizes is what differs from the reference's module."""
     return {
@@ -148,7 +133,7 @@ def methods_of(live: Live) -> dict[str, Method]:
             sketch=_not_loaded,
             quantized=functools.partial(changed_weights, live.original),
             targets=functools.partial(_changed_names, module),
-            dtype=dtype_of(module),
+            dtype=next((DTYPES[tensor.dtype] for tensor in sizes.held(module) if tensor.dtype in DTYPES), "fp32"),
         )
         for name, module in live.modules.items()
     }
@@ -160,11 +145,6 @@ def _changed_names(module: nn.Module, original: nn.Module, arguments: Arguments)
 
 def _not_loaded(*arguments: Any) -> Any:
     raise AssertionError("a live module is there already")
-
-
-def dtype_of(module: nn.Module) -> str:
-    """'fp32', 'bf16' or 'fp16': of the first floating tensor of the module, fp32 where it has none of these."""
-    return next((DTYPES[tensor.dtype] for tensor in sizes.held(module) if tensor.dtype in DTYPES), "fp32")
 
 
 def changed_weights(original: nn.Module, module: nn.Module) -> Iterator[QuantizedWeight]:
@@ -197,9 +177,11 @@ def evaluating(live: Live) -> Iterator[None]:
     """The modules in eval mode, and the switches of a card's precision put back at the end, which opening it sets."""
     training = [(part, part.training) for module in live.modules.values() for part in module.modules()]
     product, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    switches = {name: getattr(product, name) for name in names}
-    tf32 = torch.backends.cudnn.allow_tf32
+    switches: list[tuple[Any, str]] = [
+        (product, f"allow_{half}_reduced_precision_reduction") for half in ("fp16", "bf16")
+    ]
+    switches.append((torch.backends.cudnn, "allow_tf32"))
+    before = [(owner, name, getattr(owner, name)) for owner, name in switches]
     for module in live.modules.values():
         module.eval()
     try:
@@ -208,19 +190,8 @@ def evaluating(live: Live) -> Iterator[None]:
         for part, was in training:
             part.training = was
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = tf32
-        for name, value in switches.items():
-            setattr(product, name, value)
-
-
-class LiveSession(Session):
-    """A session whose models need not be found."""
-
-    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
-        """Check the texts and make their token plans; returns what identifies them."""
-        for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
-            corpora.check(parse(dataset), self.options.declared)
-        return self.runner.prepare(cases, say)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 class LiveRunner(Runner):
@@ -229,20 +200,28 @@ class LiveRunner(Runner):
     def __init__(self, live: Live, options: Options, *, threads: int, lock: Path) -> None:
         super().__init__(options, threads=threads, lock=lock)
         self.live = live
-        self.revision = revision_of(live.original)
-        self.groups: dict[str, InThisProcess] = {}
+        digest = hashlib.sha256()  # over the bytes of every tensor, in the order of the walk
+        for tensor in sizes.held(live.original):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self.revision = digest.hexdigest()
+        self.groups: dict[str, LiveGroup] = {}
 
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Token plans, so that a text that cannot be read or scored is said before anything is measured."""
+        for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
+            corpora.check(parse(dataset), self.options.declared)
         for dataset, protocol in dict.fromkeys((case.dataset, case.protocol) for case in cases if case.dataset):
-            self._process_for(cases[0]).group.plan_of(dataset, protocol)
+            self._group_of(cases[0]).plan_of(dataset, protocol)
         return {}
 
     def _process_for(self, case: Case) -> InThisProcess:
+        return InThisProcess(self._group_of(case))
+
+    def _group_of(self, case: Case) -> LiveGroup:
         if case.method not in self.groups:
             asked = (case.model, case.method, case.device, case.reference)
             job = Job(self.options, *asked, self.threads, self._logs / "unused")
-            self.groups[case.method] = InThisProcess(LiveGroup(job, self.live, self.revision))
+            self.groups[case.method] = LiveGroup(job, self.live, self.revision)
         return self.groups[case.method]
 
 
@@ -263,13 +242,6 @@ class InThisProcess(Process):
         """Nothing to end."""
 
 
-class LiveInputs(StartInputs):
-    """Of modules that lie in no files: their caller alone can change them."""
-
-    def untouched(self, checkpoint: Checkpoint) -> None:
-        """Nothing to look at."""
-
-
 class LiveGroup(Group):
     """A caller's module as the subject of metrics."""
 
@@ -278,7 +250,6 @@ class LiveGroup(Group):
         checkpoint = Checkpoint(job.model, Path(), revision, note)
         super().__init__(job, None, methods_of(live), checkpoint)
         self.live = live
-        self.inputs = LiveInputs({})
 
     @property
     def tokenizer(self) -> Any:
@@ -331,11 +302,3 @@ class LiveGroup(Group):
             )
         row = super().measure(case, stop)
         return replace(row, detail={**row.detail, "live": True})
-
-
-def revision_of(module: nn.Module) -> str:
-    """sha256 (hex) over the bytes of every tensor of a module, in the order of the walk."""
-    found = hashlib.sha256()
-    for tensor in sizes.held(module):
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()

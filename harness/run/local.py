@@ -18,22 +18,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from harness.core import gpus
-from harness.core.catalog import member_of
+from harness.core.catalog import member, member_of
 from harness.core.errors import DEVICE, HarnessError
 from harness.core.files import locked
 from harness.core.records import Case, Row, Verdict
+from harness.core.specification import parse
+from harness.inputs.models import names
+from harness.inputs.texts import corpora
+from harness.metrics.measuring.checks import LAYER
 from harness.run.messages import Asked, Job, Reply, Stop
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-    from multiprocessing.context import ForkServerProcess
+    from multiprocessing.context import BaseContext
+    from multiprocessing.process import BaseProcess
 
     from harness.core.options import Options
 
-BESIDE_CARD = "HARNESS_BESIDE_CARD"  # tells the fork server that this machine has a card, which it must not ask about
+WORKERS = "PYTEST_XDIST_WORKER_COUNT"  # pytest-xdist's, which share the cores
 DEATHS = 2  # a group whose process died this often is given up: the machine cannot carry it
-
-
 Arrived = Callable[[Row, Mapping[str, Any]], None]
 
 
@@ -45,7 +48,7 @@ class Died(Exception):
 class Process:
     """One group's process and the pipe to it."""
 
-    process: ForkServerProcess
+    process: BaseProcess
     connection: Any
     log: Path
     predicted: Mapping[str, int] = field(default_factory=dict)
@@ -105,26 +108,43 @@ class Runner:
         self.environments: dict[str, dict[str, Any]] = {}
         self.inputs: Mapping[str, str] = {}  # what weights and texts were when the session began, where that is known
         self.arrived: Arrived = lambda row, world: None  # told of rows that were measured ahead
-        self._group = ""
+        self.crowded = int(os.environ.get(WORKERS) or 1) > 1  # others measure on these cores at the same time
+        self._group = ("", "")  # and how its threads wait
         self._process: Process | None = None
-        self._deaths: dict[str, str] = {}
-        self._died: dict[str, int] = {}
+        self._deaths: dict[str, list[str]] = {}  # by group: of what its processes died
         self._logs = Path(tempfile.mkdtemp(prefix="harness-logs-"))
         weakref.finalize(self, shutil.rmtree, self._logs, ignore_errors=True)
 
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
-        """Make checkpoints and token plans; a HarnessError here is the user's to act on, before anything ran.
+        """Make checkpoints and token plans in a process of their own, once the assets are known to be there.
 
-        Returns what identifies the weights and texts (`child.prepare`): every group is held to it.
+        Returns what identifies the weights and texts (`group.prepare`): every group is held to it.
+
+        Raises:
+            HarnessError: what is the user's to act on, before anything ran.
         """
+        self.check_assets(cases)
         self.inputs = self.consult("prepare", cases, say).data or {}
         return self.inputs
+
+    def check_assets(self, cases: Sequence[Case]) -> None:
+        """HarnessError, without torch, where a model or text is nowhere to be found or may not be opened."""
+        options = self.options
+        for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
+            permitted = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+            names.locate(parse(model), options.declared, **permitted)
+        for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
+            corpora.check(parse(dataset), options.declared)
 
     def consult(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
         """Ask about all cases, in a process that loads no model; its failure is the session's, its death is not yet."""
         for tries in range(DEATHS):
             try:
-                reply = self._consulted(verb, cases, say)
+                process = self._start(cases[0], {})
+                try:
+                    reply = process.ask(verb, list(cases), say)
+                finally:
+                    process.close()
                 break
             except Died as error:
                 if tries + 1 == DEATHS:
@@ -135,13 +155,6 @@ class Runner:
             raise RuntimeError(reply.text)
         return reply
 
-    def _consulted(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
-        process = self._start(cases[0], {})
-        try:
-            return process.ask(verb, list(cases), say)
-        finally:
-            process.close()
-
     def begin(self, cases: Sequence[Case], ask: Callable[[Case], Asked]) -> None:
         """Every case that will be measured, before the first is: for an engine that works ahead. This one does not."""
 
@@ -151,40 +164,35 @@ class Runner:
 
     def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
         """One row without verdict, and a traceback where a bug was met; timed cases run with nothing beside them."""
-        exclusive = member_of(case).timed
+        deaths = self._deaths.setdefault(case.group, [])
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.lock, shared=not exclusive))
+                stack.enter_context(locked(self.lock, shared=not member_of(case).timed))
             except OSError as error:
                 fix = "make room, or set HARNESS_CACHE to a folder with more"
                 return missing(case, f"the lock {self.lock} cannot be written ({error.strerror}): {fix}"), ""
-            return self._measure(case, resumable, stop)
-
-    def _measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None) -> tuple[Row, str]:
-        if self._died.get(case.group, 0) >= DEATHS:
-            return missing(case, f"not tried: {self._deaths[case.group]}"), ""
-        process: Process | None = None
-        try:
-            process = self._process_for(case)
-            before = resumable.get(case.id)
-            if before is not None:
-                key = process.ask("key", (case, stop))
-                if key.kind == "key" and key.text == before.key:
-                    return before, ""
-                process = self._process_for(case)  # another where the asked one ended
-            reply = process.ask("measure", (case, stop))
-        except Died as error:
-            reason = f"{error}{process.need if process else ''}"
-            self._died[case.group] = self._died.get(case.group, 0) + 1
-            self._deaths[case.group] = reason
-            self.close()
-            return missing(case, reason), ""
-        if reply.kind == "row" and reply.row is not None:
-            self.environments[reply.row.environment] = dict(reply.data or {})
-            return reply.row, ""
-        if reply.kind == "error":
-            return missing(case, reply.text + (process.need if reply.blamed else "")), ""
-        return missing(case, reply.text.strip().splitlines()[-1]), reply.text
+            if len(deaths) >= DEATHS:
+                return missing(case, f"not tried: {deaths[-1]}"), ""
+            process: Process | None = None
+            try:
+                process = self._process_for(case)
+                before = resumable.get(case.id)
+                if before is not None:
+                    key = process.ask("key", (case, stop))
+                    if key.kind == "key" and key.text == before.key:
+                        return before, ""
+                    process = self._process_for(case)  # another where the asked one ended
+                reply = process.ask("measure", (case, stop))
+            except Died as error:
+                deaths.append(f"{error}{process.need if process else ''}")
+                self.close()
+                return missing(case, deaths[-1]), ""
+            if reply.kind == "row" and reply.row is not None:
+                self.environments[reply.row.environment] = dict(reply.data or {})
+                return reply.row, ""
+            if reply.kind == "error":
+                return missing(case, reply.text + (process.need if reply.blamed else "")), ""
+            return missing(case, reply.text.strip().splitlines()[-1]), reply.text
 
     def ask(self, case: Case, verb: str, argument: Any) -> Reply:
         """One request to the process of the case's group, started if need be; `Died` when it ends instead."""
@@ -195,37 +203,46 @@ class Runner:
             raise
 
     def _process_for(self, case: Case) -> Process:
-        if self._process is None or self._process.ended or self._group != case.group:
+        group = case.group, self.waiting(case)
+        if self._process is None or self._process.ended or self._group != group:
             self.close()
-            self._process, self._group = self._start(case, self.inputs), case.group
+            self._process, self._group = self._start(case, self.inputs), group
         return self._process
+
+    def waiting(self, case: Case | None = None) -> str:
+        """OMP_WAIT_POLICY of a case's process, or of most; '' leaves it as the user has it, as a plain script does.
+
+        Threads that spin between two operations are the quicker ones where nothing else runs, as beside a timed case;
+        those of several processes take the cores from each other.
+        """
+        if self.options.wait_policy != "auto":
+            return self.options.wait_policy
+        measured = None if case is None else member(case.metric)
+        return "passive" if self.crowded and not (measured and measured.timed) else ""
 
     def _start(self, case: Case, inputs: Mapping[str, str]) -> Process:
         """A group's process; `Died` where the system gives none, a fork server that went down tried anew once."""
+        asked = (case.model, case.method, case.device, case.reference)
+        shown = os.environ.get(gpus.VISIBLE) if case.device == "cuda" else ""  # a case on the processor sees no card
+        job = Job(self.options, *asked, self.threads, self._logs / "child.log", inputs, shown)
+        beside = {"HARNESS_BESIDE_CARD": "1"} if gpus.beside_card() else {}  # which the server must not ask about
+        usual, variables = (
+            server_environment(self.threads, waiting) | beside for waiting in (self.waiting(), self.waiting(case))
+        )
         for tries in range(DEATHS):
             try:
-                return self._started(case, inputs)
+                context = forking(usual) if variables == usual else multiprocessing.get_context("spawn")
+                here, there = context.Pipe()
+                process: BaseProcess = context.Process(target=run_group, args=(job, there), daemon=True)  # type: ignore[attr-defined]
+                with environment_variables(variables), without_main():
+                    process.start()
+                there.close()
+                return Process(process, here, job.log)
             except (OSError, EOFError) as error:
                 if tries + 1 == DEATHS:
                     fix = ": set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
                     raise Died(f"the group's process could not be started ({error!r}){fix}") from error
         raise AssertionError("unreachable")
-
-    def _started(self, case: Case, inputs: Mapping[str, str]) -> Process:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["harness.run.preload"])
-        beside = {BESIDE_CARD: "1"} if gpus.beside_card() else {}
-        with environment_variables(server_environment(self.threads) | beside):
-            forkserver.ensure_running()
-        asked = (case.model, case.method, case.device, case.reference)
-        shown = os.environ.get(gpus.VISIBLE) if case.device == "cuda" else ""  # a case on the processor sees no card
-        job = Job(self.options, *asked, self.threads, self._logs / "child.log", inputs, shown)
-        here, there = context.Pipe()
-        process = context.Process(target=run_group, args=(job, there), daemon=True)
-        with without_main():
-            process.start()
-        there.close()
-        return Process(process, here, job.log)
 
     def close(self) -> None:
         """End the group's process."""
@@ -241,26 +258,47 @@ def run_group(job: Job, connection: Connection) -> None:
     """
     os.environ.pop(gpus.VISIBLE, None)
     os.environ.update({} if job.visible is None else {gpus.VISIBLE: job.visible})
-    from harness.run.child import serve
+    from harness.run.group import serve
 
     serve(job, connection)
 
 
-def server_environment(threads: int) -> dict[str, str]:
-    """Variables that must stand before torch starts its thread pool; recorded with each measurement."""
+_server: dict[str, str] = {}  # under what variables this process's fork server was started
+
+
+def forking(variables: Mapping[str, str]) -> BaseContext:
+    """What starts processes under these variables: the fork server, where it was started under the same.
+
+    Thread pools read them once, at the import of torch, which the server has done; a spawned process imports it anew.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness.run.preload"])
+    if not _server:
+        _server.update(variables)
+    if _server != variables:
+        return multiprocessing.get_context("spawn")
+    with environment_variables(variables):
+        forkserver.ensure_running()
+    return context
+
+
+def server_environment(threads: int, waiting: str = "") -> dict[str, str]:
+    """Variables that must stand before torch starts its thread pool; recorded with each measurement.
+
+    Args:
+        threads: of the pool.
+        waiting: OMP_WAIT_POLICY, "" for the caller's own.
+    """
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",  # numpy's pool would start at import, before the fork; nothing hot uses it
-        "OMP_WAIT_POLICY": "passive",  # spinning threads cost up to 4x on a busy machine
         "TOKENIZERS_PARALLELISM": "false",  # its thread pool does not survive a fork
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # containers set 1, which makes TF32 of every fp32 product
         "NVIDIA_TF32_OVERRIDE": "0",
-        # glibc keeps freed activations instead of faulting their pages in again at every layer; 32 MiB is its own bound
-        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-        "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
+        **({"OMP_WAIT_POLICY": waiting} if waiting else {}),
     }
 
 
@@ -278,16 +316,14 @@ def without_main() -> Iterator[None]:
 @contextlib.contextmanager
 def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables for the fork server that starts within, and put the caller's own back."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def missing(case: Case, reason: str) -> Row:

@@ -19,22 +19,20 @@ from typing import Any, TypeVar
 
 from harness import report
 from harness.core.errors import HarnessError, UnknownName
-from harness.core.options import SETTINGS, Options, Setting, build, read_declared
+from harness.core.options import SETTINGS, Options, build, read_declared
 from harness.core.records import Case, Row
-from harness.judge import baselines, error_rate
-from harness.report.rows import command_of, measured_into
-from harness.run import engines, merge, project
+from harness.judge import baselines, rules
+from harness.report.document import command_of, measured_into
+from harness.run import merge
 from harness.run import plan as planning
-from harness.run.session import Session
-from harness.run.shards import partition
+from harness.run.session import Session, check_engine, has_cuda
 
 Say = Callable[[str], None]
 Call = TypeVar("Call", bound=Callable[..., Any])
 PER_SESSION = {"require_baselines"}  # what decides over a session's exit status, which a call has none of
-
-
-def _quiet(line: str) -> None:
-    """Say nothing."""
+OF_NAMED_MODELS = {  # options that say how a named model is found, quantized or distributed
+    "methods", "shard", "engine", "ray_address", "wait_policy", "resume", "allow_pickle", "trust_remote_code",
+}  # fmt: skip
 
 
 def _with_options(call: Call) -> Call:
@@ -58,12 +56,17 @@ def plan(**options: Any) -> list[Case]:
         HarnessError: an unknown option, name or argument.
     """
     asked = options_of(options)
-    return list(mine(planning.whole(asked, engines.cuda(asked)), asked))
+    return list(planning.mine(planning.whole(asked, has_cuda(asked.device, asked.ray_address)), asked))
 
 
 @_with_options
 def measure(
-    models: Any = None, tokenizer: Any = None, *, reference: Any = None, say: Say = _quiet, **options: Any
+    models: Any = None,
+    tokenizer: Any = None,
+    *,
+    reference: Any = None,
+    say: Say = lambda line: None,
+    **options: Any,
 ) -> list[Row]:
     """Measure and judge every case of the options: one row a case, in the order of the plan.
 
@@ -102,11 +105,15 @@ def measure(
             not there, no CUDA device for any case.
     """
     kept = options.get("report_dir") is not None
-    options |= {} if kept else {"report_dir": _temporary()}
+    if not kept:  # a folder for as long as this process lives
+        options["report_dir"] = folder = Path(tempfile.mkdtemp(prefix="harness-measured-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if is_live(models) or is_live(reference):
         from harness.run import live  # local: torch
 
-        live.refuse(options)
+        for name in OF_NAMED_MODELS & {name for name, value in options.items() if value is not None}:
+            why = "a live module is measured here, as it is"
+            raise HarnessError(f"{name}= goes with a named model: {why}; leave it out")
         if options.get("device") is None:
             options["device"] = "auto"  # where the module lies, whatever the project declares
         with live.opened(models, tokenizer, reference, options_of(options)) as (session, cases):
@@ -114,11 +121,12 @@ def measure(
     if tokenizer is not None:
         raise HarnessError("tokenizer= goes with a live module, and a named model brings its own: leave it out")
     asked = options_of({"models": models, "reference": reference, **options})
-    engines.check(asked, workers=0)
+    check_engine(asked.engine, workers=0)
     baselines.validate(asked.baselines)
-    whole = planning.whole(asked, engines.cuda(asked))
-    session = Session(asked, engines.threads(), whole)
-    return run(session, mine(whole, asked), whole, say, kept=kept)
+    cuda = has_cuda(asked.device, asked.ray_address)
+    whole = planning.whole(asked, cuda)
+    session = Session(asked, planning.threads(), whole, cuda=cuda)
+    return run(session, planning.mine(whole, asked), whole, say, kept=kept)
 
 
 def is_live(models: Any) -> bool:
@@ -127,49 +135,31 @@ def is_live(models: Any) -> bool:
     return isinstance(models, Mapping) or (torch is not None and isinstance(models, torch.nn.Module))
 
 
-def options_of(given: Mapping[str, Any], root: Path | None = None) -> Options:
+def options_of(given: Mapping[str, Any]) -> Options:
     """The session's options from a call's: texts, numbers and paths, or lists of them; None is not given.
 
     Args:
-        given: by the names of `SETTINGS`.
-        root: of the project whose pyproject.toml holds; the current folder by default, where relative paths start.
+        given: by the names of `SETTINGS`. Relative paths start at the current folder, whose pyproject.toml holds.
 
     Raises:
         HarnessError: an option that is not there, or a value that its reader refuses.
     """
-    here = Path.cwd()
     known = {setting.name: setting for setting in SETTINGS if setting.name not in PER_SESSION}
-    for name in given:
+    values: dict[str, Any] = {}
+    for name, value in given.items():
         if name not in known:
             raise UnknownName("option", name, known)
-    values = {name: _value(known[name], value) for name, value in given.items() if value is not None}
-    _, declared = read_declared(root or here)
-    project.open_to(declared)
-    return build(values, declared, here)
-
-
-def _value(setting: Setting, given: Any) -> Any:
-    """What an option's reader makes of a value, or of a list of values."""
-    if setting.read is None:
-        return bool(given)
-    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
-    try:
-        return setting.read(text)
-    except HarnessError as error:
-        raise HarnessError(f"{setting.name}={given!r}: {error}") from error
-
-
-def _temporary() -> Path:
-    """A report directory for as long as this process lives."""
-    folder = Path(tempfile.mkdtemp(prefix="harness-measured-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def mine(whole: Sequence[Case], options: Options) -> Sequence[Case]:
-    """The cases of this shard; all of them where there is none."""
-    shard = options.shard
-    return whole if shard is None else partition(whole, shard.count)[shard.index - 1]
+        if value is None:
+            continue
+        read = known[name].read
+        try:
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            values[name] = read(text) if read else bool(value)
+        except HarnessError as error:
+            raise HarnessError(f"{name}={value!r}: {error}") from error
+    _, declared = read_declared(Path.cwd())
+    planning.open_to(declared)
+    return build(values, declared, Path.cwd())
 
 
 def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say, *, kept: bool) -> list[Row]:
@@ -182,29 +172,19 @@ def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say
         say: gets a line on what takes long, and one a case.
         kept: whether somebody will read the directory: report and plots are written then.
     """
-    options, directory = session.options, session.directory
-    usable = engines.cuda(options)
-    engines.check_cards(cases, options, usable, workers=0)
-    absent = {case: "no CUDA device" for case in cases if case.device == "cuda" and not usable}
-    troubles = []
+    options, directory, troubles = session.options, session.directory, []
     try:
         if not (cases or options.shard):  # before the directory is taken: an earlier report stays
             raise HarnessError("nothing to measure: what compares with the reference needs a method beside it")
-        directory.own()
-        runnable = [case for case in cases if case not in absent]
-        if runnable:
-            session.runner.arrived = directory.append  # what is measured ahead of its turn is kept too
-            session.prepare(runnable, say)
-        directory.open(keep=options.resume)
-        directory.keep_plan(cases)
+        session.open(cases, say, directory.append)
         rows = []
         for case in cases:
-            row, trouble = session.check(case, reason_missing=absent.get(case, ""))
+            row, trouble = session.check(case)
             troubles += [f"{case.id}: a bug met while measuring\n{trouble}"] if trouble else []
             directory.append(row, session.world(row) if row.environment else {})
             rows.append(row)
             say(f"{case.id}: {f'{row.value:.6g} {row.unit}' if row.value is not None else row.reason} ({row.verdict})")
-        rows = error_rate.settle(rows, session.tests)
+        rows = rules.settle(rows, session.tests)
         directory.keep(rows)
         if options.shard:
             merge.write_shard(directory.folder, options.shard, whole, session.tests)
@@ -213,7 +193,6 @@ def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say
         measured_into(directory.folder, directory.environments)
     finally:
         session.close()
-        directory.give_up()
     for trouble in troubles:  # when every row is kept: a caller may have made errors of warnings
         warnings.warn(trouble, RuntimeWarning, stacklevel=3)
     return rows

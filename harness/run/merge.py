@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,23 @@ from harness.core.files import replace_bytes
 from harness.core.options import Shard
 from harness.core.records import Case, Row
 from harness.core.schema import read_json
-from harness.judge import error_rate
-from harness.results import directory
-from harness.results.directory import LOSSES, MEASUREMENTS, ReportDirectory, SavedSession, cases_of, latest, read_report
+from harness.judge import rules
+from harness.results.directory import (
+    LOSSES,
+    MEASUREMENTS,
+    SHARD,
+    ReportDirectory,
+    SavedSession,
+    cases_of,
+    latest,
+    read_report,
+)
 from harness.results.losses import SHA
 from harness.run.local import missing
 from harness.run.shards import partition, plan_digest
 
 # of one case two runs may differ in these: they are times, or pages of a process
-FREE = frozenset({"seconds", "key", "environment", "samples", "spread", "interval", "baseline"})
+FREE = frozenset({"detail", "seconds", "key", "environment", "samples", "spread", "interval", "baseline"})
 UNSTEADY = frozenset({"memory.load_peak", "memory.run_peak"})
 DROPPED = frozenset({"--shard", "--harness-shard", "--resume"})  # options that the merged whole no longer has
 
@@ -42,7 +50,7 @@ class Part:
     session: SavedSession
     shard: Shard | None = None
     whole: tuple[Case, ...] = ()  # the plan before it was cut
-    tests: int = 0  # statistical tests of the whole plan (`error_rate`)
+    tests: int = 0  # statistical tests of the whole plan (`rules.tests`)
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,12 @@ def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -
     """Say beside a report which part of which plan it is, and how many statistical tests the whole plan makes."""
     cases = [case.told() for case in whole]
     facts = {"index": shard.index, "count": shard.count, "plan": plan_digest(whole), "tests": tests, "cases": cases}
-    ReportDirectory(folder).put({directory.SHARD: json.dumps(facts) + "\n"})
+    ReportDirectory(folder).put({SHARD: json.dumps(facts) + "\n"})
 
 
 def read_part(folder: Path) -> Part:
     """A directory with its shard.json, where it has one; BadFile names what is wrong with it."""
-    session, path = read_report(folder), folder / directory.SHARD
+    session, path = read_report(folder), folder / SHARD
     if not path.is_file():
         return Part(folder, session)
     written = read_json(path, ShardFile, "measure that shard again")
@@ -96,7 +104,7 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     whole, absent = plan_of(parts)
     rows = joined(parts, whole)
     if parts[0].tests:
-        rows = error_rate.settle(rows, parts[0].tests)
+        rows = rules.settle(rows, parts[0].tests)
     if absent and (shard := parts[0].shard):
         cut = partition(whole, shard.count)
         gone = {case: f"shard {index}/{shard.count} never came" for index in absent for case in cut[index - 1]}
@@ -106,7 +114,16 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
         used = {row.environment for row in rows}
         worlds = {name: world for part in parts for name, world in part.session.environments.items() if name in used}
         worlds = dict(sorted(worlds.items()))
-        link_losses(parts, rows, out / LOSSES)
+        (out / LOSSES).mkdir(exist_ok=True)
+        for sha in {sha for row in rows for sha in (row.nll, row.detail.get("reference_nll")) if sha}:
+            homes = (part.folder / LOSSES for part in parts if isinstance(sha, str) and SHA.fullmatch(sha))
+            source = next((path for home in homes if (path := home / f"{sha}.npz").is_file()), None)
+            target = out / LOSSES / f"{sha}.npz"
+            if source and not target.exists():  # equal names are equal files
+                try:
+                    os.link(source, target)
+                except OSError:  # another file system
+                    replace_bytes(target, source.read_bytes())
         ReportDirectory(out).keep_plan(whole)
         ReportDirectory(out).keep(rows, worlds)
     except OSError as error:
@@ -160,33 +177,17 @@ def agree(first: tuple[Row, Path], second: tuple[Row, Path]) -> None:
         return
     ours, theirs = one.told(), two.told()
     for name in ours:
-        if name not in FREE and name != "detail" and not _same(ours[name], theirs[name]):
+        same = ours[name] == theirs[name] or repr(ours[name]) == repr(theirs[name])  # NaN equals itself
+        if not same and name not in FREE:
             raise BadFile(
                 f"{first[1]} and {second[1]} disagree on {one.case.id}, {name}: {_short(ours[name])} and "
                 f"{_short(theirs[name])}; leave one of the directories out or measure that case again"
             )
 
 
-def _same(one: Any, two: Any) -> bool:
-    return bool(one == two or (one != one and two != two))  # NaN equals itself
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def link_losses(parts: Sequence[Part], rows: Iterable[Row], folder: Path) -> None:
-    """Link (or copy) the per-token losses that the rows name into `folder`; equal names are equal files."""
-    shas = {sha for row in rows for sha in (row.nll, row.detail.get("reference_nll")) if sha}
-    folder.mkdir(exist_ok=True)
-    for name in (f"{sha}.npz" for sha in shas if isinstance(sha, str) and SHA.fullmatch(sha)):
-        source = next((path for part in parts if (path := part.folder / LOSSES / name).is_file()), None)
-        if source and not (folder / name).exists():
-            try:
-                os.link(source, folder / name)
-            except OSError:  # another file system
-                replace_bytes(folder / name, source.read_bytes())
 
 
 def merged_command(commands: Sequence[str], out: Path) -> str:

@@ -59,9 +59,8 @@ class Repetition:
 class Reply:
     """One answer: a row, a key, predicted bytes, or why there is none."""
 
-    kind: (
-        str  # what `data` or `text` holds: 'row', 'key', 'seconds', 'done', ...; 'error' (one line), 'bug' (traceback)
-    )
+    # what `data` or `text` holds: 'row', 'key', 'seconds', 'done', ...; 'error' (one line), 'bug' (traceback)
+    kind: str
     row: Row | None = None
     text: str = ""
     data: Mapping[str, Any] | None = None

@@ -1,23 +1,25 @@
-"""The plan: which cases a session means to measure, from the options and a look at the devices. No torch.
+"""The plan: which cases a session means to measure, from its project, its options and a look at the devices. No torch.
 
-Computed alike in every process, so that a case that never ran can be shown as missing.
+Computed alike in every process, so that a case that never ran can be shown as missing. What no case could run under
+(a name that is taken, an engine that is not there, cards that nobody has) is refused here, before anything runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
-from harness.core import catalog
+from harness.core import catalog, gpus
 from harness.core.contracts import Member, Method
-from harness.core.errors import BadSpecification, UnknownName
-from harness.core.options import DEVICES, Options, Shard
+from harness.core.errors import BadSpecification, HarnessError, UnknownName
+from harness.core.options import Declared, Options
 from harness.core.records import Case
 from harness.core.specification import Specification
 from harness.inputs.models import names as models
@@ -30,9 +32,53 @@ CORE = (
     "fp32 bf16 fp16 absmax-int8 absmax-int8-tensor zeropoint-int8 linear-int4 linear-int4-affine nf4 fp4 "
     "bnb-int8 bnb-fp4 bnb-nf4 bnb-nf4-dq"
 ).split()  # the order of tables; core methods of other packages follow by name
-T = TypeVar("T")
 ALL_INSTALLED = Specification("all-installed")
 MEMORY_FIRST = {"memory": 0, "perplexity": 1, "divergence": 2, "latency": 4}  # peaks before anything else is loaded
+
+
+def open_to(declared: Declared) -> None:
+    """Take in what a user's project brings; HarnessError where a name is taken.
+
+    Files with a METHOD or METRIC join the catalogue of this process; declared models and datasets are looked up where
+    they are used.
+    """
+    catalog.declare(declared)
+    for kind, declarations, known, installed in (
+        ("models", declared.models, {*models.KNOWN, *models.SOURCES}, models.installed),
+        ("datasets", declared.datasets, corpora.DATASETS, corpora.installed),
+    ):
+        added = installed() if declarations else {}
+        for name in declarations:
+            where = f"{declared.root / 'pyproject.toml'}: [tool.harness.{kind}] declares '{name}'"
+            if name in known:
+                raise HarnessError(f"{where}, a known name: choose another")
+            if name in added:
+                raise HarnessError(
+                    f"{where}, which an installed package adds too (entry point harness.{kind}): choose another"
+                )
+
+
+def check_cards(cases: Sequence[Case], options: Options, usable: bool, workers: int) -> None:
+    """HarnessError where the selected cases ask for more cards than there are; without a case on one nothing is asked.
+
+    Args:
+        cases: those selected. Where all need a card and none can be had, each of them would only be missing.
+        options: of the session; with `allow_missing` that is wanted.
+        usable: whether a card can be had, as `cuda` says.
+        workers: of pytest-xdist, each of which takes a card; 0 where this process measures.
+    """
+    needy = [case for case in cases if case.device == "cuda"]
+    if needy and len(needy) == len(cases) and not usable and not options.allow_missing:
+        elsewhere = f", and no node of the Ray cluster at {options.ray_address} has one" if options.ray_address else ""
+        fix = f"use --device cpu, or --allow-missing to report the {len(needy)} cases as missing"
+        raise HarnessError(f"no CUDA device: {gpus.trouble()}{elsewhere}; {fix}")
+    if needy and workers and (cards := gpus.cuda_devices()):
+        gpus.refuse_crowd(workers, cards)
+
+
+def threads() -> int:
+    """One thread a core that this process may use: the same whatever -n says."""
+    return len(os.sched_getaffinity(0))
 
 
 def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
@@ -59,7 +105,11 @@ def cases(
     """The cases of the options' models and texts under some methods, on one device."""
     texts = [(dataset, protocols.parse(protocol)) for dataset in options.datasets for protocol in options.protocols]
     for model, (specification, method), member in itertools.product(options.models, methods, members):
-        if not applies(member, method, options, own=specification == options.reference):
+        own = specification == options.reference
+        if member.needs_file and method.file_bytes is None:
+            continue
+        # the reference differs from itself by nothing; a stopped text has no perplexity
+        if (member.paired and own) or (options.stop_early and member.needs_whole_text and not own):
             continue
         rest = (member.name, device, str(options.reference))
         for dataset, protocol in texts if member.textual else ():
@@ -76,34 +126,20 @@ def whole(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     return (*behaviour, *(plan(replace(options, metrics=rest), cuda_visible) if rest or not behaviour else ()))
 
 
-def applies(member: Member, method: Method, options: Options, *, own: bool) -> bool:
-    """Whether a member exists for a method; `own`: it is the session's reference."""
-    if member.needs_file and method.file_bytes is None:
-        return False
-    # the reference differs from itself by nothing; a stopped text has no perplexity
-    return not (member.paired and own) and (own or not (options.stop_early and member.needs_whole_text))
-
-
 def invariant_plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     """Every invariant of the methods asked for, on a layer and on the tiny models; a process's cases together."""
-    members = {member.name: member for member in catalog.metrics()["invariant"].members}
+    methods = chosen_methods(options)
     planned: list[Case] = []
     for device in devices(options, cuda_visible):
-        for model in (checks.LAYER, *checks.MODELS):
-            for specification, method in chosen_methods(options):
-                arguments.resolve(specification, method, device)
-                names = [checks.metric(check) for check in checks.CHECKS if check.runs(model, method)]
-                planned += [
-                    Case(model, str(specification), "", "", members[name].name, device, str(options.reference))
-                    for name in names
-                ]
+        for model, (specification, method) in itertools.product((checks.LAYER, *checks.MODELS), methods):
+            arguments.resolve(specification, method, device)
+            names = [checks.metric(check) for check in checks.CHECKS if check.runs(model, method)]
+            planned += [Case(model, str(specification), "", "", name, device, str(options.reference)) for name in names]
     return tuple(planned)
 
 
 def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
     """The devices planned for: asked for by name, named in the mark expression, else the visible one."""
-    if options.device not in DEVICES:
-        raise UnknownName("device", options.device, DEVICES)
     if options.device != "auto":
         return (options.device,)
     if re.search(r"\b(gpu|cpu)\b", options.mark_expression):
@@ -114,10 +150,11 @@ def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
 def chosen_methods(options: Options) -> list[tuple[Specification, Method]]:
     """The reference, then the methods asked for; unknown names list the known ones."""
     known = catalog.methods()
-    asked = list(options.methods) or [Specification(name) for name in core_names(known.values())]
+    core = ordered(name for name, method in known.items() if method.core)
+    asked = list(options.methods) or [Specification(name) for name in core]
     if ALL_INSTALLED in asked:
         asked = [item for item in asked if item != ALL_INSTALLED]
-        asked += [Specification(name) for name in ordered(known) if installed(known[name])]
+        asked += [Specification(name) for name in ordered(known) if not missing_packages(known[name])]
     unique = dict.fromkeys((options.reference, *asked))
     return [(specification, method_of(specification, known)) for specification in unique]
 
@@ -134,16 +171,6 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (CORE.index(name) if name in CORE else len(CORE), name))
 
 
-def core_names(methods: Iterable[Method]) -> list[str]:
-    """Names of the methods planned by default."""
-    return ordered(method.name for method in methods if method.core)
-
-
-def ordered_items(found: Mapping[str, T]) -> list[tuple[str, T]]:
-    """The items of a mapping by method name, in the order of `ordered`."""
-    return [(name, found[name]) for name in ordered(found)]
-
-
 def packages(method: Method, values: Mapping[str, Any]) -> dict[str, str]:
     """Distributions that the method needs with these values of its arguments, and their versions: '' where absent."""
     chosen = ((parameter, values.get(key, parameter.default)) for key, parameter in method.parameters.items())
@@ -158,11 +185,6 @@ def packages(method: Method, values: Mapping[str, Any]) -> dict[str, str]:
 def missing_packages(method: Method, values: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     """Those of `packages` that are not installed."""
     return [name for name, version in packages(method, values).items() if not version]
-
-
-def installed(method: Method) -> bool:
-    """Whether every distribution that the method needs is there."""
-    return not missing_packages(method)
 
 
 def chosen_members(asked: Iterable[str]) -> list[Member]:
@@ -189,20 +211,7 @@ def chosen_members(asked: Iterable[str]) -> list[Member]:
     )
 
 
-def selected(items: Iterable[Any]) -> tuple[Case, ...]:
-    """The cases of pytest's collected items, each once."""
-    calls = (getattr(item, "callspec", None) for item in items)
-    planned = (call.params.get("harness_case") for call in calls if call)
-    return tuple(dict.fromkeys(case for case in planned if case is not None))
-
-
-def cut(items: Iterable[T], whole: Sequence[Case], shard: Shard) -> tuple[list[T], list[T]]:
-    """Pytest's items of this shard, and those left; what measures no case belongs to the first."""
-    mine = set(partition(whole, shard.count)[shard.index - 1])
-    kept: list[T] = []
-    left: list[T] = []
-    for item in items:
-        case = selected([item])
-        here = case[0] in mine if case else shard.index == 1
-        (kept if here else left).append(item)
-    return kept, left
+def mine(whole: Sequence[Case], options: Options) -> Sequence[Case]:
+    """The cases of this shard; all of them where there is none."""
+    shard = options.shard
+    return whole if shard is None else partition(whole, shard.count)[shard.index - 1]

@@ -12,6 +12,8 @@ from harness.core import catalog, specification
 from harness.core.contracts import Arguments, Method
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, MissingPackage, UnknownName
 from harness.core.options import read_declared
+from harness.core.text import MIB
+from harness.inputs import hub
 from harness.inputs.models import names
 from harness.methods.quantizing.arguments import resolve
 from harness.run.plan import missing_packages
@@ -19,7 +21,7 @@ from harness.run.plan import missing_packages
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 WINDOW = 512  # tokens of the forward that memory.run_peak measures
 UNLIMITED = 1 << 30  # a context that no window reaches
 
@@ -47,14 +49,33 @@ def predict(
 
     limit = sizes.parse_size(fits) if fits else None
     config = find_config(model)
-    tokens = _tokens(model, config, device, window, decode)
+    if device != "cuda" and (window is not None or decode is not None):
+        raise HarnessError("--window and --decode are of a card's forward: add --device cuda")
     from transformers import AutoModelForCausalLM
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise HarnessError(f"{model} ({config.model_type}) is no causal language model that transformers knows")
     answer: dict[str, Any] = {**sizes.predict(config, chosen, arguments), "dtype": arguments.dtype}
     if device == "cuda":
-        answer |= _on_card(config, chosen, arguments, *tokens)
+        from harness.metrics.measuring import card_memory
+
+        context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
+        window, decode = min(WINDOW, context) if window is None else window, decode or 0
+        if window < 1 or decode < 0:
+            raise HarnessError(f"--window is 1 or more, --decode 0 or more, not {window} and {decode}")
+        if window + decode > context:
+            raise HarnessError(f"{window + decode} tokens are beyond the context of {model}, {context} tokens")
+        card = card_memory.predict(config, chosen, arguments, window, decode)
+        answer |= {
+            "cuda.load_peak": card.load_peak,
+            "cuda.run_peak": card.run_peak,
+            "cuda.weights": card.weights,
+            "cuda.activations": card.activations,
+            "cuda.kv_cache": card.cache,
+            "cuda.window": window,
+            "cuda.decode": decode,
+            "cuda.not_counted": list(card_memory.NOT_COUNTED),
+        }
     if limit is not None:
         if device == "cuda":
             peak = max(answer["cuda.load_peak"], answer["cuda.run_peak"])
@@ -64,39 +85,6 @@ def predict(
             answer |= {"load_peak": peak, "load_peak_is": loading.how}
         answer |= {"limit": limit, "fits": peak <= limit}
     return answer
-
-
-def _tokens(
-    model: str, config: PretrainedConfig, device: str, window: int | None, decode: int | None
-) -> tuple[int, int]:
-    """Tokens of the window and behind it, checked against the model's context."""
-    if device != "cuda":
-        if window is not None or decode is not None:
-            raise HarnessError("--window and --decode are of a card's forward: add --device cuda")
-        return 0, 0
-    context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
-    window, decode = min(WINDOW, context) if window is None else window, decode or 0
-    if window < 1 or decode < 0:
-        raise HarnessError(f"--window is 1 or more, --decode 0 or more, not {window} and {decode}")
-    if window + decode > context:
-        raise HarnessError(f"{window + decode} tokens are beyond the context of {model}, {context} tokens")
-    return window, decode
-
-
-def _on_card(config: PretrainedConfig, method: Method, chosen: Arguments, window: int, decode: int) -> dict[str, Any]:
-    from harness.metrics.measuring import card_memory
-
-    card = card_memory.predict(config, method, chosen, window, decode)
-    return {
-        "cuda.load_peak": card.load_peak,
-        "cuda.run_peak": card.run_peak,
-        "cuda.weights": card.weights,
-        "cuda.activations": card.activations,
-        "cuda.kv_cache": card.cache,
-        "cuda.window": window,
-        "cuda.decode": decode,
-        "cuda.not_counted": list(card_memory.NOT_COUNTED),
-    }
 
 
 def _method(text: str, dtype: str | None, device: str) -> tuple[Method, Arguments]:
@@ -134,26 +122,18 @@ def find_config(text: str) -> PretrainedConfig:
     declared = read_declared(Path.cwd())[1]
     source = names.declared_source(parsed, declared)
     if source.name == "hub":
-        return read_config(_hub_config(source.words[0]))
+        from huggingface_hub import hf_hub_download
+
+        snapshot = hub.find_model(source.words[0], allow_pickle=True, trust_remote_code=False)  # nothing is unpickled
+        if snapshot.directory is not None:
+            return read_config(snapshot.directory / "config.json")
+        return read_config(Path(hf_hub_download(snapshot.repository, "config.json", revision=snapshot.commit)))
     if source.name == "path" and Path(source.words[0]).is_dir():
         return read_config(Path(source.words[0]) / "config.json")
     from harness.inputs.models import checkpoints
 
-    names.locate(parsed, declared)
     checkpoint = checkpoints.materialise(parsed, declared, say=lambda line: print(line, file=sys.stderr))
     return checkpoints.read_config(checkpoint)
-
-
-def _hub_config(argument: str) -> Path:
-    """config.json of a Hub model: in the cache, or fetched without the weights."""
-    from huggingface_hub import hf_hub_download
-
-    from harness.inputs import hub
-
-    snapshot = hub.find_model(argument, allow_pickle=True, trust_remote_code=False)  # nothing is unpickled here
-    if snapshot.directory is not None:
-        return snapshot.directory / "config.json"
-    return Path(hf_hub_download(snapshot.repository, "config.json", revision=snapshot.commit))
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -187,7 +167,13 @@ def in_words(model: str, method: str, answer: dict[str, Any]) -> str:
         f"{'bits per weight':<16}{answer['bits_per_weight']:>18.4f}   over {answer['linear_elements']:,} quantized"
     )
     if "cuda.run_peak" in answer:
-        lines += _card_words(answer)
+        window, decode = answer["cuda.window"], answer["cuda.decode"]
+        what = f"a prompt of {window} tokens and {decode} decoded" if decode else f"one forward over {window} tokens"
+        lines.append(f"on a card, bytes allocated (predicted; no card was asked): {what}")
+        parts = {"load_peak": "peak of loading", "run_peak": "peak of running", "weights": "  weights"}
+        parts |= {"activations": "  activations", **({"kv_cache": "  key-value cache"} if decode else {})}
+        lines += [_line(part, answer[f"cuda.{key}"]) for key, part in parts.items()]
+        lines.append(f"not counted: {', '.join(answer['cuda.not_counted'])}")
     if "load_peak" in answer:
         lines.append(_line("peak of loading", answer["load_peak"]))
         lines.append(f"                ({answer['load_peak_is']})")
@@ -200,13 +186,3 @@ def in_words(model: str, method: str, answer: dict[str, Any]) -> str:
 
 def _line(name: str, count: int) -> str:
     return f"{name:<16}{count:>18,} B {count / MIB:>13,.2f} MiB"
-
-
-def _card_words(answer: dict[str, Any]) -> list[str]:
-    window, decode = answer["cuda.window"], answer["cuda.decode"]
-    what = f"a prompt of {window} tokens and {decode} decoded" if decode else f"one forward over {window} tokens"
-    lines = [f"on a card, bytes allocated (predicted; no card was asked): {what}"]
-    names = {"load_peak": "peak of loading", "run_peak": "peak of running", "weights": "  weights"}
-    names |= {"activations": "  activations", **({"kv_cache": "  key-value cache"} if decode else {})}
-    lines += [_line(name, answer[f"cuda.{key}"]) for key, name in names.items()]
-    return [*lines, f"not counted: {', '.join(answer['cuda.not_counted'])}"]

@@ -17,7 +17,7 @@ try:
     if "HARNESS_BESIDE_CARD" not in os.environ:
         bnb.preload()
     int8.preload()
-    from harness.run import child, local  # noqa: F401
+    from harness.run import group, local  # noqa: F401
 finally:  # the fork server goes on where an import fails, and its children tell why
     gc.freeze()
     gc.enable()

@@ -22,10 +22,9 @@ from harness.core.records import Row, Verdict
 from harness.core.text import NOTHING, plural
 from harness.judge import baselines, bounds
 from harness.judge.baselines import changes, exact_document, exact_facts, exact_path, holds, provenance, read_exact
-from harness.judge.recorded import Recorded
 from harness.judge.verdicts import shown
-from harness.report.account import change
-from harness.report.markup import bullets, code, escape, measure, table
+from harness.report.account import change, measure
+from harness.report.markup import bullets, code, escape, table
 from harness.results.directory import LOSSES, nll_reader, read_report
 
 
@@ -34,7 +33,7 @@ class Proposed:
     """One figure that would be recorded: as judged, and what is recorded of it now."""
 
     row: Row
-    recorded: Recorded | None
+    recorded: baselines.Recorded | None
     environment: Environment
 
     @property
@@ -113,9 +112,16 @@ def render(proposal: Proposal) -> str:
     if proposal.figures:
         headers = ["model", "method", "metric", "old", "new", "change [95%]", "verdict", "repeats"]
         parts.append(table(headers, [_line(figure) for figure in proposal.figures], words=(0, 1, 2, -2)))
-    parts += _environments(proposal.figures)
-    for path, (_, lines) in proposal.facts.items():
-        parts.append(bullets(f"Exact facts, {code(path.name)} of {code(path.parent.name)}:", map(escape, lines)))
+    compared = Counter(
+        tuple(difference(figure.recorded.environment, figure.environment))
+        for figure in proposal.figures
+        if figure.recorded
+    )
+    for moved, count in compared.items():
+        lines = moved or ("none: the same environment gave another figure",)
+        parts.append(bullets(f"Environment difference of {plural(count, 'figure')}:", map(escape, lines)))
+    for path, (_, told) in proposal.facts.items():
+        parts.append(bullets(f"Exact facts, {code(path.name)} of {code(path.parent.name)}:", map(escape, told)))
     if proposal.refused:
         reasons = (f"{code(row.case.id)}: {escape(reason)}" for row, reason in proposal.refused)
         parts.append(bullets("Not recorded, and why:", reasons))
@@ -134,17 +140,6 @@ def _line(figure: Proposed) -> list[str]:
     beside = recorded is not None and not figure.replaces
     word = f"new beside {recorded.file}" if recorded and beside else str(row.verdict_baseline)
     return [*names, old, value, moved, escape(word), times]
-
-
-def _environments(figures: Sequence[Proposed]) -> list[str]:
-    compared = [
-        tuple(difference(figure.recorded.environment, figure.environment)) for figure in figures if figure.recorded
-    ]
-    none = ["none: the same environment gave another figure"]
-    return [
-        bullets(f"Environment difference of {plural(count, 'figure')}:", map(escape, lines or none))
-        for lines, count in Counter(compared).items()
-    ]
 
 
 def write(proposal: Proposal, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""One session's work on cases, as a plain object: resume, measure, judge, record. No pytest, no torch."""
+"""One session's work on cases, as a plain object: resume, measure, judge. No pytest, no torch."""
 
 from __future__ import annotations
 
@@ -6,31 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from harness import judge
+from harness.core import gpus
 from harness.core.catalog import member_of
 from harness.core.environment import Environment, capture
 from harness.core.errors import HarnessError
 from harness.core.files import timing_lock
-from harness.core.records import Case, Row, Verdict
-from harness.core.specification import parse
-from harness.inputs.models import names
-from harness.inputs.texts import corpora
-from harness.judge import baselines, bounds, error_rate, known_faults
+from harness.core.records import Case, Row
+from harness.judge import baselines, bounds, known_faults, rules
 from harness.judge.baselines import changes, exact_facts
 from harness.metrics.measuring import sequential
-from harness.metrics.measuring.checks import LAYER
 from harness.results import losses
 from harness.results.directory import ReportDirectory
-from harness.run import engines
+from harness.run import plan
+from harness.run.local import Arrived, Runner, missing
 from harness.run.messages import Asked, Stop
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from harness.core.options import Options
-    from harness.run.local import Runner
 
 
 class Session:
@@ -41,56 +34,77 @@ class Session:
         options: Options,
         threads: int,
         cases: Sequence[Case] = (),
+        *,
+        cuda: bool = True,
         runner: Callable[..., Runner] | None = None,
     ) -> None:
-        """`runner` makes what measures; None: what the options' engine is."""
-        self.options = options
+        """`cases` share one error rate: with --shard they are the whole plan's, otherwise those selected.
+
+        `cuda` says whether a case can run on a CUDA device. `runner` makes what measures: by default, the engine.
+        """
+        self.options, self.cuda = options, cuda
         self.directory = ReportDirectory(options.report_dir)
         self.bounds = bounds.load(options.baselines)
         self.faults = known_faults.load(options.baselines)
         self.baselines = baselines.Baselines(options.baselines)
-        self.tests = error_rate.tests(cases, self.bounds, stop_early=options.stop_early)
+        self.tests = rules.tests(cases, self.bounds, stop_early=options.stop_early)
+        if options.engine == "ray" and runner is None:
+            from harness.run.ray.ray_runner import RayRunner as runner  # local: only where Ray is asked for
         # machine-wide: a latency measured in one session must not run beside another session's cases
-        runner = runner or engines.runner_of(options)
-        self.runner: Runner = runner(options, threads=threads, lock=timing_lock())
+        self.runner: Runner = (runner or Runner)(options, threads=threads, lock=timing_lock())
 
     @cached_property
     def resumable(self) -> dict[str, Row]:
         """Finished rows of the report directory by case id, with --resume."""
         return self.directory.resumable() if self.options.resume else {}
 
-    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
-        """Check assets here, without torch, then make checkpoints and token plans in a process of their own.
+    def open(self, cases: Sequence[Case], say: Callable[[str], None], arrived: Arrived, workers: int = 0) -> None:
+        """Take the report directory, make what the cases need and write the plan down, before anything is measured.
 
-        Returns what identifies them, to be held to for the whole session.
+        Args:
+            cases: those that are meant; none where this is a shard of nothing.
+            say: gets a line on what takes long.
+            arrived: gets rows that an engine measured ahead of their turn.
+            workers: of pytest-xdist, which measure in this process's place.
+
+        Raises:
+            HarnessError: what a user must mend; the directory is given up.
         """
-        declared = self.options.declared
-        for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
-            names.locate(
-                parse(model),
-                declared,
-                allow_pickle=self.options.allow_pickle,
-                trust_remote_code=self.options.trust_remote_code,
-            )
-        for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
-            corpora.check(parse(dataset), declared)
+        plan.check_cards(cases, self.options, self.cuda, workers)
+        try:
+            self.directory.own()
+            if self.options.resume:
+                self.resumable = self.directory.resumable(say)
+            self.runner.arrived = arrived
+            runnable = [case for case in cases if not self.absent(case)]
+            inputs = self.prepare(runnable, say) if runnable else {}
+            self.directory.open(keep=self.options.resume)
+            if workers:
+                self.directory.keep_inputs(inputs)
+            self.directory.keep_plan(cases)
+        except HarnessError:
+            self.directory.release()
+            raise
+
+    def absent(self, case: Case) -> str:
+        """Why a case cannot run here at all; '' when it can."""
+        return "no CUDA device" if case.device == "cuda" and not self.cuda else ""
+
+    def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
+        """Make what the cases need; returns what identifies it, to be held to for the whole session."""
         inputs = self.runner.prepare(cases, say)
         self.runner.begin(cases, lambda case: Asked(case, self.resumable.get(case.id), self.stop(case)))
         return inputs
 
-    def hold_inputs(self) -> None:
-        """In a worker: hold groups to what the controller's `prepare` found, as the report directory has it."""
-        self.runner.inputs = self.directory.known_inputs()
-
-    def check(self, case: Case, *, reason_missing: str = "") -> tuple[Row, str]:
+    def check(self, case: Case) -> tuple[Row, str]:
         """Measure and judge a case; returns its row and, where a bug was met, the traceback."""
-        if reason_missing:
-            return Row.of(case, verdict=Verdict.MISSING, reason=reason_missing), ""
+        if reason := self.absent(case):
+            return missing(case, reason), ""
         try:
             row, trouble = self.runner.measure(case, self.resumable, self.stop(case))
             return (row if row.value is None else self.judged(row)), trouble
         except HarnessError as error:  # a baseline or a loss file that became unreadable under the session
-            return Row.of(case, verdict=Verdict.MISSING, reason=f"not judged: {error}"), ""
+            return missing(case, f"not judged: {error}"), ""
 
     def ahead(self) -> list[Row]:
         """Judged rows that an engine measured ahead and that no test asked for: the session ended before."""
@@ -104,7 +118,7 @@ class Session:
         recorded = self.baselines.find(case, capture(case.device, self.runner.threads))
         known = recorded if recorded and recorded.carries else None
         variance = sequential.variance_bound(known.interval, known.count) if known else None
-        alpha = error_rate.level(self.tests) if rule else error_rate.ALPHA  # without a bound nothing is tested
+        alpha = rules.level(self.tests) if rule else rules.ALPHA  # without a bound nothing is tested
         return Stop(rule.limit if rule else None, variance, known.token_hash if known else "", alpha)
 
     def judged(self, row: Row) -> Row:
@@ -113,20 +127,18 @@ class Session:
         if row.case.family == "invariant":
             return known_faults.judge(row, self.faults, world)
         recorded = self.baselines.find(row.case, world)
+        kept = self.options.baselines  # losses are those of this report, or recorded ones of any model
         judged = judge.judge(
             row,
             member_of(row.case),
             bounds=self.bounds,
             recorded=recorded,
             environment=world,
-            nll=self.nll,
+            nll=lambda sha: losses.find((self.directory.losses, *sorted(kept.glob("*/nll"))), sha),
             tests=self.tests,
         )
-        return judge.hold(judged, () if self.options.regenerate else self.changed_facts(judged))
-
-    def changed_facts(self, row: Row) -> list[str]:
-        """The exact facts of a row that are recorded otherwise, each with both values."""
-        return changes(self.baselines.facts(row.case), self.facts(row))
+        changed = () if self.options.regenerate else changes(self.baselines.facts(row.case), self.facts(judged))
+        return judge.hold(judged, changed)
 
     def environment(self, row: Row) -> Environment:
         """The environment a row was measured in."""
@@ -137,14 +149,37 @@ class Session:
         here = self.runner.environments.get(row.environment)
         return here or self.directory.known_environments().get(row.environment, {})
 
-    def nll(self, sha: str) -> NDArray[np.float32] | None:
-        """Per-token NLL by its sha, from this report or from the baselines of any model."""
-        return losses.find((self.directory.losses, *sorted(self.options.baselines.glob("*/nll"))), sha)
-
     def facts(self, row: Row) -> dict[str, Any]:
         """The exact facts a row brings, to be held with pytest-regressions."""
         return {} if row.case.family == "invariant" else exact_facts(row, member_of(row.case))
 
     def close(self) -> None:
-        """End the group's process."""
+        """End the group's process, and leave the report directory to the next session."""
         self.runner.close()
+        self.directory.release()
+
+
+def check_engine(engine: str, workers: int) -> None:
+    """HarnessError where the engine is not installed, or xdist's workers are asked for beside it."""
+    if engine != "ray":
+        return
+    if workers:
+        raise HarnessError("-n starts workers of pytest-xdist and --engine ray has Ray's: leave one of them out")
+    from harness.run.ray import ray_runner  # local: only where Ray is asked for
+
+    ray_runner.require()
+
+
+def has_cuda(device: str, address: str | None) -> bool:
+    """Whether cases can run on a CUDA device: here, or on a node of the Ray cluster at an address.
+
+    Nobody is asked where `device` wants none.
+    """
+    if device == "cpu":
+        return False
+    here = bool(gpus.cuda_devices())
+    if here or not address:
+        return here
+    from harness.run.ray import ray_runner  # local: likewise
+
+    return any(node.gpus for node in ray_runner.living(ray_runner.connect(address, plan.threads())))

@@ -9,6 +9,7 @@ Costs rest on names alone, never on what one machine has on its disk: every mach
 
 from __future__ import annotations
 
+import functools
 import heapq
 import re
 from collections.abc import Sequence
@@ -53,13 +54,12 @@ UNKNOWN_BILLIONS = 1.0
 SIZE = re.compile(r"(?<![a-z0-9])(\d+(?:\.\d+)?)\s?([bm])(?![a-z])", re.IGNORECASE)
 
 
+@functools.cache
 def billions(model: str) -> float:
     """Parameters of a model in billions, by its name: 'hub:org/Name-8B' -> 8; UNKNOWN_BILLIONS where it is silent."""
-    if model in BILLIONS:
-        return BILLIONS[model]
     sizes = SIZE.findall(model)
-    if not sizes:
-        return UNKNOWN_BILLIONS
+    if model in BILLIONS or not sizes:
+        return BILLIONS.get(model, UNKNOWN_BILLIONS)
     number, unit = sizes[-1]
     return float(number) / (1.0 if unit in "bB" else 1000.0)
 
@@ -68,11 +68,8 @@ def costs(cases: Sequence[Case]) -> list[float]:
     """Predicted seconds of each case, in plan order; a group's loading is on its first case."""
     loaded: set[str] = set()
     answered: set[tuple[str, ...]] = set()
-    sizes: dict[str, float] = {}
     prices = []
     for case in cases:
-        if case.model not in sizes:
-            sizes[case.model] = billions(case.model) / BILLIONS["smollm2-135m"]
         seconds = SECONDS.get(case.metric) or SECONDS.get(case.family) or SECONDS["perplexity"]
         if case.family in SHARED_FAMILIES:
             run = (case.group, case.family, case.dataset, case.protocol)
@@ -81,7 +78,8 @@ def costs(cases: Sequence[Case]) -> list[float]:
         if case.group not in loaded:
             loaded.add(case.group)
             seconds += LOADING_SECONDS
-        prices.append(seconds * sizes[case.model] * METHODS.get(case.method.partition(":")[0], OTHER_METHOD))
+        size = billions(case.model) / BILLIONS["smollm2-135m"]
+        prices.append(seconds * size * METHODS.get(case.method.partition(":")[0], OTHER_METHOD))
     return prices
 
 

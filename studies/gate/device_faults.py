@@ -21,7 +21,7 @@ from harness.core.environment import Environment
 from harness.core.errors import HarnessError
 from harness.core.records import Case, Row, Verdict
 from harness.judge import bounds
-from harness.judge.recorded import Recorded
+from harness.judge.baselines import Recorded
 from harness.metrics import latency, memory
 from harness.metrics.measuring import timing
 from harness.metrics.measuring.devices import Cuda

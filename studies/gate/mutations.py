@@ -235,10 +235,10 @@ def and_head(right: Any) -> Any:
 @contextlib.contextmanager
 def silently_fewer() -> Iterator[None]:
     """The first layer is skipped, and the selection agrees that it should be."""
-    from harness.methods.quantizing import scopes
+    from harness.methods.quantizing import arguments, weight_method
 
-    right = scopes.select
-    with patch.object(scopes, "select", lambda model, scope: right(model, scope)[1:]):
+    right = arguments.select
+    with patch.object(weight_method, "select", lambda model, scope: right(model, scope)[1:]):
         yield
 
 

@@ -20,8 +20,8 @@ from harness.core.specification import parse
 from harness.core.text import NOTHING
 from harness.inputs.models import checkpoints
 from harness.inputs.texts import protocols, synthetic
-from harness.judge import bounds, error_rate
-from harness.judge.rules import decide
+from harness.judge import bounds
+from harness.judge.rules import RELIABLY, decide
 from harness.methods.quantizing import arguments
 from harness.methods.quantizing.stored import StoredWeight
 from harness.metrics.measuring import engine, sequential
@@ -140,7 +140,7 @@ def summary(found: Mapping[str, Any], texts: int) -> dict[str, Any]:
 
 def reliable(detected: Sequence[float], sizes: Sequence[float]) -> float | None:
     """The smallest size that nine of ten texts see, and every larger one too."""
-    seen = [size for at, size in enumerate(sizes) if size and min(detected[at:]) >= error_rate.RELIABLY]
+    seen = [size for at, size in enumerate(sizes) if size and min(detected[at:]) >= RELIABLY]
     return min(seen, default=None)
 
 
@@ -163,7 +163,7 @@ def plots(found: Mapping[str, Any]) -> dict[str, str]:
                 style = {"marker": MARKERS[name], "color": COLOURS[name], "markersize": 5 + 1.5 * (shift == 3)}
                 style["linewidth"] = 4.0 if name == "bound" else 1.5  # the early rule often lies on it
                 panel.plot(sizes, [100 * part for part in told[name][1:]], label=label, fillstyle="none", **style)
-            panel.axhline(100 * error_rate.RELIABLY, color="#8A8A8A", linewidth=0.8, linestyle="--")
+            panel.axhline(100 * RELIABLY, color="#8A8A8A", linewidth=0.8, linestyle="--")
             panel.set_xscale("log")
             panel.set_xticks(sizes, [f"{size:g}" for size in sizes])
             panel.minorticks_off()
@@ -183,7 +183,7 @@ def render(found: Mapping[str, Any]) -> str:
         f"{found['tokens']:,} tokens in {found['windows']} windows, each held against its own record. Two rules ask "
         "whether a figure is still what was recorded; two whether the loss stays under a bound, here "
         f"{100 * math.expm1(found['room']):.2g}% above the recorded delta, with the whole text or with `--stop-early`. "
-        f"*Seen reliably*: in {100 * error_rate.RELIABLY:.0f}% of texts, at that size and every larger one.",
+        f"*Seen reliably*: in {100 * RELIABLY:.0f}% of texts, at that size and every larger one.",
         f"![Detection against the size of a scale error]({PLOT})",
     ]
     for model, told in found["models"].items():

@@ -31,7 +31,7 @@ DATA = Path(__file__).parents[2] / "docs" / "studies" / "data" / "gate.json"
 INTRODUCTION = """\
 A gate that cries wolf gets deleted, one that sleeps is worse. Here its error rates are simulated, faults are seeded,
 and harmless changes are made; definitions stand in the docstrings of `harness/core/stats.py`,
-`harness/metrics/measuring/sequential.py` and `harness/judge/error_rate.py`. Every part says when and where it was
+`harness/metrics/measuring/sequential.py` and `harness/judge/rules.py`. Every part says when and where it was
 measured."""
 
 

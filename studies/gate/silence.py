@@ -33,7 +33,7 @@ from harness.core.specification import parse
 from harness.core.text import plural
 from harness.inputs.models import checkpoints
 from harness.inputs.texts import corpora
-from harness.judge import error_rate
+from harness.judge.rules import ALPHA
 from harness.metrics.measuring import engine
 from harness.report import markup
 from harness.results import losses
@@ -411,7 +411,7 @@ def worlds(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def render(found: Mapping[str, Any]) -> str:
     """The section."""
     share, spread = small.share_of(found["alarmed"], found["sessions"])
-    rate = error_rate.ALPHA
+    rate = ALPHA
     quiet = {str(Verdict.SAME), str(Verdict.WITHIN_BOUND), str(Verdict.WITHIN_NOISE)}
     rows = [
         [

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from harness.core import stats
 from harness.core.records import Row, Verdict
-from harness.judge import error_rate
+from harness.judge import rules
 from harness.judge.rules import decide
 from harness.metrics.measuring import sequential
 from harness.report import markup
@@ -105,6 +105,13 @@ def ranks(runs: int) -> list[dict[str, Any]]:
     return found
 
 
+def log_capital(x: Array, bounds: Array, grid: Array) -> Array:
+    """Logarithm of the mixed capital after every draw: fair draws and variance bounds (..., t), lambdas (K,)."""
+    gains = sequential.influence(grid * x[..., None]) - grid**2 * bounds[..., None] / 2  # (..., t, K)
+    capital: Array = np.logaddexp.reduce(gains.cumsum(-2), axis=-1) - math.log(len(grid))
+    return capital
+
+
 def ever_outside(texts: Array, v: float, guarded: bool) -> int:
     """Of (runs, N) texts of mean 0 and window variance 1 in random order, those whose interval ever leaves 0 out.
 
@@ -115,7 +122,7 @@ def ever_outside(texts: Array, v: float, guarded: bool) -> int:
     grid = sequential.bets(windows, v, sequential.ALPHA)
     outside = np.zeros((runs, windows), dtype=bool)
     for sign in (1, -1):
-        outside |= sequential.log_capital(sign * a, bounds, grid) >= math.log(2 / sequential.ALPHA)
+        outside |= log_capital(sign * a, bounds, grid) >= math.log(2 / sequential.ALPHA)
     if guarded:
         drawn = np.arange(1, windows + 1)
         squares = (texts**2).cumsum(1) - texts.cumsum(1) ** 2 / drawn
@@ -166,12 +173,12 @@ def alarm(changes: Array, tests: int) -> bool:
     for place, values in enumerate(changes):
         change = stats.weighted_mean(values, np.ones(len(values)))
         word = decide(change, 0.0, tests)
-        told = {"value": change.value, "p": error_rate.p_loss(change, 0.0)}
+        told = {"value": change.value, "p": rules.p_loss(change, 0.0)}
         rows.append(
             Row("m", f"m{place}", "perplexity", "cpu", "fp32", value=1.0, verdict=word, verdict_baseline=word,
                 detail={"change": told})
         )  # fmt: skip
-    return any(row.verdict is not Verdict.WITHIN_NOISE for row in error_rate.settle(rows, tests))
+    return any(row.verdict is not Verdict.WITHIN_NOISE for row in rules.settle(rows, tests))
 
 
 def measure(runs: int = 2000) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from harness.core.files import replace_text
 from harness.core.options import Declared, Options
 from harness.core.records import Case, Row, Verdict
 from harness.core.specification import parse
-from harness.judge import error_rate
+from harness.judge import rules
 from harness.methods.quantizing import arguments, bnb
 from harness.results.directory import ReportDirectory
 from harness.run import plan as planning
@@ -119,7 +119,7 @@ class Bench:
         live.runner = Inline(options, kept)  # type: ignore[assignment]
         with bnb.quiet():
             found = {case: live.check(case)[0] for case in order(cases)}
-        rows = error_rate.settle([found[case] for case in cases], live.tests)
+        rows = rules.settle([found[case] for case in cases], live.tests)
         directory.keep(rows, live.runner.environments)
         directory.keep_plan(cases)
         return Outcome(tuple(rows), live.tests)

@@ -22,7 +22,7 @@ from harness.core.values import digest
 from harness.methods.quantizing import compiled
 from harness.metrics.measuring import sequential
 from harness.report import markup
-from studies.gate.simulation import Array
+from studies.gate.simulation import Array, log_capital
 
 SEED = 20_251_122  # any number would do
 METHODS = ("bf16", "fp16", "absmax-int8", "zeropoint-int8", "bnb-int8", "nf4")
@@ -100,7 +100,7 @@ def stops(
     open_ = ~np.logical_or.accumulate(loud, axis=1) & (drawn >= stats.FEWEST_WINDOWS) & (drawn < windows)
     read, side = np.full(len(differences), windows), np.zeros(len(differences), dtype=np.int64)
     for sign in (1, -1):
-        crossed = np.logical_or.accumulate(sequential.log_capital(sign * a, bounds, grid) >= threshold, axis=1) & open_
+        crossed = np.logical_or.accumulate(log_capital(sign * a, bounds, grid) >= threshold, axis=1) & open_
         first = np.where(crossed.any(1), crossed.argmax(1) + 1, windows)
         side = np.where(first < read, sign, side)
         read = np.minimum(read, first)

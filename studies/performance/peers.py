@@ -48,7 +48,8 @@ class Worker:
     ) -> None:
         python = Path(sys.executable) if kind == "harness" else environment()
         threads = len(os.sched_getaffinity(0))
-        world = {**os.environ, **server_environment(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        own = server_environment(threads) if kind == "harness" else {}  # peers as their users run them
+        world = {**os.environ, **own, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         world |= more or {}
         command = [str(python), "-W", "ignore", "-m", "studies.performance.worker", kind, subject, str(folder), dtype]
         self._process = subprocess.Popen(

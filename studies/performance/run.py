@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.report import markup
 from studies import pages
-from studies.performance import engine, int8, loading, session, waiting, ways
+from studies.performance import engine, int8, loading, products, session, waiting, ways
 from studies.performance.peers import PINS, ROOT
 
 PARTS: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], str]]] = {
@@ -23,6 +23,7 @@ PARTS: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, A
     "session": (functools.partial(session.measure, ()), session.render),
     "main": (functools.partial(session.measure_main, ()), session.render_main),
     "waiting": (functools.partial(waiting.measure, ()), waiting.render),
+    "products": (functools.partial(products.measure, ()), products.render),
     "ways": (functools.partial(ways.measure, ()), ways.render),
 }
 
@@ -30,27 +31,23 @@ PARTS: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, A
 SHORT = """\
 ## What falls short, and why
 
+The tables above say when each part was measured. Those of 2026-11-29 are of the time when threads slept between two
+operations and models were frozen: `python -m studies.performance.second_opinion` shows how far such times lie from a
+plain script's, and both are as in a plain script now.
+
 - *The engine against lm-eval*: both run the model's own forward, of which the profile above shows what is no product:
   norms, rotary embedding, activation, residuals. Ours saves what lies behind it (whole logits, their copies), the
-  waiting of threads for each other (two windows at a time), and on AMD's processors what MKL wastes on wide results
-  (blocks of columns: the table above has runs with and without them, which lie no further apart than runs do). Its rate
-  lies beside that of the products alone, one at a time, or above: what is left to save is another forward. The two
-  parts measured it at different hours of a noisy machine, and say so by their difference.
+  waiting of threads for each other (two windows at a time), and on AMD's processors with AVX512 what MKL leaves
+  unused there (oneDNN's product).
 - *The mean NLL against lm-eval*: what is apart is lm-eval's log softmax, whose fp32 sums over the vocabulary lean to
   one side. With the softmax of the very same logits taken in fp64, ours agrees far within the figure and lm-eval's own
   answer is as far off as before: the last column of windows two at a time.
-- *int8 at prefill*: a product in fp32 takes as long with an unpacked weight as with the model's own, and it is most of
-  a prefill (`mm`): no method that rounds no activation is twice as quick on a processor without products of its own for
-  bf16 or int8, and none is much quicker than torchao's, which ends in the same product. AVX2's int8 products take three
-  instructions for 32 pairs where fp32 takes four, and saturate. `compute=bf16` and w8a8 are quicker where a processor
-  has products of its own for them, and say what they round. Threads that sleep between operations weigh more the
-  quicker these are: see how threads wait.
-- *int8 at decode* of fp32 activations reads codes as they lie, by loops that Numba compiles. `compute=fused` unpacks in
-  the cache at prefill too, 4 MiB at a time, and leaves the product to torch: quicker where weights are large, which
-  the embedded model's are not, and torch may then sum in another order, so that it is not the default. Tried there:
-  slabs of 0.5, 1 and 2 MiB (no quicker: every slab wakes sleeping threads twice), one thread that unpacks (slower),
-  threads that each unpack and multiply a part of their own (quicker on layers alone, no quicker in the model), and
-  blocks of columns (no quicker by two threads).
+- *int8 and 4 bits at prefill* unpack a weight and multiply in fp32, which takes as long as with the model's own weight
+  where both products are MKL's. On AMD's processors with AVX512 ours is oneDNN's. With AVX2 alone it is MKL's as well,
+  but for wide results by several threads: there a prefill of ours takes as long as fp32's and the unpacking beside it.
+- *Large weights* are unpacked part by part, which the cache still holds when they are multiplied: the table of
+  products has what less and more at a time cost. `compute=fused` differs in half precision alone: few rows go by loops
+  there too, and nothing is rounded.
 - *An fp32 product that oneDNN rounds to bf16* is not used where the table has it quicker either: the setting is the
   process's, and a processor without bf16 products ignores it, so that figures would depend on the processor.
 - *Activations in two or three int8 digits* (16 or 24 bits, sums exact): splitting and joining cost more than the

@@ -151,18 +151,13 @@ class Bench:
         self.windows = list(plan.windows)
         return plan.tokens
 
-    def score(self, batch: int = 1, beside: bool = True, blocks: bool = True) -> float:
+    def score(self, batch: int = 1, beside: bool = True) -> float:
         """Seconds of the whole text's NLL: engine, or lm-eval's own rolling log likelihood."""
         if self.kind != "lm-eval":
-            from harness.methods.quantizing import cpu
             from harness.metrics.measuring import engine
 
             asked: dict[str, Any] = {"device": "cpu", "batch_size": batch, "concurrent": beside}
-            kept, cpu.WIDE = cpu.WIDE, cpu.WIDE if blocks else sys.maxsize
-            try:
-                return timed(lambda: engine.score(self.model, self.windows, **asked))
-            finally:
-                cpu.WIDE = kept
+            return timed(lambda: engine.score(self.model, self.windows, **asked))
         from lm_eval.api.instance import Instance
 
         request = Instance("loglikelihood_rolling", {}, (self.text,), 0)
@@ -254,11 +249,10 @@ def main() -> None:
     kind, subject, folder, dtype = sys.argv[1:5]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     builders = {"torchao": torchao, "quanto": quanto, "harness": ours}
     try:
         model = plain(folder, dtype) if kind == "lm-eval" else builders[kind](subject, folder, dtype)
-        bench = Bench(model.requires_grad_(False), folder, kind)
+        bench = Bench(model, folder, kind)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {str(error)[:300]}"}), file=answers, flush=True)
         return

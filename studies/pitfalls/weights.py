@@ -15,7 +15,7 @@ from harness.core.contracts import Arguments, Scope
 from harness.core.errors import BadSpecification
 from harness.core.stats import summarise
 from harness.inputs.models import sizes
-from harness.methods.quantizing import scopes, stored
+from harness.methods.quantizing import arguments, stored
 from harness.methods.quantizing.codes import Functions, Recipe, divide
 from harness.metrics.measuring.devices import open_device
 from harness.metrics.measuring.timing import Work, measure
@@ -109,15 +109,15 @@ def overflowing_code(bench: Bench) -> Shown:
 
     def run(divisor: int, by_row: int) -> dict[str, float]:
         model = bench.open()
-        names = scopes.select(model, Scope())
-        plain = {name: model.get_submodule(name).weight for name in names}
+        names = arguments.select(model, Scope())
+        plain = {name: model.get_submodule(name).get_parameter("weight").detach() for name in names}
         stored.apply(model, affine_recipe(divisor, by_row), names)
         worst, wrapped = 0.0, 0
         for name, weight in plain.items():
             store = stored.store_of(model.get_submodule(name))
             assert store is not None
             matrix = weight.T if store.transposed else weight
-            steps = divide((store.dequantize() - matrix).abs(), store.get_buffer("scale"))  # type: ignore[operator]
+            steps = divide((store.dequantize() - matrix).abs(), store.get_buffer("scale"))
             worst, wrapped = max(worst, float(steps.max())), wrapped + int((steps > 1).sum())
         return {
             "perplexity": perplexity(bench.nll(model)),
@@ -139,8 +139,8 @@ def empty_scope(bench: Bench) -> Shown:
     """
     method = catalog.methods()["absmax-int8"]
     model = bench.open()
-    skipped = {name.rpartition(".")[2] for name in scopes.select(model, Scope("mlp"))}
-    whole = scopes.select(model, Scope())
+    skipped = {name.rpartition(".")[2] for name in arguments.select(model, Scope("mlp"))}
+    whole = arguments.select(model, Scope())
     left = [name for name in whole if name not in skipped]  # the fault: 'down_proj' is no full name
     for name in left:
         method.sketch(model, Arguments("fp32", Scope("all", None, name)))

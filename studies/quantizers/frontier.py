@@ -15,8 +15,9 @@ from typing import Any
 
 from harness import report
 from harness.core.errors import HarnessError
-from harness.report import frontier, nll_reader
+from harness.report import frontier
 from harness.report.account import complete, sections
+from harness.results.directory import nll_reader
 from studies import pages
 
 SESSION = Path("harness-report-methods")

@@ -98,7 +98,7 @@ def sources() -> dict[str, Tensor]:
     import torch
 
     from harness.core.contracts import Scope
-    from harness.methods.quantizing import scopes
+    from harness.methods.quantizing import arguments
 
     generator = torch.Generator().manual_seed(SEED)
     normal = torch.randn(SAMPLES, generator=generator)
@@ -109,10 +109,10 @@ def sources() -> dict[str, Tensor]:
     found = {"Gaussian": normal, "Laplace": laplace, "Student t3": student}
     for name in ("tiny-gpt2", "tiny-olmo"):
         model = bench(name).open()
-        modules: list[Any] = [model.get_submodule(module) for module in scopes.select(model, Scope())]
+        modules: list[Any] = [model.get_submodule(module) for module in arguments.select(model, Scope())]
         matrices = [module.weight.T if type(module).__name__ == "Conv1D" else module.weight for module in modules]
         assert all(matrix.numel() % BLOCKS[-1] == 0 for matrix in matrices)
-        found[name] = torch.cat([matrix.reshape(-1) for matrix in matrices])
+        found[name] = torch.cat([matrix.detach().reshape(-1) for matrix in matrices])
     return found
 
 
@@ -182,7 +182,7 @@ def losses(model: str) -> dict[str, Any]:
     from harness.core.contracts import Scope
     from harness.inputs.models import sizes
     from harness.inputs.texts.protocols import aggregate, window_slices
-    from harness.methods.quantizing import scopes, stored
+    from harness.methods.quantizing import arguments, stored
 
     where = bench(model)
     rows, kept = [], {}
@@ -200,7 +200,7 @@ def losses(model: str) -> dict[str, Any]:
         add(specification, sizes.bits_per_weight(weights, "fp32"), candidate)
     for bits, kind in itertools.product(MODEL_BITS if model.startswith("tiny") else (), ("symmetric", "affine")):
         candidate = where.open()
-        stored.apply(candidate, linear_recipe(kind, bits, 64), scopes.select(candidate, Scope()))
+        stored.apply(candidate, linear_recipe(kind, bits, 64), arguments.select(candidate, Scope()))
         add(f"{NAMES[kind].format(bits)}, block 64", bits + SCALE_BITS / 64 * (1 + (kind == "affine")), candidate)
     pairs = [
         {"block": block, **change(kept[f"nf4:block={block}"], kept[f"linear-int4-affine:block={block}"], slices)}

@@ -37,9 +37,9 @@ def bench(model: str) -> Any:
 
 def scopes_of(model: Any, group: int) -> dict[str, str]:
     """What is quantized alone: kind of part and scope, in the words of a specification."""
-    from harness.methods.quantizing import scopes
+    from harness.methods.quantizing import arguments
 
-    _, depth = scopes.decoder_layers(model)
+    _, depth = arguments.decoder_layers(model)
     found = {"linear": "whole", "attention": "part", "mlp": "part"}
     found |= {f"layers={first}-{min(first + group, depth) - 1}": "group" for first in range(0, depth, group)}
     return dict.fromkeys(halves_of(model), "half") | found  # of two layers the halves are the groups
@@ -47,9 +47,9 @@ def scopes_of(model: Any, group: int) -> dict[str, str]:
 
 def halves_of(model: Any) -> tuple[str, str]:
     """The scopes of the early and the late half of the layers."""
-    from harness.methods.quantizing import scopes
+    from harness.methods.quantizing import arguments
 
-    _, depth = scopes.decoder_layers(model)
+    _, depth = arguments.decoder_layers(model)
     return f"layers=0-{depth // 2 - 1}", f"layers={depth // 2}-{depth - 1}"
 
 
@@ -61,9 +61,9 @@ def kinds_of(model: Any) -> list[str]:
 def names_in(model: Any) -> list[str]:
     """Names of a model's projections."""
     from harness.core.contracts import Scope
-    from harness.methods.quantizing import scopes
+    from harness.methods.quantizing import arguments
 
-    return scopes.select(model, Scope())
+    return arguments.select(model, Scope())
 
 
 def measure_model(model: str) -> dict[str, Any]:

@@ -62,22 +62,26 @@ def test_what_an_import_calls_is_not_entered() -> None:
     assert profile.files["made_up.py"].functions == {"called": 1}
 
 
-def test_a_case_crosses_the_rooms_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# the stations of a case that both ways pass, in order
+STATIONS = ("run/group.py", "metrics/memory.py", "judge/verdicts.py", "report/document.py")
+
+
+@pytest.mark.parametrize(
+    ("way", "first"),
+    [
+        ("measure", ("run/measure.py", "run/plan.py", "run/session.py")),
+        ("pytest", ("plugin/state.py", "run/plan.py", "run/session.py", "plugin/collector.py")),
+    ],
+)
+def test_a_case_crosses_the_rooms_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, first: tuple[str, ...]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    profile = house.measured(house.CASES["memory"])
+    profile = house.WAYS[way](house.CASES["memory"])
     crossed = [name for name, one in profile.files.items() if one.handed]
-    stations = [
-        "run/measure.py",
-        "run/plan.py",
-        "run/session.py",
-        "run/group.py",
-        "metrics/memory.py",
-        "judge/verdicts.py",
-    ]
     assert sum(not name.startswith("core/") for name in crossed) <= house.LIMIT
-    places = [crossed.index(name) for name in stations]
+    places = [crossed.index(name) for name in (*first, *STATIONS)]
     assert places == sorted(places)
-    assert any(name.startswith("report/") for name in crossed[places[-1] :])
     assert "methods/quantizing/int4.py" in profile.files.keys() - set(crossed)  # it quantizes weights and knows no case
     text = house.table(profile, every=True)
     assert len(text.splitlines()) == len(profile.files) + 1

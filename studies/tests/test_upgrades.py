@@ -10,7 +10,7 @@ from pathlib import Path
 
 import harness
 from harness.core.records import Verdict
-from harness.report import Comparison, Entry
+from harness.judge.two_reports import Comparison, Entry
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "studies" / "data" / "upgrades"

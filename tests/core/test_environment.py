@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.core import environment
-from harness.core.environment import CLASS_FIELDS, Environment, capture, difference
+from harness.core.environment import (
+    CLASS_FIELDS,
+    WAITING,
+    Environment,
+    capture,
+    class_difference,
+    difference,
+    waiting_difference,
+)
 from harness.core.errors import BadFile, HarnessError
 from harness.core.gpus import Gpu
 
@@ -151,6 +159,17 @@ def test_every_version_and_thread_setting_moves_the_environment_class(name: str)
     other = replace(WORLD, **{name: 4 if name == "threads" else "other"})  # type: ignore[arg-type]
     assert other.environment_class != WORLD.environment_class
     assert other.device_class == WORLD.device_class
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_how_threads_wait_moves_a_time_and_no_class(name: str) -> None:
+    before = replace(WORLD, wait_policy="", thread_library="libgomp.so.1")
+    other = replace(before, **{name: "other"})  # type: ignore[arg-type]
+    assert other.environment_class == WORLD.environment_class == before.environment_class
+    assert other.id != before.id
+    assert class_difference(before, other) == ""
+    assert waiting_difference(before, other).startswith(f"{name}: ")
+    assert waiting_difference(before, before) == waiting_difference(replace(before, thread_library=""), before) == ""
 
 
 def test_the_machine_does_not_move_the_environment_class() -> None:

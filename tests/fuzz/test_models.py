@@ -18,7 +18,7 @@ from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
 from harness.inputs.models import checkpoints, tiny
 from harness.inputs.models import folder as weightfiles
-from harness.inputs.models.gguf_format import read
+from harness.inputs.models.gguf_format import architectures
 from harness.inputs.models.gguf_format.file import GgufFile
 from harness.inputs.texts import protocols
 from tests.fuzz.bounds import quick, slow, survives
@@ -154,7 +154,7 @@ def converted(path: Path, folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     with reading("the file"), checkpoints.quiet():
-        read.convert(path, folder)
+        architectures.convert(path, folder)
 
 
 @quick

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import report
 from harness.core.records import Row
+from harness.report.document import markdown
 from harness.report.plots import svgs
 from harness.results.directory import ReportDirectory, read_report
 from harness.run import merge as merging
@@ -37,7 +37,7 @@ def made(tmp_path: Path) -> Path:
 def render(folder: Path) -> str:
     """The report's text."""
     session = read_report(folder)
-    return report.render(session.rows, session.planned, session.environments, notes=session.notes)
+    return markdown(session.rows, session.planned, session.environments, notes=session.notes)
 
 
 @quick
@@ -99,7 +99,7 @@ def drawn_rows(text: str) -> list[Row]:
 @given(text=texts.filter(str.strip))
 def test_names_come_out_harmless_in_markdown(text: str) -> None:
     rows = drawn_rows(text)
-    rendered = report.render(rows, [row.case for row in rows], {})
+    rendered = markdown(rows, [row.case for row in rows], {})
     for line in filter(str.strip, rendered.splitlines()):
         harmless_line(line)
     outside = re.sub(r"`[^`\n]*`", "", re.sub(r"(?m)^    .*$", "", rendered))  # neither code spans nor the command

@@ -21,12 +21,11 @@ from harness.core.errors import BadFile, HarnessError, MissingAsset
 from harness.core.files import sha256_file
 from harness.core.options import Declared
 from harness.core.specification import parse
-from harness.inputs.models import cache as cachefolders
 from harness.inputs.models import checkpoints
 from harness.inputs.models import folder as weightfiles
+from harness.inputs.models.gguf_format import architectures
 from harness.inputs.models.gguf_format import file as gguf_file
-from harness.inputs.models.gguf_format import read
-from harness.run.child import failure
+from harness.run.group import failure
 
 SMALL = {
     "vocab_size": 96,
@@ -183,7 +182,7 @@ def fill(folder: Path) -> dict[str, str]:
 
 
 def test_a_folder_is_built_once(cache: Path) -> None:
-    folder, record = cachefolders.built("thing", fill)
+    folder, record = weightfiles.built("thing", fill)
     assert folder == cache / "thing"
     assert record["note"] == "filled"
     assert record["revision"] == sha256_file(folder / "model.safetensors")
@@ -191,7 +190,7 @@ def test_a_folder_is_built_once(cache: Path) -> None:
     def never(_: Path) -> dict[str, str]:
         raise AssertionError
 
-    assert cachefolders.built("thing", never) == (folder, record)
+    assert weightfiles.built("thing", never) == (folder, record)
 
 
 def test_a_build_that_fails_leaves_nothing(cache: Path) -> None:
@@ -200,7 +199,7 @@ def test_a_build_that_fails_leaves_nothing(cache: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cachefolders.built("thing", fail)
+        weightfiles.built("thing", fail)
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
@@ -210,15 +209,15 @@ def test_leftovers_and_truncated_folders_are_built_anew(cache: Path) -> None:
     (left / "model.safetensors").write_text("half")
     other = cache / ".thing-2.busy"
     other.mkdir()
-    folder, record = cachefolders.built("thing", fill)
+    folder, record = weightfiles.built("thing", fill)
     assert not left.exists()
     assert other.exists()  # another name's, under another lock
     os.truncate(folder / "model.safetensors", 10)
-    again = cachefolders.built("thing", fill)
+    again = weightfiles.built("thing", fill)
     assert (again[0], again[1]["revision"]) == (folder, record["revision"])
     assert (folder / "model.safetensors").stat().st_size > 10
-    (folder / cachefolders.RECORD).write_text("{")
-    assert cachefolders.built("thing", fill)[1]["revision"] == record["revision"]
+    (folder / weightfiles.RECORD).write_text("{")
+    assert weightfiles.built("thing", fill)[1]["revision"] == record["revision"]
 
 
 def flip(path: Path) -> None:
@@ -229,26 +228,26 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "harness.json"])
 def test_a_flipped_bit_is_built_anew(cache: Path, name: str) -> None:
-    folder, record = cachefolders.built("thing", fill)
+    folder, record = weightfiles.built("thing", fill)
     flip(folder / name)
-    assert cachefolders.built("thing", fill)[1]["revision"] == record["revision"]
+    assert weightfiles.built("thing", fill)[1]["revision"] == record["revision"]
     assert weightfiles.revision(folder, "it") == record["revision"]
 
 
 def test_a_flipped_bit_under_an_old_date_is_found_where_files_are_verified(cache: Path) -> None:
-    folder, record = cachefolders.built("thing", fill)
+    folder, record = weightfiles.built("thing", fill)
     weights = folder / "model.safetensors"
     status = weights.stat()
     flip(weights)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert cachefolders.built("thing", fill, verify=True)[1]["revision"] == record["revision"]
+    assert weightfiles.built("thing", fill, verify=True)[1]["revision"] == record["revision"]
     assert weightfiles.revision(folder, "it") == record["revision"]
 
 
 def test_files_that_were_only_touched_are_kept(cache: Path) -> None:
-    folder, record = cachefolders.built("thing", fill)
+    folder, record = weightfiles.built("thing", fill)
     os.utime(folder / "model.safetensors", (0, 0))
-    assert cachefolders.built("thing", lambda folder: pytest.fail("built again")) == (folder, record)
+    assert weightfiles.built("thing", lambda folder: pytest.fail("built again")) == (folder, record)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("I/O error: full (os error 28)")])
@@ -257,7 +256,7 @@ def test_a_full_disk_is_one_line_whoever_tells_it(cache: Path, error: Exception)
         raise error
 
     with pytest.raises(HarnessError, match="make room, or set HARNESS_CACHE"):
-        cachefolders.built("thing", fail)
+        weightfiles.built("thing", fail)
     assert not list(cache.glob(".thing.*"))
 
 
@@ -270,7 +269,7 @@ def test_two_at_once_build_once(cache: Path) -> None:
         inside.wait(0.3)
         return fill(folder)
 
-    threads = [threading.Thread(target=cachefolders.built, args=("thing", slow)) for _ in range(3)]
+    threads = [threading.Thread(target=weightfiles.built, args=("thing", slow)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -282,7 +281,7 @@ def test_a_cache_that_cannot_be_written_names_the_fix(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "file"))
     with pytest.raises(HarnessError, match="set HARNESS_CACHE to a folder with more") as caught:
-        cachefolders.built("thing", fill)
+        weightfiles.built("thing", fill)
     assert "\n" not in str(caught.value)
 
 
@@ -400,7 +399,7 @@ def test_the_converted_tokenizer_splits_digits(tmp_path: Path, cache: Path) -> N
 def test_other_architectures_go_through_transformers(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "architecture_of", lambda file: None)
+    monkeypatch.setattr(architectures, "architecture_of", lambda file: None)
     path = tmp_path / "small.gguf"
     written = write_gguf(path, "gpt2", kind="Q8_0")
     checkpoint = checkpoints.materialise(parse(f"path:{path}"), Declared(tmp_path))
@@ -413,7 +412,7 @@ def test_other_architectures_go_through_transformers(
 def test_what_transformers_reads_wrongly_is_one_line(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "architecture_of", lambda file: None)
+    monkeypatch.setattr(architectures, "architecture_of", lambda file: None)
     path = tmp_path / "small.gguf"
     write_gguf(path, "gpt2", whole=False)
     with pytest.raises(BadFile, match=r"have other shapes for transformer\.wpe\.weight") as caught:
@@ -424,7 +423,7 @@ def test_what_transformers_reads_wrongly_is_one_line(
 def test_rows_are_reordered_by_halves() -> None:
     # one head of four: x0 y0 x1 y1 becomes x0 x1 y0 y1; a second head follows
     rows = np.array([[10], [20], [11], [21], [30], [40], [31], [41]], dtype=np.float32)
-    assert read.halves_apart(rows, 2)[:, 0].tolist() == [10, 11, 20, 21, 30, 31, 40, 41]
+    assert architectures.halves_apart(rows, 2)[:, 0].tolist() == [10, 11, 20, 21, 30, 31, 40, 41]
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])

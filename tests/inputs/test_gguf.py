@@ -21,7 +21,7 @@ from harness.core.errors import HarnessError
 from harness.core.options import Declared, build
 from harness.core.specification import parse, parse_list
 from harness.inputs.models import checkpoints, sizes
-from harness.inputs.models.gguf_format import file, read, tokenizers, write
+from harness.inputs.models.gguf_format import architectures, file, tokenizers, write
 from harness.metrics.measuring import census
 from harness.run.plan import plan
 from tests.gguf_models import MADE_UP, TEXT, byte_level, save, sentencepiece, word_level
@@ -59,7 +59,7 @@ def test_an_f32_file_holds_the_model_exactly(name: str, tmp_path: Path, cache: P
     before = save(name, tmp_path / "model")
     size = write.write(before, "F32", tmp_path / "x.gguf")
     assert size == (tmp_path / "x.gguf").stat().st_size
-    assert read.architecture_of(file.GgufFile(tmp_path / "x.gguf")) is not None  # not through transformers
+    assert architectures.architecture_of(file.GgufFile(tmp_path / "x.gguf")) is not None  # not through transformers
     after = checkpoints.materialise(parse(f"path:{tmp_path}/x.gguf"), Declared(tmp_path))
     old, new = (checkpoints.open_model(item, "fp32", "cpu") for item in (before, after))
     assert old.state_dict().keys() == new.state_dict().keys()
@@ -154,8 +154,6 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, cache: Path)
         ),
         "no GGUF is written for 'opt'": transformers.OPTConfig(),
     }
-    from harness.inputs.models.gguf_format import architectures
-
     for match, config in cases.items():
         with pytest.raises(HarnessError, match=match):
             architectures.of_config(config)
@@ -175,10 +173,10 @@ def test_non_finite_weights_name_the_tensor(tmp_path: Path, cache: Path) -> None
 
 def test_rotary_rows_go_there_and_back() -> None:
     rows = np.arange(24, dtype=np.float32).reshape(8, 3)
-    assert write.halves_together(rows, 2)[:, 0].tolist() == [0, 6, 3, 9, 12, 18, 15, 21]
-    np.testing.assert_array_equal(read.halves_apart(write.halves_together(rows, 2), 2), rows)
+    assert architectures.halves_together(rows, 2)[:, 0].tolist() == [0, 6, 3, 9, 12, 18, 15, 21]
+    np.testing.assert_array_equal(architectures.halves_apart(architectures.halves_together(rows, 2), 2), rows)
     bias = np.arange(8, dtype=np.float32)
-    np.testing.assert_array_equal(read.halves_apart(write.halves_together(bias, 2), 2), bias)
+    np.testing.assert_array_equal(architectures.halves_apart(architectures.halves_together(bias, 2), 2), bias)
 
 
 def test_the_convert_command(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.cases import promises
+from harness.cases import test_contracts as promises
 from harness.core import catalog
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError, MissingPackage

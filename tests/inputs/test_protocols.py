@@ -40,7 +40,7 @@ def numbers(count: int, start: int = 0) -> str:
 
 
 def corpus(*documents: str, layout: str = "file") -> Corpus:
-    return Corpus("sample", "text:sample", documents, layout, "ab" * 32)
+    return Corpus("sample", documents, layout, "ab" * 32)
 
 
 def planned(
@@ -165,7 +165,7 @@ def test_token_hash_is_of_the_text_ids_as_little_endian_int32() -> None:
 
 def test_protocol_ids_differ_wherever_the_number_may() -> None:
     text = corpus(numbers(40))
-    other = Corpus("sample", "text:sample", text.documents, "file", "cd" * 32)
+    other = Corpus("sample", text.documents, "file", "cd" * 32)
     ids = [
         *(planned(name, text).protocol_id for name in ("chunk:8", "chunk:9", "gptq:8", "half:8", "rolling:8")),
         *(planned(name, text).protocol_id for name in ("stride:8:4", "stride:8:3", "sentence")),

@@ -12,6 +12,7 @@ from harness.core.options import Declared
 from harness.core.specification import parse
 from harness.inputs.models import checkpoints, tiny
 from harness.inputs.texts import synthetic
+from tests.inputs.test_synthetic import entropy_rate
 
 SHORT = tiny.Schedule(steps=4, tokens=512)
 HELD_OUT = 64 * tiny.CONTEXT  # tokens
@@ -30,7 +31,7 @@ def test_perplexity_is_near_the_language_s_floor(name: str, tmp_path: Path) -> N
             log_p = model(input_ids=window).logits[:, :-1].double().log_softmax(-1)
             total -= log_p.gather(2, window[:, 1:, None]).sum().item()
     perplexity = math.exp(total / (len(ids) * (tiny.CONTEXT - 1)))
-    floor = math.exp(synthetic.entropy_rate())
+    floor = math.exp(entropy_rate())
     assert floor * 0.99 < perplexity < floor * 1.05
 
 

@@ -18,10 +18,10 @@ from harness.core.contracts import Member
 from harness.core.environment import Environment
 from harness.core.errors import BadFile
 from harness.core.records import Case, Row, Verdict
-from harness.judge import baselines
 from harness.judge import baselines as facts
 from harness.judge.baselines import (
     Baselines,
+    Recorded,
     exact_document,
     exact_facts,
     exact_path,
@@ -31,12 +31,13 @@ from harness.judge.baselines import (
     read_exact,
     read_overlay,
     record,
+    rounded,
     stem,
     to_record,
+    token_limit,
     validate,
+    write_overlay,
 )
-from harness.judge.recorded import Recorded, from_entry, reviewable, rounded, world_key
-from harness.judge.verdicts import token_limit
 from harness.results import losses as nllfiles
 
 WORLD = Environment(torch="2.13.0", bitsandbytes="0.50.2", instructions="avx2 avx512", threads=2, machine="a" * 16)
@@ -117,15 +118,15 @@ entries = st.builds(
     detail=st.dictionaries(st.sampled_from(["log_ratio", "aa_floor"]), finite, max_size=2),
     recorded=st.just("2026-11-22T03:00:00Z"),
     environment=st.builds(Environment, torch=texts, threads=st.integers(0, 99), dirty=st.booleans()),
-).map(reviewable)
+)
 
 
 @settings(max_examples=60)
 @given(entries)
-def test_an_entry_survives_the_file(entry: Recorded) -> None:
-    text = yaml.safe_dump([entry.to_entry(), {world_key(entry.environment): entry.environment.to_dict()}])
-    written, environments = yaml.safe_load(text)
-    assert from_entry("x", written, {key: Environment.from_dict(world) for key, world in environments.items()}) == entry
+def test_an_entry_survives_the_file(tmp_path_factory: pytest.TempPathFactory, entry: Recorded) -> None:
+    path = overlay_path(tmp_path_factory.mktemp("baselines"), "gpt2", "nf4", "cpu:avx512")
+    write_overlay(path, "gpt2", "nf4", "cpu:avx512", [entry])
+    assert read_overlay(path) == ("cpu:avx512", (entry,))
 
 
 def test_floats_are_kept_to_ten_digits_and_whole_numbers_whole() -> None:
@@ -136,6 +137,14 @@ def test_floats_are_kept_to_ten_digits_and_whole_numbers_whole() -> None:
 
 
 GOOD = {"metric": "perplexity", "device": "cpu", "value": 1.0, "unit": "ppl", "environment": "w"}
+
+
+def read_entry(folder: Path, entry: dict[str, Any]) -> None:
+    path = overlay_path(folder, "gpt2", "nf4", "cpu:avx512")
+    path.parent.mkdir()
+    file = {"schema": 1, "model": "gpt2", "method": "nf4", "class": "cpu:avx512"}
+    path.write_text(yaml.safe_dump({**file, "entries": [entry], "environments": {"w": WORLD.to_dict()}}))
+    read_overlay(path)
 
 
 @pytest.mark.parametrize(
@@ -156,15 +165,15 @@ GOOD = {"metric": "perplexity", "device": "cpu", "value": 1.0, "unit": "ppl", "e
         ({"environment": "v"}, "entry 1: its environment 'v' is not in the file"),
     ],
 )
-def test_a_wrong_field_is_named(change: dict[str, Any], message: str) -> None:
+def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(BadFile, match=message):
-        from_entry("entry 1", {**GOOD, **change}, {"w": WORLD})
+        read_entry(tmp_path, {**GOOD, **change})
 
 
 @pytest.mark.parametrize("name", sorted(GOOD.keys() - {"environment"}))
-def test_a_needed_field_is_named(name: str) -> None:
+def test_a_needed_field_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadFile, match=f"entry 1: no '{name}'"):
-        from_entry("entry 1", {key: value for key, value in GOOD.items() if key != name}, {"w": WORLD})
+        read_entry(tmp_path, {key: value for key, value in GOOD.items() if key != name})
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
@@ -282,7 +291,7 @@ def test_the_most_specific_file_serves_and_the_right_class_before_the_near_one(t
     assert found.value == 30.0
     special = overlay_path(tmp_path, "gpt2", "nf4", WORLD.environment_class)
     entry = Recorded.of_row(row(30.25), WORLD, "2026-11-22T03:00:00Z")
-    baselines.write_overlay(special, "gpt2", "nf4", WORLD.environment_class, [entry])
+    write_overlay(special, "gpt2", "nf4", WORLD.environment_class, [entry])
     found = store.find(CASE, WORLD)
     assert found is not None
     assert (found.value, found.file) == (30.25, f"gpt2/{special.name}")
@@ -371,6 +380,15 @@ def test_a_broken_loss_file_or_bound_is_told_at_the_start(tmp_path: Path) -> Non
     (tmp_path / "bounds.toml").write_text("schema = 7")
     with pytest.raises(BadFile, match="schema 7 is newer"):
         validate(tmp_path)
+
+
+def test_writing_a_committed_overlay_again_changes_no_byte(tmp_path: Path) -> None:
+    committed = sorted((Path(__file__).parents[2] / "baselines").glob("tiny-*/*@*.yaml"))
+    assert committed
+    for path in committed:
+        reach, entries = read_overlay(path)
+        write_overlay(tmp_path / path.name, path.parent.name, path.stem.partition("@")[0], reach, entries)
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_overlays_that_hold_no_lists(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from harness import judge
 from harness.core import catalog
 from harness.core.environment import Environment
 from harness.core.records import Row, Verdict
+from harness.judge.baselines import Recorded
 from harness.judge.bounds import Bounds, load
-from harness.judge.recorded import Recorded
-from harness.report import compare
+from harness.judge.two_reports import compare
 
 WORLD = Environment(torch="2.13.0", instructions="avx2 avx512", threads=2, machine="a" * 16)
 BASE = np.random.default_rng(5).uniform(1, 4, 40).astype(np.float32)
@@ -117,6 +117,18 @@ def test_times(bounds: Bounds, change: float, reach: float, verdict: Verdict) ->
         return row("latency.decode", 0.1, detail={**ends, "aa_floor": 0.02, "prompt_tokens": 128})
 
     assert both(timed(0.5), timed(0.5 + change), bounds) is verdict
+
+
+@pytest.mark.parametrize("whose", ["A", "B"])
+def test_a_time_taken_beside_other_work_says_whose(bounds: Bounds, whose: str) -> None:
+    ends = {"log_ratio": 0.5, "log_ratio_low": 0.49, "log_ratio_high": 0.51, "aa_floor": 0.02}
+    beside = {"crowded": True, "others": 0.8}
+    quiet, crowded = (row("latency.decode", 0.1, detail={**ends, **more}) for more in ({}, beside))
+    before, now = (crowded, quiet) if whose == "A" else (quiet, crowded)
+    nothing: dict[str, NDArray[Any]] = {}
+    (entry,) = compare([before], [now], nothing.get, nothing.get, bounds=bounds).entries
+    assert entry.verdict is Verdict.UNUSABLE
+    assert f"other work kept 0.8 cores busy while {whose} was timed" in entry.reason
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import scipy.stats
 from harness.core import stats
 from harness.core.records import Case, Row, Verdict
 from harness.core.stats import Estimate
-from harness.judge import error_rate
+from harness.judge import rules
 from harness.judge.bounds import Bounds, load
 from harness.judge.rules import decide
 
@@ -35,9 +35,9 @@ def case(metric: str, method: str = "nf4") -> Case:
 def test_a_losses_p_value_is_scipys_t_test(windows: int) -> None:
     values = np.random.default_rng(windows).normal(0.03, 0.02, windows)
     change = stats.weighted_mean(values, np.full(windows, 511.0))
-    assert error_rate.p_loss(change, 0.0) == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue, rel=1e-9)
-    assert error_rate.p_loss(change, FLOOR) == pytest.approx(scipy.stats.ttest_1samp(values, FLOOR).pvalue, rel=1e-9)
-    assert error_rate.p_loss(change, 1.0) == 1.0  # beneath the floor
+    assert rules.p_loss(change, 0.0) == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue, rel=1e-9)
+    assert rules.p_loss(change, FLOOR) == pytest.approx(scipy.stats.ttest_1samp(values, FLOOR).pvalue, rel=1e-9)
+    assert rules.p_loss(change, 1.0) == 1.0  # beneath the floor
 
 
 def test_a_p_value_of_one_test_and_the_interval_decide_alike() -> None:
@@ -45,22 +45,22 @@ def test_a_p_value_of_one_test_and_the_interval_decide_alike() -> None:
     for _ in range(200):
         change = stats.weighted_mean(generator.normal(0.3, 1.0, 12), np.ones(12))
         outside = change.low > 0.05 or change.high < -0.05
-        assert (error_rate.p_loss(change, 0.05) <= error_rate.level(1)) == outside
+        assert (rules.p_loss(change, 0.05) <= rules.level(1)) == outside
         outside = change.low > 0 or change.high < 0
-        assert (error_rate.p_time(change, 0.0) <= error_rate.level(1)) == outside
+        assert (rules.p_time(change, 0.0) <= rules.level(1)) == outside
 
 
 def test_a_times_p_value_is_scipys_normal_tail() -> None:
     change = Estimate(0.30, 0.30 - 1.959963984540054 * 0.05, 0.5, 10, True)  # standard error 0.05 towards zero
-    assert error_rate.p_time(change, 0.1) == pytest.approx(2 * scipy.stats.norm.sf(0.2 / 0.05), rel=1e-9)
-    assert error_rate.p_time(replace(change, value=0.05), 0.1) == 1.0
-    assert error_rate.p_time(Estimate(0.3, 0.3, 0.3, 10, True), 0.1) == 0.0
+    assert rules.p_time(change, 0.1) == pytest.approx(2 * scipy.stats.norm.sf(0.2 / 0.05), rel=1e-9)
+    assert rules.p_time(replace(change, value=0.05), 0.1) == 1.0
+    assert rules.p_time(Estimate(0.3, 0.3, 0.3, 10, True), 0.1) == 0.0
 
 
 def test_equal_windows_have_no_spread_and_divide_by_nothing() -> None:
     change = stats.weighted_mean(np.full(9, 0.01), np.ones(9))
-    assert error_rate.p_loss(change, FLOOR) == 0.0
-    assert error_rate.smallest_loss(change, FLOOR, 10) == FLOOR
+    assert rules.p_loss(change, FLOOR) == 0.0
+    assert rules.smallest_loss(change, FLOOR, 10) == FLOOR
 
 
 @pytest.mark.parametrize("count", [1, 28])
@@ -70,20 +70,20 @@ def test_the_smallest_effect_is_seen_nine_times_in_ten(count: int) -> None:
     error = sigma / math.sqrt(windows)
     degrees = windows - 1
     reach = stats.student_quantile(0.95, degrees) * error
-    effect = error_rate.smallest_loss(Estimate(0.0, -reach, reach, windows, True), FLOOR, count)
-    threshold = scipy.stats.t.isf(error_rate.level(count) / 2, degrees)
+    effect = rules.smallest_loss(Estimate(0.0, -reach, reach, windows, True), FLOOR, count)
+    threshold = scipy.stats.t.isf(rules.level(count) / 2, degrees)
     power = scipy.stats.nct.sf(threshold, degrees, (effect - FLOOR) / error)
-    assert power == pytest.approx(error_rate.RELIABLY, abs=0.03)
+    assert power == pytest.approx(rules.RELIABLY, abs=0.03)
 
 
 def test_the_tests_of_a_session_are_counted(bounds: Bounds) -> None:
     both = [case("perplexity"), case("perplexity.delta"), case("perplexity.delta", "absmax-int8")]
     exact = [case("memory.storage"), case("memory.parameters")]
     timed = [case("latency.decode"), case("latency.prefill")]
-    assert error_rate.tests(both + exact + timed, bounds, stop_early=False) == 5
-    assert error_rate.tests(both, bounds, stop_early=True) == 2  # nf4 has no bound; a perplexity is not planned then
-    assert error_rate.tests(exact, bounds, stop_early=False) == 1
-    assert error_rate.level(5) == pytest.approx(0.01)
+    assert rules.tests(both + exact + timed, bounds, stop_early=False) == 5
+    assert rules.tests(both, bounds, stop_early=True) == 2  # nf4 has no bound; a perplexity is not planned then
+    assert rules.tests(exact, bounds, stop_early=False) == 1
+    assert rules.level(5) == pytest.approx(0.01)
 
 
 def made(change: float, p: float, word: Verdict = Verdict.WITHIN_NOISE, verdict: Verdict | None = None) -> Row:
@@ -97,22 +97,22 @@ def made(change: float, p: float, word: Verdict = Verdict.WITHIN_NOISE, verdict:
 def test_holms_step_adds_to_what_was_rejected_at_once() -> None:
     # p .001 .014 .02 .4 of four tests: Bonferroni's .0125 rejects the first, Holm .003 .042 .042 .4 the first three
     rows = [made(0.1, 0.001, Verdict.WORSE), made(0.01, 0.014), made(-0.01, 0.02), made(0.01, 0.4)]
-    settled = error_rate.settle(rows, 4)
+    settled = rules.settle(rows, 4)
     assert [row.verdict for row in settled] == [
         Verdict.WORSE, Verdict.WORSE, Verdict.BETTER, Verdict.WITHIN_NOISE,
     ]  # fmt: skip
     assert settled[1].reason == "+0.01 nat; worse by Holm's step over the session's 4 tests (p 0.014)"
-    assert [row.verdict for row in error_rate.settle(rows, 8)] == [
+    assert [row.verdict for row in rules.settle(rows, 8)] == [
         Verdict.WORSE, Verdict.WITHIN_NOISE, Verdict.WITHIN_NOISE, Verdict.WITHIN_NOISE,
     ]  # half of the rate was spent on bounds  # fmt: skip
 
 
 def test_settling_leaves_a_more_severe_verdict_and_rows_without_a_test() -> None:
     rows = [made(0.01, 0.001, verdict=Verdict.OUT_OF_BOUND), Row.of(case("memory.storage"), value=1.0)]
-    settled = error_rate.settle(rows, 1)
+    settled = rules.settle(rows, 1)
     assert (settled[0].verdict, settled[0].verdict_baseline) == (Verdict.OUT_OF_BOUND, Verdict.WORSE)
     assert settled[1] == rows[1]
-    assert error_rate.settle([], 1) == []
+    assert rules.settle([], 1) == []
 
 
 DRAWS: dict[str, Callable[[np.random.Generator, int], np.ndarray[tuple[int, ...], np.dtype[np.float64]]]] = {
@@ -130,9 +130,9 @@ def test_a_session_in_which_nothing_changed_raises_an_alarm_in_one_of_twenty_at_
         for place in range(count):
             change = stats.weighted_mean(DRAWS[kind](generator, 16), np.full(16, 255.0))
             word = decide(change, floor, count)
-            row = made(change.value, error_rate.p_loss(change, floor), word)
+            row = made(change.value, rules.p_loss(change, floor), word)
             rows.append(replace(row, method=f"m{place}"))
-        alarms += any(row.verdict in (Verdict.WORSE, Verdict.BETTER) for row in error_rate.settle(rows, count))
+        alarms += any(row.verdict in (Verdict.WORSE, Verdict.BETTER) for row in rules.settle(rows, count))
     assert alarms <= 28
     assert alarms >= 4 if kind == "Gaussian" else True  # not by never deciding anything
 

@@ -18,8 +18,8 @@ from harness import judge
 from harness.core.contracts import Member
 from harness.core.environment import Environment
 from harness.core.records import Row, Verdict
+from harness.judge.baselines import Recorded, to_record
 from harness.judge.bounds import Bounds, load
-from harness.judge.recorded import Recorded
 from harness.judge.verdicts import MOVERS
 
 PERPLEXITY = Member("perplexity", "ppl", "lower")
@@ -460,6 +460,23 @@ def test_a_noisy_session_or_record_widens_the_limit(bounds: Bounds, where: str) 
     assert judged(measured, DECODE, bounds, then).verdict is Verdict.WITHIN_NOISE
 
 
+def test_a_time_taken_beside_other_work_decides_nothing(bounds: Bounds) -> None:
+    beside = {"crowded": True, "others": 0.8}
+    quiet, crowded = (row(DECODE, 0.1, detail=timed(0.9, **more)) for more in ({}, beside))
+    then = record(quiet, 0.05, detail=timed(0.5))
+    assert judged(quiet, DECODE, bounds, then).verdict is Verdict.WORSE
+    found = judged(crowded, DECODE, bounds, then)
+    assert found.verdict is Verdict.UNUSABLE
+    assert found.reason.startswith("other work kept 0.8 cores busy meanwhile: measure again on a quiet machine; ratio")
+    assert judged(crowded, DECODE, bounds).verdict is Verdict.UNUSABLE
+    recorded_beside = record(quiet, 0.05, detail=timed(0.5, **beside))
+    found = judged(quiet, DECODE, bounds, recorded_beside)
+    assert found.verdict is Verdict.UNUSABLE
+    assert "taken beside other work" in found.reason
+    assert to_record([crowded], "all") == []
+    assert to_record([quiet], "all") == [quiet]
+
+
 @pytest.mark.parametrize(("whose", "said"), [("now", "this run's"), ("then", "the recorded")])
 def test_a_ratio_without_an_interval_decides_nothing(bounds: Bounds, whose: str, said: str) -> None:
     bare = {"log_ratio": 0.5, "log_ratio_low": None, "log_ratio_high": "inf"}
@@ -476,6 +493,8 @@ def test_a_ratio_without_an_interval_decides_nothing(bounds: Bounds, whose: str,
         ({"threads": 4}, "threads: 4 -> 2"),
         ({"machine": "b" * 16}, f"machine: {'b' * 16} -> {'a' * 16}"),
         ({"instructions": "avx2"}, "device class: cpu:avx2 -> cpu:avx512"),
+        ({"wait_policy": "passive"}, "wait_policy: passive -> absent"),
+        ({"spin_count": "0"}, "spin_count: 0 -> absent"),
     ],
 )
 def test_a_latency_stays_on_its_machine_and_versions(bounds: Bounds, changed: dict[str, Any], field: str) -> None:

@@ -161,7 +161,6 @@ def test_doctor_names_the_faults_that_apply_here(
     world: Environment, count: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("harness.core.environment.capture", lambda device, threads, facts: world)
-    monkeypatch.setattr(commands, "LOOKED_FOR", {"model": (), "dataset": ()})
     assert commands.main(["doctor", "--baselines", str(ROOT / "baselines")]) == 0
     said = capsys.readouterr().out
     assert f"known faults that apply here: {count}" in said

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.core.contracts import Arguments
 from harness.core.errors import UnknownName
 from harness.methods.bitsandbytes import METHODS
-from harness.methods.quantizing import bnb, bnb_layers
+from harness.methods.quantizing import bnb
 
 INT8, NF4, NF4_DQ = bnb.Format("llm_int8"), bnb.Format("nf4"), bnb.Format("nf4", double=True)
 
@@ -135,7 +135,7 @@ def test_targets_are_the_same_after_quantization() -> None:
 def test_sketched_storage_by_hand(format: bnb.Format, shape: tuple[int, int], expected: int) -> None:
     chosen = bnb.options(format, Arguments("fp32"), [])
     for plain in (nn.Linear(shape[1], shape[0], device="meta"), Conv1D(*shape).to("meta")):
-        model = nn.Sequential(bnb_layers.sketch(plain, chosen))
+        model = nn.Sequential(bnb.sketched(plain, chosen))
         (weight,) = bnb.quantized(model)
         assert (weight.kind, weight.elements) == (type(plain).__name__, shape[0] * shape[1])
         assert weight.storage == expected
@@ -157,13 +157,13 @@ def linear_4bit(weight: torch.Tensor, double: bool) -> Any:
 def test_weight_can_be_read_after_the_library_repacked_it(double: bool) -> None:
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))  # (out, in)
     module = linear_4bit(weight, double)
-    before = bnb_layers.dequantize_4bit(module)  # (out, in)
+    before = bnb.dequantize_4bit(module)  # (out, in)
     scales = copy.deepcopy(module.weight.quant_state)
     module.weight.data, module.weight.quant_state = functional._convert_weight_packed_for_cpu(
         module.weight.data, module.weight.quant_state
     )
     packed_absmax = module.weight.quant_state.absmax.clone()
-    after = bnb_layers.dequantize_4bit(module)
+    after = bnb.dequantize_4bit(module)
 
     absmax = scales.absmax
     if double:

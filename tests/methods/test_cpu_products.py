@@ -9,8 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from harness.methods.quantizing import cpu
 
-HERE = cpu.amd()  # blocks are used, so that they must give the same bits
-
 
 def half_apart(a: torch.Tensor, b: torch.Tensor) -> int:
     """The largest distance of two half-precision tensors in representable numbers between them."""
@@ -56,6 +54,7 @@ def test_fp32_products_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
     vars(hooked)["forward"] = own  # as accelerate's hooks do
     model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4), Special(4, 4).bfloat16(), hooked)
     monkeypatch.setattr(cpu, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(cpu, "has_onednn", lambda: False)
 
     def patched() -> list[bool]:
         return ["forward" in vars(module) for module in model]
@@ -107,13 +106,6 @@ def test_only_a_cpu_without_int8_products_is_helped(
     assert torch._int_mm is library
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Equal to the bit where blocks are used; elsewhere a kernel may choose its order of sums by the width."""
-    assert found.shape == wanted.shape
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, wanted, **({"rtol": 0, "atol": 0} if HERE else {"rtol": 1e-5, "atol": 1e-4}))
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -121,68 +113,109 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("running", [1, 2])
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of weights that oneDNN multiplies by, on a processor where it is the quicker one."""
+    seen: list[tuple[int, ...]] = []
+    multiply = torch.ops.mkldnn._linear_pointwise
+
+    def spy(x: torch.Tensor, weight: torch.Tensor, *given: Any) -> Any:
+        seen.append(tuple(weight.shape))
+        return multiply(x, weight, *given)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    monkeypatch.setattr(cpu, "has_onednn", lambda: True)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx512f"}))
+    return seen
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 31), (1, 32), (2, 85), (512,)])
-@pytest.mark.parametrize("outputs", [1023, 1024, 1537, 8192])
-def test_blocks_of_columns_are_the_product(
-    running: int, bias: bool, shape: tuple[int, ...], outputs: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shape", [(1, 31), (1, 32), (2, 85), (512,), (0, 4)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (768, 3072), (3072, 768), (2048, 2048)])
+def test_onednns_product_is_the_product(
+    bias: bool, shape: tuple[int, ...], inputs: int, outputs: int, calls: list[tuple[int, ...]]
 ) -> None:
-    torch.set_num_threads(running)
     generator = torch.Generator().manual_seed(outputs)
-    x, weight = torch.randn(*shape, 576, generator=generator), torch.randn(outputs, 576, generator=generator)
+    x, weight = torch.randn(*shape, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
     b = torch.randn(outputs, generator=generator) if bias else None
-    widths: list[int] = []
-    multiply = torch.addmm if bias else torch.mm
+    exact = functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    with torch.inference_mode():
+        result = cpu.linear(x, weight, b)
+    assert result.shape == exact.shape
+    assert result.is_contiguous()
+    torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-3)
+    assert calls == ([(outputs, inputs)] if x.shape[:-1].numel() >= cpu.MANY else [])
 
-    def spy(*given: Any, out: torch.Tensor) -> torch.Tensor:
-        widths.append(out.shape[-1])
-        return multiply(*given, out=out)
 
-    monkeypatch.setattr(torch, "addmm" if bias else "mm", spy)
-    for amd in (True, False):
-        monkeypatch.setattr(cpu, "amd", lambda amd=amd: amd)
-        same(cpu.linear(x, weight, b), functional.linear(x, weight, b))
-    blocks = outputs >= (cpu.WIDE if running == 1 else cpu.WIDEST) and x.shape[:-1].numel() >= cpu.ROWS
-    assert sum(widths) == (outputs if blocks else 0)
-    assert all(cpu.BLOCK <= width < 2 * cpu.BLOCK for width in widths)
+def test_onednn_multiplies_nothing_that_wants_a_gradient_or_is_not_fp32(calls: list[tuple[int, ...]]) -> None:
+    weight = torch.randn(8, 4)
+    x = torch.randn(64, 4, requires_grad=True)
+    cpu.linear(x, weight, None).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    with torch.inference_mode():
+        cpu.linear(torch.randn(64, 4).bfloat16(), weight.bfloat16(), None)
+    assert calls == []
+
+
+def test_a_bias_that_is_no_plain_row_goes_by_torch(calls: list[tuple[int, ...]]) -> None:
+    x, weight = torch.randn(64, 8), torch.randn(16, 8)
+    with torch.inference_mode():
+        for bias in (torch.randn(32)[::2], torch.randn(1).expand(16), torch.randn(1)):
+            torch.testing.assert_close(cpu.linear(x, weight, bias), functional.linear(x, weight, bias))
+    assert calls == []
+
+
+def test_a_librarys_kind_of_weight_multiplies_in_its_own_way(calls: list[tuple[int, ...]]) -> None:
+    class Theirs(torch.Tensor):
+        pass
+
+    layer = nn.Linear(8, 16)
+    layer.weight = nn.Parameter(torch.randn(16, 8).as_subclass(Theirs))
+    assert type(layer.weight) is not nn.Parameter
+    with cpu.quick_products(nn.Sequential(layer)):
+        assert "forward" not in vars(layer)
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("rows", "pieces"), [(31, [1200]), (32, [512, 688])])
-def test_columns_are_written_where_they_belong(rows: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "amd", lambda: True)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(rows, 40), torch.randn(1200, 40), torch.randn(2000)
-    found, widths = torch.full((rows, 2000), 7.0), []
+@pytest.mark.parametrize(
+    ("vendor", "flags", "running", "wide", "tall"),
+    [
+        ("AuthenticAMD", {"avx2", "avx512f"}, 1, True, True),
+        ("AuthenticAMD", {"avx2"}, 2, True, False),
+        ("AuthenticAMD", {"avx2"}, 1, False, False),
+        ("GenuineIntel", {"avx2", "avx512f"}, 2, False, False),
+    ],
+)
+def test_whose_product_is_taken(
+    vendor: str, flags: set[str], running: int, wide: bool, tall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "cpu_facts", lambda: {"vendor_id": vendor})
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
+    cpu.has_onednn.cache_clear()
+    torch.set_num_threads(running)
+    try:
+        assert cpu.by_onednn(torch.empty(16, 8)) is wide
+        assert cpu.by_onednn(torch.empty(8, 16)) is tall
+    finally:
+        cpu.has_onednn.cache_clear()
 
-    def spy(*given: Any, out: torch.Tensor) -> None:
-        widths.append(out.shape[-1])
-        out.copy_(given[0] + given[1] @ given[2])
 
-    monkeypatch.setattr(torch, "addmm", spy)
-    cpu.into_columns(x, weight, bias, found, 500)
-    assert widths == pieces
-    torch.testing.assert_close(found[:, 500:1700], x @ weight.T + bias[500:1700], rtol=1e-5, atol=1e-4)
-    assert (found[:, :500] == 7).all()
-    assert (found[:, 1700:] == 7).all()
-
-
-@pytest.mark.parametrize("amd", [True, False])
-def test_only_wide_fp32_layers_of_an_amd_processor_go_in_blocks(amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "amd", lambda: amd)
+def test_only_plain_fp32_layers_go_by_onednn_in_an_evaluation(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu, "native", lambda dtype: True)
-    wide = nn.Linear(8, 1024).requires_grad_(False)
-    others = nn.Linear(8, 1023), nn.Linear(8, 1024).bfloat16(), Conv1D(1024, 8), nn.Linear(8, 1024, device="meta")
-    model = nn.Sequential(wide, *others)
+    plain, gpt2s = nn.Linear(8, 16), Conv1D(16, 8)
+    others = nn.Linear(8, 16).bfloat16(), nn.Linear(8, 16, device="meta")
+    model = nn.Sequential(plain, gpt2s, *others)
     x = torch.randn(40, 8)
-    torchs = wide(x)
-    with cpu.quick_products(model):
-        assert [("forward" in vars(module)) for module in model] == [amd, False, False, False, False]
-        same(wide(x), torchs)
-        assert wide(x[:0]).shape == (0, 1024)
-        with pytest.raises(RuntimeError, match="dtype"):  # as torch says it
-            wide(x.double())
+    with torch.inference_mode():
+        torchs = plain(x), gpt2s(x)
+        with cpu.quick_products(model):
+            assert [("forward" in vars(module)) for module in model] == [True, True, False, False]
+            for module, wanted in zip((plain, gpt2s), torchs, strict=True):
+                torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5)
+                assert module(x[:0]).shape == (0, 16)
+            with pytest.raises(RuntimeError, match="dtype"):  # as torch says it
+                plain(x.double())
+    assert calls == [(16, 8), (16, 8)]
     assert not any("forward" in vars(module) for module in model)

@@ -19,7 +19,7 @@ from harness.core.stats import paired_delta
 from harness.inputs.models import checkpoints
 from harness.inputs.texts import corpora, protocols
 from harness.methods import linear_int4
-from harness.methods.quantizing import arguments, calibration, gptq, scopes
+from harness.methods.quantizing import arguments, calibration, gptq
 from harness.metrics.measuring import engine
 from harness.run.plan import plan
 
@@ -56,7 +56,7 @@ def dequantized(stored: dict[str, Tensor], shape: tuple[int, int], block: int) -
 @pytest.mark.parametrize("block", [16, 64])
 def test_it_is_the_algorithm_of_the_paper(block: int) -> None:
     weight, hessian = problem()
-    found = dequantized(gptq.quantize(weight, hessian, gptq.GptqOptions(block, 0.01, False)), (24, 64), block)
+    found = dequantized(gptq.quantize(weight, hessian, block, 0.01, False), (24, 64), block)
     expected = independent(weight, hessian, block, 0.01)
     close = np.isclose(found.numpy(), expected, atol=1e-4)
     assert close.mean() > 0.98  # a value half-way between codes may fall apart in fp32, and moves those behind it
@@ -70,14 +70,14 @@ def test_outputs_change_less_than_by_rounding(act_order: bool) -> None:
         off = dequantized(stored, (24, 256), 64) - weight
         return float((off @ hessian * off).sum())
 
-    found = loss(gptq.quantize(weight, hessian, gptq.GptqOptions(64, 0.01, act_order)))
+    found = loss(gptq.quantize(weight, hessian, 64, 0.01, act_order))
     assert found < 0.6 * loss(linear_int4.CODES.encode(weight, 64))
 
 
 def test_independent_inputs_of_equal_strength_leave_rounding() -> None:
     weight, _ = problem()
     for act_order in (False, True):
-        stored = gptq.quantize(weight, torch.eye(64), gptq.GptqOptions(64, 0.01, act_order))
+        stored = gptq.quantize(weight, torch.eye(64), 64, 0.01, act_order)
         expected = linear_int4.CODES.encode(weight, 64)
         assert all(torch.equal(stored[name], expected[name]) for name in expected)
 
@@ -85,7 +85,7 @@ def test_independent_inputs_of_equal_strength_leave_rounding() -> None:
 def test_inputs_that_are_never_there_get_no_weight() -> None:
     weight, hessian = problem()
     hessian[5], hessian[:, 5] = 0, 0
-    assert not dequantized(gptq.quantize(weight, hessian, gptq.GptqOptions(64, 0.01, False)), (24, 64), 64)[:, 5].any()
+    assert not dequantized(gptq.quantize(weight, hessian, 64, 0.01, False), (24, 64), 64)[:, 5].any()
 
 
 def test_what_is_gathered_is_the_second_moment() -> None:
@@ -111,7 +111,7 @@ def test_layers_passed_one_by_one_are_the_model() -> None:
     for name in ("tiny-gpt2", "tiny-olmo"):
         _, model = opened(name)
         ids = torch.arange(40)[None] % 60
-        stack, depth = scopes.decoder_layers(model)
+        stack, depth = arguments.decoder_layers(model)
         layers = [model.get_submodule(f"{stack}.{number}") for number in range(depth)]
         with torch.no_grad():
             (calls,) = gptq._calls(model, layers, [ids])

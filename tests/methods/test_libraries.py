@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from harness.__main__ import main
-from harness.cases import promises
-from harness.cases.promises import Candidate
+from harness.cases import test_contracts as promises
+from harness.cases.test_contracts import Candidate
 from harness.core import catalog
 from harness.core.contracts import Method, Parameter
 from harness.core.errors import IncompleteQuantization
 from harness.core.specification import parse
 from harness.inputs.models import checkpoints
 from harness.methods.quantizing import arguments
-from harness.methods.quantizing.layers import as_linear, layer_method
+from harness.methods.quantizing.weight_method import as_linear, layer_method
 from harness.metrics.measuring import census
 from harness.run import plan
 
@@ -91,6 +91,17 @@ def test_modules_that_a_library_leaves_out_are_an_error(tmp_path: Path) -> None:
         census.census(model, method, candidate.arguments, original)
 
 
+def test_a_library_may_write_into_a_layer_and_keeps_no_graph_of_it(tmp_path: Path) -> None:
+    class Writing(Layer):
+        def __init__(self, layer: nn.Linear) -> None:
+            layer.weight.mul_(1.0)
+            super().__init__(layer)
+            self.graph = layer.weight.abs().amax().grad_fn
+
+    model = Candidate(method_of(Writing), promises.checkpoint("llama", tmp_path)).load()
+    assert [one.graph for one in model.modules() if isinstance(one, Writing)] == [None] * 14
+
+
 def test_codes_that_a_library_keeps_as_parameters_are_not_counted_as_left(tmp_path: Path) -> None:
     class Kept(Layer):
         def __init__(self, layer: nn.Linear) -> None:
@@ -122,7 +133,7 @@ def test_a_conv1d_becomes_the_equal_linear(tmp_path: Path) -> None:
 def test_every_optional_method_is_listed_but_not_planned_by_default() -> None:
     known = catalog.methods()
     assert {name: known[name].requires for name in OPTIONAL} == {name: (needs,) for name, needs in OPTIONAL.items()}
-    assert not set(OPTIONAL) & set(plan.core_names(known.values()))
+    assert not set(OPTIONAL) & {method.name for method in known.values() if method.core}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed here")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.cases import promises
-from harness.cases.promises import ARCHITECTURES, CHECKS, Candidate
+from harness.cases import test_contracts as promises
+from harness.cases.test_contracts import ARCHITECTURES, CHECKS, Candidate
 from harness.core import catalog
 from harness.core.contracts import Checkpoint, Method
 from harness.methods.quantizing.weight_method import weight_method

@@ -21,7 +21,7 @@ from transformers import (
 from harness.core.contracts import Scope
 from harness.core.errors import BadSpecification, HarnessError, UnknownName
 from harness.methods import nf4
-from harness.methods.quantizing.scopes import parse_scope, scope_text, select
+from harness.methods.quantizing.arguments import parse_scope, scope_text, select
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -72,7 +72,8 @@ def test_streamed_is_loaded_and_then_quantized(
     assert sizes.measure(streamed) == sizes.measure(whole)
     assert torch.equal(streamed(IDS).logits, whole(IDS).logits)
     assert not streamed.training
-    assert not any(parameter.requires_grad for parameter in streamed.parameters())
+    learnable = [{key: one.requires_grad for key, one in model.named_parameters()} for model in (streamed, whole)]
+    assert learnable[0] == learnable[1]
 
 
 def test_one_weight_at_a_time_is_unquantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +122,9 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     assert places is not None
     last = max(places.values(), key=lambda place: place.offset)
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(BadFile, match=r"model\.safetensors ends before its last tensor"):
-        last.read()
-    with pytest.raises(BadFile, match=r"model\.safetensors ends before its last tensor"):
-        last.mapped()
+    for mapped in (False, True):
+        with pytest.raises(BadFile, match=r"model\.safetensors ends before its last tensor"):
+            last.tensor(mapped)
 
 
 def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path: Path) -> None:
     places = streaming.places([tmp_path / "model.safetensors"])
     assert places is not None
     for place in places.values():
-        assert torch.equal(place.mapped(), place.read())
+        assert torch.equal(place.tensor(mapped=True), place.tensor(mapped=False))
         odd = replace(place, offset=place.offset - 1)  # no multiple of the dtype's size: read, as bytes lie
-        assert torch.equal(odd.mapped().view(torch.uint8), odd.read().view(torch.uint8))
+        assert torch.equal(odd.tensor(mapped=True).view(torch.uint8), odd.tensor(mapped=False).view(torch.uint8))
 
 
 def test_what_comes_next_is_on_its_way_and_each_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +142,9 @@ def test_what_comes_next_is_on_its_way_and_each_tensor_once(tmp_path: Path, monk
     asked: list[int] = []
     monkeypatch.setattr(streaming.Place, "expect", lambda place: asked.append(place.shape[0]))
     monkeypatch.setattr(streaming, "AHEAD", 20)  # bytes: five numbers
-    queue, seen = streaming.Queue(wanted), []
+    queue, seen = streaming.in_turn(wanted), []
     for place in wanted:
-        assert queue.next() is place
+        assert next(queue) is place
         seen.append(asked.copy())
     assert seen == [[1, 2, 3], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]
     (tmp_path / "x").write_bytes(bytes(100))

@@ -285,7 +285,7 @@ def test_gptq_keeps_the_bytes_of_linear_int4_on_true_shapes(name: str) -> None:
 def test_gptq_rounds_to_nearest_where_inputs_are_independent() -> None:
     shape = SHAPES["gpt2 attn.c_proj"]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = gptq.quantize(weight, torch.eye(shape[1]), gptq.GptqOptions(64, 0.01, True))
+    found = gptq.quantize(weight, torch.eye(shape[1]), 64, 0.01, True)
     room, wanted = predicted(recipe_of(GPTQ), shape), DEFINED["linear-int4"].stored(weight.numpy(), 64)
     for name, tensor in found.items():
         assert (tensor.shape, tensor.dtype) == (room[name].shape, room[name].dtype)

@@ -14,7 +14,7 @@ from harness.core import catalog, environment
 from harness.core.environment import Environment
 from harness.core.specification import parse
 from harness.core.values import digest
-from harness.judge.recorded import world_key
+from harness.judge.baselines import world_key
 from harness.methods.quantizing import compiled
 from harness.methods.quantizing.arguments import resolve
 from harness.methods.quantizing.stored import QuantizedLinear
@@ -67,6 +67,9 @@ def test_torch_gives_the_same_bits(tmp_path: Path) -> None:
         sums = {"few", "many"} if name.endswith("fused") else {"few"}  # of these the order may differ
         for key in found.keys() - sums:
             assert torch.equal(found[key], ours[name][key]), (name, key)
+        if name.endswith("bf16"):  # torch rounds sums to it, a loop keeps them in fp32
+            torch.testing.assert_close(found["few"], ours[name]["few"], rtol=2**-7, atol=2**-7)
+            continue
         for key in sums:
             torch.testing.assert_close(found[key], ours[name][key], rtol=1e-4, atol=1e-4)
         if name.endswith(("dtype", "fused")):  # not rounded, and not the order in which a loop sums
@@ -85,7 +88,7 @@ def test_the_environment_says_what_runs_the_loops(
 
 def test_what_was_recorded_before_is_compiled_and_keeps_its_names() -> None:
     here = environment.capture("cpu", 1)
-    before = {key: value for key, value in here.to_dict().items() if key != "loops"}
+    before = {key: value for key, value in here.to_dict().items() if key not in environment.LATER}
     assert Environment.from_dict(before) == here
     assert world_key(here) == digest(before)[:12]
     without = Environment.from_dict({**before, "loops": "torch"})

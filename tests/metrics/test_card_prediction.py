@@ -39,7 +39,7 @@ def predict(config: Any, text: str, window: int, decode: int = 0) -> Prediction:
 
 
 def gpt2(**changes: Any) -> Any:
-    return AutoConfig.for_model(**{**names.GPT2, **changes})
+    return AutoConfig.for_model(**{**names.ARCHITECTURES["gpt2"], **changes})
 
 
 # by hand
@@ -158,7 +158,7 @@ def test_words(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_window_is_no_longer_than_the_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**names.GPT2, "n_positions": 100, "n_layer": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({**names.ARCHITECTURES["gpt2"], "n_positions": 100, "n_layer": 1}))
     answer = json.loads(run(capsys, str(tmp_path), "--device", "cuda", "--json")[1])
     assert answer["cuda.window"] == 100
 

@@ -11,8 +11,8 @@ import pytest
 from harness.core.contracts import Member
 from harness.core.records import Figure
 from harness.metrics import invariant
-from harness.metrics.measuring import model_checks
-from harness.metrics.measuring.checks import CHECKS, equal, metric
+from harness.metrics.measuring import invariant_checks
+from harness.metrics.measuring.checks import CHECKS, metric
 
 MEMBERS = {check.name: Member(metric(check), "", "lower", textual=False) for check in CHECKS}
 SUBJECT: Any = SimpleNamespace(case=SimpleNamespace(model="tiny-gpt2"))
@@ -26,8 +26,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, name: str, *values: float) -> Figu
         value = next(left)
         return Figure(value, "", detail={"holds": value == 0, "limit": "0"})
 
-    checks: dict[str, Callable[[Any], Figure]] = {**model_checks.CHECKS, name: check}
-    monkeypatch.setattr(model_checks, "CHECKS", checks)
+    checks: dict[str, Callable[[Any], Figure]] = {**invariant_checks.CHECKS, name: check}
+    monkeypatch.setattr(invariant_checks, "CHECKS", checks)
     return invariant.measure(SUBJECT, MEMBERS[name])
 
 
@@ -54,14 +54,14 @@ def test_an_exception_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(subject: Any) -> Figure:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(model_checks, "CHECKS", {**model_checks.CHECKS, "state_dict": check})
+    monkeypatch.setattr(invariant_checks, "CHECKS", {**invariant_checks.CHECKS, "state_dict": check})
     found = invariant.measure(SUBJECT, MEMBERS["state_dict"])
     assert found.detail == {"holds": False, "exception": "RuntimeError: no such kernel"}
 
 
 def test_equal_is_of_bits() -> None:
     torch = pytest.importorskip("torch")
-    assert not equal(torch.tensor([1.0]), torch.tensor([1.0 + 2**-23])).detail["holds"]
+    assert not invariant_checks.equal(torch.tensor([1.0]), torch.tensor([1.0 + 2**-23])).detail["holds"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_want_of_memory_or_of_a_kernel_is_no_word_on_the_library(
     def check(subject: Any) -> Figure:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(model_checks, "CHECKS", {**model_checks.CHECKS, "state_dict": check})
+    monkeypatch.setattr(invariant_checks, "CHECKS", {**invariant_checks.CHECKS, "state_dict": check})
     if finding:
         assert invariant.measure(SUBJECT, MEMBERS["state_dict"]).detail["exception"] == f"RuntimeError: {said}"
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from harness.core.records import Case, Figure, Row
 from harness.core.specification import parse
 from harness.judge import known_faults
 from harness.methods.quantizing import arguments, bnb
-from harness.metrics.measuring import layer_checks
+from harness.metrics.measuring import invariant_checks
 from harness.metrics.measuring.checks import CHECKS, LAYER, Check, metric
 from harness.metrics.measuring.devices import open_device
 from harness.run.group import Group, loaded_facts
@@ -92,38 +91,34 @@ SPOILT: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 
 @pytest.mark.parametrize("check", SPOILT)
 def test_a_spoilt_layer_does_not_hold(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = layer_checks.build
+    build = invariant_checks.build
 
     def spoilt(*given: Any, **named: Any) -> nn.Module:
         return Wrong(build(*given, **named), SPOILT[check])
 
-    monkeypatch.setattr(layer_checks, "build", spoilt)
-    monkeypatch.setattr(layer_checks, "dequantized", lambda module: _dequantized(module.inner))
+    monkeypatch.setattr(invariant_checks, "build", spoilt)
     assert not measured("bnb-int8", check).detail["holds"]
 
 
-_dequantized = layer_checks.dequantized
-
-
 def test_a_copy_that_is_not_the_same_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    restored = layer_checks.restored
+    restored = invariant_checks.restored
 
     def other(one: Any, kept: Any) -> nn.Module:
         return restored(one, {name: value * 0 for name, value in kept.items()})
 
     assert measured("bnb-int8", "saved_before").detail["holds"]
-    monkeypatch.setattr(layer_checks, "restored", other)
+    monkeypatch.setattr(invariant_checks, "restored", other)
     assert not measured("bnb-int8", "saved_before").detail["holds"]
 
 
 def test_double_quantization_that_saves_nothing_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured("bnb-nf4-dq", "double_before").detail["holds"]
-    plain = layer_checks.build
+    plain = invariant_checks.build
 
-    def single(one: Any, values: torch.Tensor, dtype: str = "fp32", format: Any = None) -> nn.Module:
-        return plain(one, values, dtype, dataclasses.replace(format, double=False))
+    def single(*given: Any, **named: Any) -> nn.Module:
+        return plain(*given, **{**named, "method": catalog.methods()["bnb-nf4"]})
 
-    monkeypatch.setattr(layer_checks, "build", single)
+    monkeypatch.setattr(invariant_checks, "build", single)
     assert not measured("bnb-nf4-dq", "double_before").detail["holds"]
 
 
@@ -136,7 +131,7 @@ def test_what_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*given: Any, **named: Any) -> nn.Module:
         raise ValueError("first line\nsecond")
 
-    monkeypatch.setattr(layer_checks, "build", build)
+    monkeypatch.setattr(invariant_checks, "build", build)
     assert measured("bnb-nf4", "run_twice").detail == {"holds": False, "exception": "ValueError: first line"}
 
 

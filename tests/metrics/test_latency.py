@@ -8,17 +8,31 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from harness.core.contracts import Subject, TokenPlan, Window
+from harness.core import catalog
+from harness.core.contracts import Checkpoint, Subject, TokenPlan, Window
 from harness.core.records import Case, Figure
+from harness.core.specification import parse
 from harness.core.values import encode
+from harness.methods.quantizing.arguments import resolve
+from harness.metrics import latency
 from harness.metrics.latency import METRIC
 from harness.metrics.measuring.devices import Cpu, NoDeviceTime
 from harness.metrics.measuring.timing import Work
@@ -392,3 +406,54 @@ def test_the_real_clock_sees_a_slower_model() -> None:
 def test_declaring_the_metric_imports_no_torch() -> None:
     code = "import sys, harness.metrics.latency; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Operations(TorchDispatchMode):
+    """The operations that torch runs, each with the shapes and strides that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[object, ...]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [one for one in args if isinstance(one, torch.Tensor)]
+        self.seen.append((str(function), *((one.shape, one.stride(), one.dtype) for one in tensors)))
+        return function(*args, **(kwargs or {}))
+
+
+def operations(model: Any, work: Callable[[Any], Work]) -> list[tuple[object, ...]]:
+    run: Operations
+    with torch.no_grad(), Operations() as run:  # in inference mode a linear layer is one operation, its copy unseen
+        work(model)()
+    return run.seen
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode", "forward"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "bnb-int8", "bnb-nf4", "absmax-int8"])
+def test_nothing_of_ours_stands_between_a_users_forward_and_the_clock(name: str, kind: str, tmp_path: Path) -> None:
+    """The same operations on the same shapes and layouts as in a script that calls from_pretrained itself."""
+    config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    asked: dict[str, Any] = {
+        "bnb-int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"},
+        "bnb-nf4": {
+            "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+            "device_map": "cpu",
+        },
+    }
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, **asked.get(name, {})).eval()
+    method = catalog.methods()[name]
+    given = resolve(parse(name), method, "cpu")
+    ours = method.load(Checkpoint("m", tmp_path, ""), given, "cpu")
+    fake = Fake(cast(PreTrainedModel, ours), cast(PreTrainedModel, ours), method=name)
+    _, build = latency.work(cast(Subject, fake), MEMBERS[f"latency.{kind}"])
+    if name == "absmax-int8":  # nobody else has it: its head and norms are still those of a plain model
+        layers = {key for key, one in ours.named_modules() if type(one).__name__ == "QuantizedLinear"}
+        rest = {key: one for key, one in ours.named_parameters() if key.rpartition(".")[0] not in layers}
+        assert {key: one.requires_grad for key, one in rest.items()} == dict.fromkeys(rest, True)
+        return
+    assert operations(ours, build) == operations(plain, build)
+    if name == "fp32" and kind == "prefill":  # a frozen head is copied whole: the comparison sees it
+        assert operations(ours.requires_grad_(False), build) != operations(plain, build)

@@ -195,7 +195,7 @@ def words_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
 
 def test_real_tokenizers_keep_their_bos_rule_and_identity() -> None:
     text = " ".join(f"w{number % 40}" for number in range(100))
-    corpus = Corpus("sample", "text:sample", (text,), "file", "0" * 64)
+    corpus = Corpus("sample", (text,), "file", "0" * 64)
 
     def plan(name: str, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> TokenPlan:
         return protocols.plan(corpus, protocols.parse(parse(name)), tokenizer, context=64, max_tokens=limit)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.metrics.measuring.timing import Warmup, Work, aa_floor, interleave, measure, warm_up
+from harness.metrics.measuring import devices
+from harness.metrics.measuring.timing import Load, Usage, Warmup, Work, aa_floor, interleave, measure, warm_up
 
 
 class Scripted:
@@ -93,6 +98,63 @@ def test_measure_warms_each_stream_up_by_itself() -> None:
     assert timing.candidate == (1.0, 1.1)
     assert timing.reference == (2.0, 2.1)
     assert [name for name in log if len(name) == 1] == ["A"] * 3 + ["B"] * 5 + ["A", "B", "B", "A"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "others", "blur", "threads", "crowded"),
+    [
+        (2, 0.05, 0.0, 2, False),
+        (2, 0.5, 0.0, 2, True),
+        (2, 0.5, 0.4, 2, False),  # too short a while to say
+        (8, 0.5, 0.0, 4, False),  # cores enough for both
+        (8, 4.5, 0.0, 4, True),
+        (2, None, 0.0, 2, False),
+    ],
+)
+def test_a_time_is_crowded_where_fewer_cores_are_left_than_threads(
+    cores: int, others: float | None, blur: float, threads: int, crowded: bool
+) -> None:
+    assert Load(cores, others, 0.0, blur).crowded(threads) is crowded
+
+
+def test_the_load_is_what_others_did_and_not_what_this_process_did() -> None:
+    start = Usage.now()
+    before = Usage(start.wall, start.own, 10.0, 2, start.switches)
+    after = Usage(start.wall + 2.0, start.own + 3.0, 14.0, 2, start.switches + 6)  # 4 s of cores, 3 of them ours
+    assert after.since(before) == Load(2, 0.5, 3.0, 2 / os.sysconf("SC_CLK_TCK") / 2.0)
+    assert Usage(0.0, 0.0, None, 2, 0).since(before).others is None
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_short_repetitions_on_an_idle_machine_are_not_crowded(cores: int) -> None:
+    """Linux counts in ticks: of 6 ms it sees nothing or 10 ms, in the mean as much as there was."""
+    chance, crowded = np.random.default_rng(cores), 0
+    for _ in range(300):
+        loads = []
+        for _ in range(20):
+            start = chance.uniform(0, 0.01, cores)  # since each core's last tick
+            busy = float(np.floor((start + 0.006) / 0.01).sum()) / 100
+            own = 0.006 * cores
+            loads.append(Usage(0.006, own, busy, cores, 0).since(Usage(0.0, 0.0, 0.0, cores, 0)))
+        mean = Load.over(loads)
+        assert mean is not None
+        crowded += mean.crowded(cores)
+    assert crowded <= 3  # of 300
+
+
+def test_work_beside_a_timing_is_counted() -> None:
+    spin = [sys.executable, "-c", "while True: pass"]
+    core = sorted(os.sched_getaffinity(0))[0]
+    with subprocess.Popen(["taskset", "-c", str(core), *spin]) as beside:
+        try:
+            time.sleep(0.5)
+            timing = measure(Work(lambda: time.sleep(0.2)), Work(lambda: None), devices.Cpu().time, 6)
+        finally:
+            beside.kill()
+    assert timing.load is not None
+    assert timing.load.others is not None
+    assert timing.load.others > 0.5
+    assert timing.load.crowded(timing.load.cores)
 
 
 def test_calling_a_work_prepares_and_runs() -> None:

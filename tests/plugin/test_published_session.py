@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from harness.core.options import Declared, Options
-from harness.plugin.publisher import Publisher
+from harness.plugin.collector import Publisher
 from harness.results.directory import ReportDirectory
 
 if TYPE_CHECKING:

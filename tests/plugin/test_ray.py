@@ -176,7 +176,7 @@ SHARES = """
 import json, os, time
 from pathlib import Path
 import ray
-from harness.run.ray.cluster import VARIABLES
+from harness.run.ray.ray_runner import VARIABLES
 from harness.metrics.measuring.checks import LAYER
 from harness.core.options import Declared, Options
 from harness.core.records import Case

@@ -17,10 +17,9 @@ from harness.core.contracts import TokenPlan, Window
 from harness.core.errors import BadFile, MissingAsset
 from harness.core.records import Row
 from harness.inputs.texts.corpora import Corpus
-from harness.published import Claim, Finding, Judgement, Publication
+from harness.published import Claim, Finding, Judgement, Publication, beside, of_baselines, of_rows
 from harness.published.claims import Convention, TensorGroup
-from harness.published.counting import Anatomy, Tensor, count, describe, layer_of, read_by_a_pass
-from harness.published.ratios import beside, of_baselines, of_rows
+from harness.published.counting import Anatomy, Tensor, count, covers, describe
 from harness.published.settling import as_port, led_by, within
 from harness.results.directory import PUBLISHED, ReportDirectory, published_json, published_of
 
@@ -156,14 +155,10 @@ def test_a_group_that_takes_nothing_is_an_error() -> None:
         count(SMALL, Convention(quantized=(TensorGroup(("*.q_proj.weight",), 8),)))
 
 
-def test_a_pass_reads_all_but_looked_up_tables() -> None:
-    assert read_by_a_pass(SMALL, Convention()) == 4 * (33 - 8)  # wpe is looked up, the tied wte is the head
-    copied = Convention(quantized=LINEAR, head="copied at 8 bits")
-    assert read_by_a_pass(SMALL, copied) == 12 + 4 * 3 + 10  # the head's copy in place of wte
-
-
 def test_layers_and_words() -> None:
-    assert (layer_of("model.layers.11.mlp.up_proj.weight"), layer_of("lm_head.weight")) == (11, None)
+    late = TensorGroup(("*.weight",), 8, (11, 12))
+    named = ("model.layers.11.mlp.up_proj.weight", "model.layers.10.mlp.up_proj.weight", "lm_head.weight")
+    assert [covers(late, name) for name in named] == [True, False, False]
     words = describe(Convention(quantized=(TensorGroup(("*.a",), 8, (0, 11)),), masks=Convention().masks))
     assert words == "*.a in layers 0-11 at 8 bits, the rest in fp32, no scales"
 
@@ -277,7 +272,7 @@ def test_within_holds_to_the_printed_digits_or_the_slack() -> None:
 
 
 def test_the_ports_reading() -> None:
-    corpus = Corpus("w", "wikitext-2", (" = A = \n", "", "text \n"), "wikitext", "rev")
+    corpus = Corpus("w", (" = A = \n", "", "text \n"), "wikitext", "rev")
     assert as_port(corpus).joined("half").texts == (" = A = \n \ntext \n",)
     window = Window(np.array([3, 4, 5], dtype=np.int64), 2)
     plan = led_by(TokenPlan("half:3", "id", "hash", 3, (window,), "token"), 9)

@@ -19,9 +19,8 @@ from harness.inputs.models import names
 from harness.inputs.models import sizes as fits
 from harness.inputs.models import sizes as memory
 from harness.methods.quantizing.arguments import resolve
-from harness.published import Claim, Finding, Judgement
+from harness.published import Claim, Finding, Judgement, beside, of_baselines
 from harness.published.counting import anatomy, kinds, search, truth
-from harness.published.ratios import beside, of_baselines
 from harness.report import document
 from harness.run import prediction
 
@@ -61,7 +60,7 @@ def one(name: str) -> Claim:
 )
 def test_architectures_have_the_published_number_of_parameters(model: str, elements: int, linear: int) -> None:
     about = anatomy(model)
-    assert about.elements == elements
+    assert sum(tensor.elements for tensor in about.tensors) == elements
     assert sum(tensor.elements for tensor in about.tensors if tensor.role == "projection") == linear
     assert truth(model, "fp32").parameters == 4 * elements
 
@@ -130,10 +129,12 @@ def test_the_search_covers_its_space_and_finds_what_is_in_it() -> None:
     sizes = kinds(about)
     assert len(sizes) == 9
     assert sum(sizes.values()) == GPT2_P
-    found = search("gpt2", Decimal("158.97"), 2**20, 2)
+    odd = one("1460b23e4c53a2d4/custom/int8_FFN_and_attention/memory")
+    assert (odd.report.model, odd.published, odd.unit) == ("gpt2", "158.97", "MiB")
+    found = search(odd)
     assert (found.size, found.hits) == (3**9 * 2 * 4, ())
     assert found.closest[0].bytes / 2**20 == pytest.approx(158.7723, abs=1e-4)
-    planted = search("gpt2", Decimal("118.68"), 2**20, 2)  # every tensor at one byte
+    planted = search(replace(odd, published="118.68"))  # every tensor at one byte
     assert any(hit.bytes == GPT2_P and set(hit.widths.values()) == {1} for hit in planted.hits)
     for hit in planted.hits:
         total = sum(sizes[kind] * width for kind, width in hit.widths.items())

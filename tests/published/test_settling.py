@@ -160,7 +160,7 @@ def test_a_protocol_runs_on_articles_that_can_be_had(folder: Path) -> None:
 
 def test_pages_are_cut_by_characters() -> None:
     rows = (" = A = \n", " " + "x" * 600 + "\n", " = B = \n", " short \n")
-    cut = cut_pages(Corpus("w", "wikitext-2", rows, "wikitext", "rev")).joined("sentence").texts
+    cut = cut_pages(Corpus("w", rows, "wikitext", "rev")).joined("sentence").texts
     assert cut == ("= A = " + "x" * 503, "= B = short")
 
 

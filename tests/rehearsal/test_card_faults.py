@@ -14,7 +14,7 @@ from harness.metrics import memory
 from harness.metrics.measuring import engine
 from harness.metrics.measuring.devices import Cuda
 from harness.metrics.measuring.timing import Work
-from harness.run import child
+from harness.run.group import failure
 from tests.rehearsal.card import Card, pretended
 from tests.rehearsal.conftest import vocabulary
 from tests.rehearsal.measuring import Plan, group_of, hold_peaks, run
@@ -113,7 +113,7 @@ def test_a_model_that_does_not_fit(method: str, plan_of: PlanOf, monkeypatch: py
     with group_of(plan_of(MODEL), method, "cuda", total=2**20) as (group, _):
         with pytest.raises(Exception, match=r".") as caught:
             group.model  # noqa: B018
-        reply = child.failure(caught.value)
+        reply = failure(caught.value)
     assert (reply.kind, reply.blamed) == ("error", errors.MEMORY)
     assert reply.text.startswith("out of memory on the card: ")
     assert group.predicted["memory.storage"] > 0  # which the controller adds to the line

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from harness.core.records import Case, Row, Verdict
-from harness.report import compare
+from harness.judge.two_reports import compare
 
 CASE = Case("layer", "bnb-nf4", "", "", "invariant.state_dict", "cpu")
 EVEN, ODD = "AssertionError: K must be even", "AssertionError: K must be odd"

@@ -16,13 +16,15 @@ import pytest
 from numpy.typing import NDArray
 
 import harness
+from harness.core import catalog
 from harness.core.contracts import Member
 from harness.core.errors import BadFile, HarnessError, MissingAsset
 from harness.core.records import Case, Row, Verdict
 from harness.core.stats import student_quantile
 from harness.core.values import digest
 from harness.judge.bounds import Bounds, load
-from harness.report import Comparison, Entry, compare, render_comparison
+from harness.judge.two_reports import Comparison, Entry, compare
+from harness.report.comparison import render_comparison
 from harness.results.directory import Nll
 
 COUNTS = [4] * 10  # ten windows of four tokens
@@ -42,6 +44,11 @@ MEMBERS = {
 Losses = Mapping[str, NDArray[np.float32]]
 
 
+@pytest.fixture(autouse=True)
+def catalogued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "member", MEMBERS.get)
+
+
 def row(metric: str, value: float | None, method: str = "nf4", **more: Any) -> Row:
     text = metric.partition(".")[0] in ("perplexity", "divergence", "odd")
     case = Case("m", method, "lee" if text else "", "chunk:4" if text else "", metric, "cpu")
@@ -59,7 +66,7 @@ def lookup(losses: Losses | None) -> Nll:
 
 
 def both(a: Row, b: Row, losses_a: Losses | None = None, losses_b: Losses | None = None) -> Entry:
-    (entry,) = compare([a], [b], lookup(losses_a), lookup(losses_b), members=MEMBERS).entries
+    (entry,) = compare([a], [b], lookup(losses_a), lookup(losses_b)).entries
     return entry
 
 
@@ -164,15 +171,12 @@ def test_a_delta_is_paired_through_the_references_of_both_sides() -> None:
         detail = {"window_counts": COUNTS, "reference_nll": sha(reference)}
         delta = replace(text("perplexity.delta", candidate, 0.1), detail=detail)
         sides.append([text("perplexity", reference, method="fp32"), delta])
-    found = {
-        entry.case.metric: entry
-        for entry in compare(sides[0], sides[1], lookup(losses), lookup(losses), members=MEMBERS).entries
-    }
+    found = {entry.case.metric: entry for entry in compare(sides[0], sides[1], lookup(losses), lookup(losses)).entries}
     assert found["perplexity"].change == pytest.approx(0.5, abs=1e-6)
     assert found["perplexity.delta"].change == pytest.approx(0.03, abs=1e-5)
     assert found["perplexity.delta"].verdict is Verdict.WORSE
     del losses[sha(moved)]
-    alone = compare(sides[0][1:], sides[1][1:], lookup(losses), lookup(losses), members=MEMBERS).entries
+    alone = compare(sides[0][1:], sides[1][1:], lookup(losses), lookup(losses)).entries
     assert not alone[0].paired
 
 
@@ -299,13 +303,13 @@ def test_a_repositorys_own_bounds_decide_what_is_noise(tmp_path: Path) -> None:
     after = shifted(BASE, 0.02, 0.002)
     losses = lookup({sha(BASE): BASE, sha(after): after})
     rows = [text("perplexity", BASE)], [text("perplexity", after)]
-    found = [compare(*rows, losses, losses, members=MEMBERS, bounds=floors(nats)) for nats in (0.001, 0.05)]
+    found = [compare(*rows, losses, losses, bounds=floors(nats)) for nats in (0.001, 0.05)]
     assert [item.entries[0].verdict for item in found] == [Verdict.WORSE, Verdict.WITHIN_NOISE]
 
 
 def test_other_weights_or_arguments_are_noted() -> None:
     a, b = (row("memory.storage", 1.0, revision=name, method_id=f"nf4:{name}") for name in ("old", "new"))
-    notes = compare([a], [b], nowhere, nowhere, members=MEMBERS).notes
+    notes = compare([a], [b], nowhere, nowhere).notes
     assert notes == ("weights of m differ: old -> new", "arguments of nf4 differ: nf4:old -> nf4:new")
 
 
@@ -342,7 +346,7 @@ def test_the_exit_status(verdicts: list[str], status: int) -> None:
 
 def test_nothing_in_common_is_a_users_mistake() -> None:
     with pytest.raises(HarnessError, match="nothing to compare: A has 1 cases, B has 1, and none is in both"):
-        compare([row("memory.storage", 1.0)], [row("memory.storage", 1.0, "fp4")], nowhere, nowhere, members=MEMBERS)
+        compare([row("memory.storage", 1.0)], [row("memory.storage", 1.0, "fp4")], nowhere, nowhere)
 
 
 def test_the_environment_is_no_obstacle_and_its_difference_is_printed() -> None:
@@ -354,7 +358,6 @@ def test_the_environment_is_no_obstacle_and_its_difference_is_printed() -> None:
         nowhere,
         environments_a={"1": {"versions": {"bitsandbytes": "0.48.2", "torch": "2.9"}, "threads": 2}},
         environments_b={"2": {"versions": {"bitsandbytes": "0.50.2", "torch": "2.9"}}},
-        members=MEMBERS,
     )
     assert comparison.environment == ("versions.bitsandbytes: 0.48.2 -> 0.50.2", "threads: 2 -> (none)")
     assert comparison.only_a == (row("memory.storage", 2.0, "fp4").case,)
@@ -370,7 +373,6 @@ def test_the_rendered_comparison_puts_harm_first_and_escapes() -> None:
         [row("memory.storage", 2.0**21, "a|b"), row("perplexity", 22.0)],
         nowhere,
         nowhere,
-        members=MEMBERS,
         notes=["\x1b[31mred"],
     )
     found = render_comparison(entries)

@@ -9,10 +9,10 @@ import pytest
 
 from harness.__main__ import main
 from harness.core.records import Case, Row, Verdict
-from harness.report import render
 from harness.report.account import MOST_CASES
+from harness.report.document import markdown
 from harness.report.plots import svgs
-from harness.results.directory import plan_text
+from harness.results.directory import ReportDirectory
 
 METHODS = ("fp32", "nf4")
 
@@ -32,7 +32,7 @@ def a_session(cases: int, worse: int = 0) -> list[Row]:
 
 
 def report(rows: list[Row]) -> str:
-    return render(rows, [row.case for row in rows], {"e": {}})
+    return markdown(rows, [row.case for row in rows], {"e": {}})
 
 
 def test_up_to_the_limit_every_case_has_its_line() -> None:
@@ -65,7 +65,7 @@ def test_a_name_with_two_token_plans_is_still_told_apart() -> None:
 def test_one_model_of_a_large_report_is_printed_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = a_session(MOST_CASES + 4)
     (tmp_path / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
-    (tmp_path / "plan.json").write_text(plan_text([row.case for row in rows]))
+    ReportDirectory(tmp_path).keep_plan(row.case for row in rows)
     assert main(["report", str(tmp_path), "--models", "m1"]) == 0
     text = capsys.readouterr().out
     assert "## `m1` on cpu" in text

@@ -15,8 +15,7 @@ import pytest
 from harness.core.records import Case, Row, Verdict
 from harness.report import read_report
 from harness.report.account import Section, sections
-from harness.report.labels import Box, place
-from harness.report.plots import canvas_of, filename, label, pareto, plain, plots_of, quartiles, style, svgs
+from harness.report.plots import Box, canvas_of, filename, label, pareto, place, plain, plots_of, quartiles, style, svgs
 
 MADE = Path(__file__).parent / "data" / "made-session"
 

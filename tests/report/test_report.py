@@ -17,8 +17,9 @@ from pytest_regressions.file_regression import FileRegressionFixture
 from harness.core.errors import BadFile, HarnessError, MissingAsset
 from harness.core.records import Case, Row, Verdict
 from harness.core.values import digest
-from harness.report import read_report, render, rewrite, write
+from harness.report import read_report, rewrite, write
 from harness.report.account import NEVER, complete, sections
+from harness.report.document import markdown
 from harness.results.directory import nll_reader
 
 DATA = Path(__file__).parent / "data"
@@ -46,7 +47,7 @@ def cells(report: str, method: str, table: int = 0) -> dict[str, str]:
 
 def test_a_made_up_session_reads_as_recorded(file_regression: FileRegressionFixture) -> None:
     session = read_report(MADE)
-    text = render(
+    text = markdown(
         session.rows,
         session.planned,
         session.environments,
@@ -65,7 +66,7 @@ def test_ratios_and_units_are_what_hand_computation_gives() -> None:
         row("fp32", "memory.storage", 12 * 2.0**20, bits_per_weight=32.0),
         row("nf4", "latency.decode", 0.01234, count=10, spread=0.001, detail={"p90": 0.02, "log_ratio": math.log(2)}),
     ]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4") == {
         "method": "`nf4`",
         "perplexity": "22.000",
@@ -92,7 +93,7 @@ def timed(method: str, ran: str, ratio: float, apart: float, **more: Any) -> Row
 
 def test_a_ratio_of_times_says_of_which_dtype_its_reference_is() -> None:
     rows = [timed("fp32", "fp32", 1.0, 0.01), timed("fp16", "fp16", 0.5, 0.03), timed("nf4", "fp16", 0.75, 0.04)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     found = cells(report, "nf4", 1)
     low, high = (math.exp(math.log(1.5) + sign * 0.05) for sign in (-1, 1))  # 0.03 and 0.04 by squares
     assert found["ratio to fp32 [95%]"] == "0.7500 [0.7206, 0.7806]"
@@ -105,13 +106,13 @@ def test_a_ratio_of_times_says_of_which_dtype_its_reference_is() -> None:
 
 def test_a_ratio_whose_interval_is_not_usable_joins_none() -> None:
     rows = [timed("fp16", "fp16", 0.5, 0.03), timed("nf4", "fp16", 0.75, 0.04, log_ratio_usable=False)]
-    report = render(rows, [item.case for item in rows], {})  # the reference itself was not timed
+    report = markdown(rows, [item.case for item in rows], {})  # the reference itself was not timed
     assert cells(report, "nf4", 1)["ratio to fp16 [95%]"] == "1.5000"
 
 
 def test_without_the_plain_model_in_that_dtype_its_measurement_is_asked_for() -> None:
     rows = [timed("fp32", "fp32", 1.0, 0.01), timed("nf4", "fp16", 0.75, 0.04)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4", 1)["ratio to fp32 [95%]"] == "0.7500 [0.7206, 0.7806]"
     assert "ratio to fp16 [95%]" not in report
     assert "Measure `fp16` too for a ratio within one dtype." in report
@@ -119,14 +120,14 @@ def test_without_the_plain_model_in_that_dtype_its_measurement_is_asked_for() ->
 
 def test_ratios_of_one_dtype_are_told_as_before() -> None:
     rows = [timed("fp32", "fp32", 1.0, 0.01), timed("bf16", "bf16", 2.0, 0.01), timed("nf4", "fp32", 0.75, 0.04)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4", 1)["ratio to reference [95%]"] == "0.7500 [0.7206, 0.7806]"
     assert "Methods ran in" not in report
 
 
 def test_the_profile_of_one_window_is_headed_so() -> None:
     rows = [timed("nf4", "fp32", 0.75, 0.04, device_seconds=0.002, device_tokens=511)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4", 1)["device ms of a window"] == "2.00"
 
 
@@ -138,7 +139,7 @@ def test_the_reference_stands_first_and_the_others_in_plan_order() -> None:
 
 def test_without_a_delta_the_quotient_of_perplexities_is_shown_without_interval() -> None:
     rows = [row("fp32", "perplexity", 20.0), row("nf4", "perplexity", 25.0)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4")["ratio to reference [95%]"] == "1.2500 ‡"
     assert "‡ No interval" in report
 
@@ -147,21 +148,23 @@ def test_an_unusable_interval_is_not_shown() -> None:
     few = {"interval": (0.0, 0.2), "detail": {"usable": False}}
     slow = {"log_ratio": 0.0, "log_ratio_low": -1.0, "log_ratio_high": 1.0, "log_ratio_usable": False}
     rows = [row("nf4", "perplexity.delta", 0.1, **few), row("nf4", "latency.decode", 0.1, detail=slow)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4")["ratio to reference [95%]"] == "1.1052 ‡"
     assert cells(report, "nf4", 1)["ratio to reference [95%]"] == "1.0000"
 
 
 def test_a_later_row_supersedes_an_earlier_one() -> None:
     rows = [row("fp32", "perplexity", None, reason="killed"), row("fp32", "perplexity", 20.0)]
-    report = render(rows, [rows[0].case], {})
+    report = markdown(rows, [rows[0].case], {})
     assert "Planned 1, ran 1, missing 0." in report
     assert "killed" not in report
 
 
 def test_planned_cases_without_a_row_are_missing_with_a_reason() -> None:
     planned = [case("fp32", "perplexity"), case("nf4", "perplexity"), case("nf4", "memory.storage")]
-    report = render([row("fp32", "perplexity", 20.0), row("nf4", "perplexity", None, reason="no memory")], planned, {})
+    report = markdown(
+        [row("fp32", "perplexity", 20.0), row("nf4", "perplexity", None, reason="no memory")], planned, {}
+    )
     assert report.startswith("# Quantization report\n\n**Harm: 2 missing.**")
     assert "Planned 3, ran 1, missing 2." in report
     assert cells(report, "nf4")["perplexity"] == "missing"
@@ -171,15 +174,17 @@ def test_planned_cases_without_a_row_are_missing_with_a_reason() -> None:
 
 
 def test_rows_of_an_earlier_plan_are_shown_but_not_counted() -> None:
-    report = render([row("fp32", "perplexity", 20.0), row("nf4", "perplexity", 21.0)], [case("fp32", "perplexity")], {})
+    report = markdown(
+        [row("fp32", "perplexity", 20.0), row("nf4", "perplexity", 21.0)], [case("fp32", "perplexity")], {}
+    )
     assert "Planned 1, ran 1, missing 0." in report
     assert "1 row of an earlier plan stand" in report
     assert cells(report, "nf4")["perplexity"] == "21.000"
 
 
 def test_nothing_planned_and_nothing_run_say_so() -> None:
-    assert "**Nothing was measured: no case was planned.**" in render([], [], {})
-    report = render([], [case("fp32", "perplexity"), case("nf4", "perplexity")], {})
+    assert "**Nothing was measured: no case was planned.**" in markdown([], [], {})
+    report = markdown([], [case("fp32", "perplexity"), case("nf4", "perplexity")], {})
     assert "**Nothing was measured: 0 of 2 planned cases ran.**" in report
     assert "No harm" not in report
 
@@ -191,7 +196,7 @@ def test_non_finite_figures_are_words_and_never_a_crash() -> None:
         row("nf4", "perplexity.delta", math.inf, interval=(math.nan, math.inf), verdict=Verdict.OUT_OF_BOUND),
         row("nf4", "latency.decode", math.nan, detail={"p90": "nan", "log_ratio": "inf", "log_ratio_low": None}),
     ]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "fp32")["perplexity"] == "not a number"
     assert cells(report, "nf4")["perplexity"] == "infinite"
     assert cells(report, "nf4")["ratio to reference [95%]"] == "infinite ‡"
@@ -200,7 +205,7 @@ def test_non_finite_figures_are_words_and_never_a_crash() -> None:
 
 def test_without_a_reference_there_is_no_ratio() -> None:
     rows = [row("nf4", "perplexity", 22.0), row("nf4", "memory.storage", 2.0**20)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4") == {
         "method": "`nf4`",
         "perplexity": "22.000",
@@ -215,7 +220,7 @@ def test_the_worst_verdict_of_a_line_names_its_family() -> None:
         row("nf4", "perplexity", 22.0),
         row("nf4", "memory.storage", 1.0, verdict=Verdict.WORSE, reason="3 B more"),
     ]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert cells(report, "nf4")["verdict"] == "worse (memory)"
     assert "- **worse**: `m`, `nf4`, `memory.storage` (cpu): 3 B more" in report
 
@@ -223,11 +228,11 @@ def test_the_worst_verdict_of_a_line_names_its_family() -> None:
 def test_methods_on_the_stored_grid_carry_a_mark_and_the_model_its_note() -> None:
     detail = {"grid_aligned": True, "model_note": "stored as Q4_1"}
     rows = [row("fp32", "perplexity", 20.0), row("linear-int4-affine:block=32", "perplexity", 20.0, detail=detail)]
-    report = render(rows, [item.case for item in rows], {})
+    report = markdown(rows, [item.case for item in rows], {})
     assert "| `linear-int4-affine:block=32` † |" in report
     assert "> stored as Q4_1" in report
     assert "- † Its codes can represent the grid" in report
-    assert "†" not in render(rows[:1], [rows[0].case], {})
+    assert "†" not in markdown(rows[:1], [rows[0].case], {})
 
 
 def test_every_further_metric_has_its_own_column_with_unit() -> None:
@@ -235,7 +240,7 @@ def test_every_further_metric_has_its_own_column_with_unit() -> None:
         Row.of(case("nf4", "divergence.kl", text=True), value=0.0123456, unit="nat", interval=(0.01, 0.015)),
         Row.of(case("fp32", "divergence.kl", text=True), value=None, verdict=Verdict.MISSING, reason="why"),
     ]
-    found = cells(render(rows, [item.case for item in rows], {}), "nf4", 1)
+    found = cells(markdown(rows, [item.case for item in rows], {}), "nf4", 1)
     assert found["divergence.kl (nat)"] == "0.01235 [0.01000, 0.01500]"
 
 
@@ -244,12 +249,12 @@ def test_two_token_plans_under_one_name_are_said_to_be_two() -> None:
         row("fp32", "perplexity", 20.0, protocol_id="W 512", token_hash="a" * 64),
         row("nf4", "perplexity", 20.0, protocol_id="W 256", token_hash="b" * 64),
     ]
-    assert "2 different token plans, which do not compare" in render(rows, [item.case for item in rows], {})
+    assert "2 different token plans, which do not compare" in markdown(rows, [item.case for item in rows], {})
 
 
 def test_an_unknown_environment_is_named() -> None:
     rows = [row("fp32", "perplexity", 20.0, environment="abc"), row("nf4", "perplexity", 20.0, environment="def")]
-    report = render(rows, [item.case for item in rows], {"abc": {"versions": {"torch": "2.9"}, "flags": ["a", "b"]}})
+    report = markdown(rows, [item.case for item in rows], {"abc": {"versions": {"torch": "2.9"}, "flags": ["a", "b"]}})
     assert re.search(r"\| versions\.torch +\| 2\.9 +\|", report)
     assert re.search(r"\| flags +\| a, b +\|", report)
     assert "`def` is not in environments.json." in report
@@ -257,7 +262,7 @@ def test_an_unknown_environment_is_named() -> None:
 
 def test_the_derived_command_plans_the_same_cases() -> None:
     planned = [case("nf4:layers=0-11", "perplexity", model="path:a b"), case("fp32", "perplexity", model="path:a b")]
-    assert render([], planned, {}).endswith(
+    assert markdown([], planned, {}).endswith(
         "    pytest -p harness.plugin --pyargs harness.cases --models 'path:a b' --methods nf4:layers=0-11,fp32 "
         "--datasets lee --protocols chunk:512 --metrics perplexity --reference fp32 --device cpu\n"
     )
@@ -281,7 +286,7 @@ def test_hostile_names_and_reasons_come_out_harmless() -> None:
             revision=HOSTILE,
         )
     ]
-    report = render(rows, [rows[0].case], {HOSTILE: {HOSTILE: HOSTILE}}, notes=[HOSTILE], command=HOSTILE)
+    report = markdown(rows, [rows[0].case], {HOSTILE: {HOSTILE: HOSTILE}}, notes=[HOSTILE], command=HOSTILE)
     prose, _, command = report.partition("## To reproduce")
     assert "\x1b" not in report
     assert "\u202e" not in report
@@ -433,5 +438,5 @@ def test_importing_the_report_loads_neither_torch_nor_matplotlib() -> None:
 def test_render_leaves_its_arguments_alone() -> None:
     rows = [row("fp32", "perplexity", 20.0, detail={"model_note": "x"})]
     before = [dataclasses.asdict(item) for item in rows]
-    assert render(rows, [rows[0].case], {}) == render(rows, [rows[0].case], {})
+    assert markdown(rows, [rows[0].case], {}) == markdown(rows, [rows[0].case], {})
     assert [dataclasses.asdict(item) for item in rows] == before

@@ -6,8 +6,8 @@ from typing import Any
 
 from harness.core.records import Case, Row, Verdict
 from harness.judge.verdicts import MOVERS
-from harness.report import render
 from harness.report.account import verdicts
+from harness.report.document import markdown
 
 DIFFERENCE = ["torch: 2.13.0 -> 2.14.0", "threads: 2 -> 4"]
 
@@ -46,7 +46,7 @@ def test_a_reference_that_moved_is_said_with_the_environment_line_by_line() -> N
         "perplexity", "fp32", verdict=Verdict.WORSE, verdict_baseline=Verdict.WORSE, reason=reason,
         detail={"environment_difference": DIFFERENCE},
     )  # fmt: skip
-    text = render([found], [found.case], {})
+    text = markdown([found], [found.case], {})
     assert MOVERS in text
     told = "Recorded in another environment than 1 case that moved or may not compare (`fp32` `perplexity`): "
     told += "The unquantized reference "
@@ -70,6 +70,6 @@ def test_what_stopping_early_read_and_knows() -> None:
 def test_the_tail_of_the_divergence_stands_beside_its_mean() -> None:
     case = Case("m", "nf4", "lee", "chunk:512", "divergence.kl", "cpu")
     found = Row.of(case, value=0.003, unit="nat", verdict=Verdict.SAME, detail={"p99": 0.05, "max": 1.25})
-    text = render([found], [case], {})
+    text = markdown([found], [case], {})
     assert "kl p99 (nat)" in text
     assert "0.05000 |          1.250" in text

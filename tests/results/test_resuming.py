@@ -42,6 +42,16 @@ def test_sound_rows_are_taken_without_a_word(folder: Path) -> None:
     assert not said
 
 
+def test_a_time_that_was_taken_beside_other_work_is_taken_again(folder: Path) -> None:
+    case = Case("m", "method-1", "", "", "latency.decode", "cpu")
+    beside = Row.of(case, value=2.0, environment=WORLD.id, detail={"crowded": True})
+    append_line(folder / "measurements.jsonl", beside.to_json())
+    assert case.id not in ReportDirectory(folder).resumable()
+    quiet = Row.of(case, value=1.0, environment=WORLD.id, detail={"crowded": False})
+    append_line(folder / "measurements.jsonl", quiet.to_json())
+    assert ReportDirectory(folder).resumable()[case.id].value == 1.0
+
+
 def test_damaged_lines_are_left_out_and_told(folder: Path) -> None:
     lines = (folder / "measurements.jsonl").read_text().splitlines()
     changed = lines[1].replace('"value": 1.0', '"value": 9.0')
@@ -97,14 +107,14 @@ def test_a_directory_has_one_session_at_a_time(folder: Path) -> None:
 def test_a_session_that_cannot_begin_leaves_nothing_of_its_own(folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
     for place in (folder / "new", folder):
-        ReportDirectory(place).give_up()  # never taken: nothing happens
+        ReportDirectory(place).release()  # never taken: nothing happens
         directory = ReportDirectory(place)
         directory.own()
-        directory.give_up()
+        directory.release()
         other = ReportDirectory(place)
         assert place.is_dir() == (place == folder)
         other.own()  # the lock is free
-        other.give_up()
+        other.release()
     assert {path.name for path in folder.iterdir()} == {*before, LOCK}
 
 

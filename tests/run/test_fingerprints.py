@@ -27,9 +27,10 @@ def test_files_that_are_written_to_are_seen(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"one")
     checkpoint = Checkpoint("m", tmp_path, "a")
-    held = StartInputs({})
-    assert not held.see("m", tmp_path)
-    assert StartInputs(held.seen).see("m", tmp_path)
+    held, made = StartInputs({}), [checkpoint] * 3
+    assert held.checkpoint(made.pop) == checkpoint  # hashed twice: nobody saw its files before
+    assert StartInputs(held.seen).checkpoint(made.pop) == checkpoint
+    assert not made
     held.untouched(checkpoint)
     status = weights.stat()
     (tmp_path / "new").write_bytes(b"two")
@@ -45,9 +46,9 @@ def test_they_reach_workers_of_xdist_through_the_report_directory(tmp_path: Path
     directory.keep_session(command="pytest --resume", notes=["n"])
     directory.keep_inputs({"weights of m": "a"})
     assert directory.known_inputs() == {"weights of m": "a"}
-    assert "pytest --resume" in directory.path(SESSION).read_text()  # what a resumed session had said
+    assert "pytest --resume" in (directory.folder / SESSION).read_text()  # what a resumed session had said
     for text in ("[" * 100_000, "[]", "{}", '{"inputs": 3}'):
-        directory.path(SESSION).write_text(text)
+        (directory.folder / SESSION).write_text(text)
         assert directory.known_inputs() == {}
 
 

@@ -16,7 +16,7 @@ from harness.core.errors import BadFile
 from harness.core.options import Shard
 from harness.core.records import Case, Row, Verdict
 from harness.results import losses
-from harness.results.directory import plan_text, read_report
+from harness.results.directory import read_report
 from harness.run.merge import merge, merged_command, write_shard
 from harness.run.shards import partition
 
@@ -172,9 +172,3 @@ def test_every_shard_is_held_to_the_plan_that_it_names_though_it_is_read_once(tm
     (folders[2] / "shard.json").write_text(json.dumps(told))
     with pytest.raises(BadFile, match="does not hold the plan that it names"):
         merge(folders, tmp_path / "out")
-
-
-def test_a_plan_is_written_as_json_would_indent_it() -> None:
-    plans: tuple[list[Case], ...] = ([], PLAN[:1], [*PLAN, PLAN[0]._replace(model='a"},\n{"é')])
-    for plan in plans:
-        assert plan_text(plan) == json.dumps([case.told() for case in plan], indent=0)

@@ -18,7 +18,7 @@ from harness.core.errors import BadFile, HarnessError
 from harness.core.options import Declared, read_declared
 from harness.inputs.models import names
 from harness.inputs.texts import corpora
-from harness.run import project
+from harness.run.plan import open_to
 
 METHOD = """
 import dataclasses
@@ -41,7 +41,7 @@ def declared(folder: Path, **files: str) -> Declared:
 
 
 def refused(folder: Path, **files: str) -> str:
-    project.open_to(declared(folder, **files))
+    open_to(declared(folder, **files))
     with pytest.raises(HarnessError) as caught:
         catalog.methods()
     assert "\n" not in str(caught.value)
@@ -49,13 +49,13 @@ def refused(folder: Path, **files: str) -> str:
 
 
 def test_a_file_adds_a_method_and_leaves_with_its_project(tmp_path: Path) -> None:
-    project.open_to(declared(tmp_path, mine=METHOD.format(name="mine")))
+    open_to(declared(tmp_path, mine=METHOD.format(name="mine")))
     assert catalog.methods()["mine"].summary
     assert catalog.listed_methods()["mine"].origin == str(tmp_path / "mine.py")
     before = catalog.outside_code()
     (tmp_path / "mine.py").write_text(METHOD.format(name="mine") + "# changed\n")
     assert catalog.outside_code() != before
-    project.open_to(Declared(tmp_path))
+    open_to(Declared(tmp_path))
     assert "mine" not in catalog.methods()
 
 
@@ -67,7 +67,7 @@ def test_files_that_fail_say_which_and_why(tmp_path: Path) -> None:
     twice = refused(tmp_path, one=METHOD.format(name="mine"), two=METHOD.format(name="mine"))
     assert twice.startswith(str(tmp_path / "two.py"))
     assert str(tmp_path / "one.py") in twice
-    project.open_to(Declared(tmp_path, methods=("none.py",)))
+    open_to(Declared(tmp_path, methods=("none.py",)))
     with pytest.raises(HarnessError, match=r"none\.py \(declared under \[tool\.harness\]\) is not there"):
         catalog.methods()
 
@@ -140,9 +140,9 @@ def test_entry_points_that_fail_or_clash(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_models_and_datasets_that_clash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HarnessError, match=r"\[tool\.harness\.models\] declares 'gpt2', a known name"):
-        project.open_to(Declared(tmp_path, models={"gpt2": "path:x"}))
+        open_to(Declared(tmp_path, models={"gpt2": "path:x"}))
     with pytest.raises(HarnessError, match=r"\[tool\.harness\.datasets\] declares 'lee', a known name"):
-        project.open_to(Declared(tmp_path, datasets={"lee": "text:x"}))
+        open_to(Declared(tmp_path, datasets={"lee": "text:x"}))
     for module, known in ((names, "gpt2"), (corpora, "lee")):
         kind = "models" if module is names else "datasets"
         monkeypatch.setattr(catalog, "entry_points", lambda group, known=known: [point(known, "path:x")])
@@ -152,7 +152,7 @@ def test_models_and_datasets_that_clash(tmp_path: Path, monkeypatch: pytest.Monk
             module.installed()
         monkeypatch.setattr(catalog, "entry_points", lambda group: [point("theirs", "path:x")])
         with pytest.raises(HarnessError, match="which an installed package adds too"):
-            project.open_to(dataclasses.replace(Declared(tmp_path), **more))
+            open_to(dataclasses.replace(Declared(tmp_path), **more))
         monkeypatch.undo()
         module.installed.cache_clear()
 

@@ -15,12 +15,11 @@ import pytest
 from harness.core.errors import HarnessError, MissingPackage
 from harness.core.options import Declared, Options
 from harness.core.records import Case, Row
-from harness.inputs.models import cache
-from harness.run import engines, fingerprints
+from harness.inputs.models import folder
+from harness.run import fingerprints, plan, session
 from harness.run.messages import Asked
-from harness.run.ray import cluster, ray_runner, tasks
-from harness.run.ray.cluster import PROCESS_BYTES, Node, Request, request
-from harness.run.ray.ray_runner import RayRunner, Task
+from harness.run.ray import ray_runner, tasks
+from harness.run.ray.ray_runner import PROCESS_BYTES, Node, RayRunner, Request, Task, request
 from harness.run.ray.tasks import Came, Depot, bring, own_folder
 
 GIB = 1 << 30
@@ -77,10 +76,10 @@ def test_ray_that_is_not_installed_is_one_line_with_the_pip_command(monkeypatch:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     options = Options(Declared(Path()), engine="ray")
     with pytest.raises(MissingPackage, match=r"--engine ray needs the package 'ray': pip install ray"):
-        engines.check(options, workers=0)
+        session.check_engine(options.engine, workers=0)
     with pytest.raises(HarnessError, match="-n starts workers"):
-        engines.check(options, workers=2)
-    engines.check(Options(Declared(Path())), workers=2)
+        session.check_engine(options.engine, workers=2)
+    session.check_engine("local", workers=2)
 
 
 def test_cards_that_nobody_has_are_one_line_that_names_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,16 +90,16 @@ def test_cards_that_nobody_has_are_one_line_that_names_the_cluster(monkeypatch: 
         r"^no CUDA device: no NVIDIA driver \(.*, and no node of the Ray cluster at head:6379 has one; use --device cpu"
     )
     with pytest.raises(HarnessError, match=line):
-        engines.check_cards(on_card, options, usable=False, workers=0)
-    engines.check_cards(on_card, options, usable=True, workers=0)
-    engines.check_cards([*on_card, *CASES], options, usable=False, workers=0)
-    engines.check_cards(on_card, replace(options, allow_missing=True), usable=False, workers=2)
-    engines.check_cards([], options, usable=False, workers=2)
+        plan.check_cards(on_card, options, usable=False, workers=0)
+    plan.check_cards(on_card, options, usable=True, workers=0)
+    plan.check_cards([*on_card, *CASES], options, usable=False, workers=0)
+    plan.check_cards(on_card, replace(options, allow_missing=True), usable=False, workers=2)
+    plan.check_cards([], options, usable=False, workers=2)
 
 
 def test_an_address_at_which_nothing_listens_is_one_line() -> None:
     with pytest.raises(HarnessError, match=r"no Ray cluster answers at 127.0.0.1:1 .*ray start --head"):
-        cluster.reach("127.0.0.1:1")
+        ray_runner.reach("127.0.0.1:1")
 
 
 class Sudden(Exception):
@@ -140,9 +139,9 @@ def test_a_task_that_fails_for_good_leaves_every_other_case_missing_with_its_rea
     runner._next(task)
     runner._next(task)
     assert runner.tasks == []
-    assert runner.came.rows[CASES[0].id][0].value == 1.0
+    assert runner.came[CASES[0].id][0].value == 1.0
     for case in CASES[1:]:
-        row, trouble = runner.came.rows[case.id]
+        row, trouble = runner.came[case.id]
         assert row.value is None
         assert row.reason == ("the Ray task was given up (Sudden: the node is gone); it needs 3,072 MiB by prediction")
         assert not trouble
@@ -154,10 +153,10 @@ def test_a_bug_in_a_task_keeps_its_traceback_and_a_users_mistake_its_line(tmp_pa
         (Buggy("Traceback\n  ...\nKeyError: 'x'"), "KeyError: 'x'", True),
         (HarnessError("install the same"), "install the same", False),
     ):
-        runner.came.rows.clear()
+        runner.came.clear()
         runner.tasks = [task := a_task(error)]
         runner._next(task)
-        row, told = runner.came.rows[CASES[0].id]
+        row, told = runner.came[CASES[0].id]
         assert row.reason.startswith(reason)
         assert bool(told) is trouble
 
@@ -173,7 +172,7 @@ def test_a_row_that_comes_twice_counts_once_and_a_short_task_hangs_nobody(tmp_pa
         runner._next(task)
     assert arrived == [first]
     assert (tmp_path / "report" / "nll" / "a.npz").read_bytes() == b"1"
-    assert "ended without a row" in runner.came.rows[CASES[2].id][0].reason
+    assert "ended without a row" in runner.came[CASES[2].id][0].reason
     assert [row.case for row in runner.ahead()] == list(CASES)
 
 
@@ -199,14 +198,20 @@ def test_what_no_node_can_hold_is_given_up_after_a_while(tmp_path: Path, monkeyp
     now[0] += 2
     runner._give_up()
     assert cancelled == [task.rows]
-    assert runner.came.rows[CASES[0].id][0].reason.startswith("no node of the cluster has 2 CPUs, 1.0 GiB of memory")
+    assert runner.came[CASES[0].id][0].reason.startswith("no node of the cluster has 2 CPUs, 1.0 GiB of memory")
 
 
 def test_a_built_folder_is_brought_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = tmp_path / "driver" / "checkpoints" / "tiny-x"
-    built.mkdir(parents=True)
-    (built / "model.safetensors").write_bytes(bytes(range(256)))
-    (built / cache.RECORD).write_text("{}")
+    def build(destination: Path) -> dict[str, str]:
+        (destination / "model.safetensors").write_bytes(bytes(range(256)))
+        (destination / "tokenizer.json").write_text("{}")
+        return {"note": "of the tokenizer"}
+
+    def again(destination: Path) -> dict[str, str]:
+        raise AssertionError("it lies here whole")
+
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "driver"))
+    _, record = folder.built("tiny-x", build)
     puts: list[Any] = []
 
     def put(value: np.ndarray[Any, Any]) -> Any:
@@ -219,11 +224,10 @@ def test_a_built_folder_is_brought_once_and_whole(tmp_path: Path, monkeypatch: p
     for node in ("one", "two", "two"):
         monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / node))
         bring("tiny-x", asker)
-        brought = tmp_path / node / "checkpoints" / "tiny-x"
-        assert {path.name: path.read_bytes() for path in brought.iterdir()} == {
-            path.name: path.read_bytes() for path in built.iterdir()
-        }
-    assert len(puts) == 2  # its two files, once
+        brought, found = folder.built("tiny-x", again)
+        assert (brought / "model.safetensors").read_bytes() == bytes(range(256))
+        assert (found["note"], found["revision"]) == (record["note"], record["revision"])
+    assert len(puts) == 3  # its files, once
     assert not [path for path in (tmp_path / "two" / "checkpoints").iterdir() if path.name.startswith(".tiny-x.")]
 
 

@@ -126,6 +126,14 @@ def test_repetitions_matter_to_timings_alone() -> None:
     assert key(repetitions=20) == key()
 
 
+@pytest.mark.parametrize("name", ["wait_policy", "spin_count", "thread_library"])
+def test_how_threads_wait_matters_to_timings_alone(name: str) -> None:
+    other = dataclasses.replace(HERE, **{name: "other"})  # type: ignore[arg-type]
+    timed = case("latency.decode", dataset="", protocol="")
+    assert key(timed, environment=other) != key(timed)
+    assert key(environment=other) == key()
+
+
 def test_code_of_installed_methods_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "brought_methods.py"
     file.write_text("A = 1\n")

@@ -17,7 +17,7 @@ from harness.core.errors import HarnessError
 from harness.core.options import Declared, Options
 from harness.core.records import Case, Row
 from harness.run import local
-from harness.run.child import failure
+from harness.run.group import failure
 from harness.run.local import Died, Process, Runner
 from harness.run.messages import Reply
 
@@ -41,12 +41,13 @@ def runner(tmp_path: Path) -> Runner:
 def test_preparing_is_tried_twice(runner: Runner, monkeypatch: pytest.MonkeyPatch, deaths: int) -> None:
     left = [Died("killed")] * deaths
 
-    def consulted(verb: str, cases: Any, say: Any) -> Reply:
+    def ask(verb: str, argument: Any, say: Any) -> Reply:
         if left:
             raise left.pop()
         return Reply("done", data={"weights of m": "a"})
 
-    monkeypatch.setattr(runner, "_consulted", consulted)
+    process = SimpleNamespace(ask=ask, close=lambda: None)
+    monkeypatch.setattr(runner, "_start", lambda case, inputs: process)
     if deaths < 2:
         assert runner.prepare(CASES, print) == {"weights of m": "a"}
     else:
@@ -61,11 +62,52 @@ def test_groups_are_held_to_what_was_prepared(runner: Runner, monkeypatch: pytes
         held.append(inputs)
         raise Died("far enough")
 
-    monkeypatch.setattr(runner, "_consulted", lambda verb, cases, say: Reply("done", data={"weights of m": "a"}))
+    monkeypatch.setattr(runner, "consult", lambda verb, cases, say: Reply("done", data={"weights of m": "a"}))
     monkeypatch.setattr(runner, "_start", start)
     runner.prepare(CASES, print)
     assert "far enough" in runner.measure(CASES[0], {})[0].reason
     assert held == [{"weights of m": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("workers", "policy", "metric", "waits"),
+    [
+        ("", "auto", "perplexity", ""),
+        ("", "auto", "latency.decode", ""),
+        ("2", "auto", "perplexity", "passive"),
+        ("2", "auto", "latency.decode", ""),  # nothing else runs beside it
+        ("2", "active", "perplexity", "active"),
+        ("", "passive", "latency.decode", "passive"),
+    ],
+)
+def test_threads_wait_as_in_a_plain_script_but_where_processes_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, policy: str, metric: str, waits: str
+) -> None:
+    monkeypatch.setenv(local.WORKERS, workers)
+    runner = Runner(Options(Declared(tmp_path), wait_policy=policy), threads=1, lock=tmp_path / "lock")
+    assert runner.waiting(CASES[0]._replace(metric=metric)) == waits
+    variables = local.server_environment(1, waits)
+    assert variables.get("OMP_WAIT_POLICY") == (waits or None)
+    assert not {name for name in variables if name.startswith(("MALLOC", "GOMP"))}  # as in the user's shell
+
+
+def test_a_timed_case_of_a_worker_has_a_process_whose_threads_spin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv(local.WORKERS, "2")
+    options = Options(Declared(tmp_path), report_dir=tmp_path, repetitions=6)
+    runner = Runner(options, threads=1, lock=tmp_path / "lock")
+    cases = [CASES[0]._replace(metric=metric) for metric in ("memory.storage", "latency.decode", "memory.footprint")]
+    runner.prepare(cases, print)
+    try:
+        rows = [runner.measure(case, {})[0] for case in cases]
+    finally:
+        runner.close()
+    assert [row.reason for row in rows if row.value is None] == []
+    assert [runner.environments[row.environment]["wait_policy"] for row in rows] == ["passive", "", "passive"]
+    assert rows[1].detail["wait_policy"] == ""
+    assert runner.environments[rows[1].environment]["thread_library"]
 
 
 @pytest.mark.parametrize(
@@ -74,10 +116,10 @@ def test_groups_are_held_to_what_was_prepared(runner: Runner, monkeypatch: pytes
 def test_a_process_that_cannot_be_started_is_a_missing_row(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def started(case: Case, began: Any) -> Any:
+    def refused() -> None:
         raise error
 
-    monkeypatch.setattr(runner, "_started", started)
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", refused)
     row, trouble = runner.measure(CASES[0], {})
     assert row.value is None
     assert "could not be started" in row.reason
@@ -161,10 +203,10 @@ class Scripted:
 
 def scripted(job: Job, connection: Any) -> None:
     """The child's entry, its group replaced."""
-    from harness.run import child
+    from harness.run import group
 
-    vars(child)["Group"] = Scripted
-    child.serve(job, connection)
+    vars(group)["Group"] = Scripted
+    group.serve(job, connection)
 
 
 def test_a_fresh_process_takes_the_rest_behind_a_device_error(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from harness.results import losses as nllfiles
 from harness.run.messages import Repetition
 from harness.run.upgrade import driver
 from harness.run.upgrade.process import SideFailed, SideGone
-from harness.run.upgrade.sides import Built, Unbuilt
 
 WINDOWS = [8] * 12
 TOKENS = np.random.default_rng(0).gamma(2.0, 1.0, sum(WINDOWS)).astype(np.float32)
@@ -53,10 +52,10 @@ def measured(case: Case, folder: Path, label: str) -> Row:
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     told = World()
 
-    def build(side: Any, say: Any) -> Built:
+    def build(side: Any, say: Any) -> tuple[Path, dict[str, str]]:
         if side.label in told.unbuilt:
-            raise Unbuilt(told.unbuilt[side.label])
-        return Built(Path(side.label), {"bitsandbytes": side.label.rpartition("==")[2], "torch": "2.13.0"})
+            raise HarnessError(told.unbuilt[side.label])
+        return Path(side.label), {"bitsandbytes": side.label.rpartition("==")[2], "torch": "2.13.0"}
 
     class Remote:
         def __init__(self, python: Path, options: Options, threads: int, log: Path) -> None:

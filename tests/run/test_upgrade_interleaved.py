@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from harness.core.errors import HarnessError
 from harness.core.records import Case, Figure, Row, Verdict
-from harness.metrics.measuring.timing import FEWEST_BLOCKS
-from harness.report import Entry, compare
+from harness.judge.two_reports import Entry, compare
+from harness.metrics.measuring.timing import FEWEST_BLOCKS, Load
 from harness.run.messages import Repetition
 from harness.run.upgrade.interleaved import interleave
 
@@ -50,6 +50,16 @@ def test_sides_alternate_and_short_work_is_led_in() -> None:
     assert {lead for _, lead in sides.asked[-12:]} == {1}
     assert [len(figure.samples) for figure in found.values()] == [4, 4, 4]
     assert len({figure.detail["turns"] for figure in found.values()}) == 1
+
+
+@pytest.mark.parametrize(("others", "crowded"), [(0.05, False), (0.9, True)])
+def test_a_side_that_ran_beside_other_work_says_so(others: float, crowded: bool) -> None:
+    def ask(asked: Repetition) -> dict[str, Any]:
+        return {"seconds": 1.0, "threads": 2, "load": Load(2, others, 0.0, 0.02)}
+
+    detail = cast(Figure, interleave({"a": ask}, CASE, 6)["a"]).detail
+    assert (detail["others"], detail["crowded"]) == (pytest.approx(others), crowded)
+    assert "load" not in detail
 
 
 def test_slow_sides_get_fewer_blocks_and_no_lead() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from harness.core.errors import BadSpecification, HarnessError, MissingAsset
-from harness.run.upgrade import sides
-from harness.run.upgrade.sides import Unbuilt, parse, parse_all, reason_of
+from harness.run.upgrade import driver
+from harness.run.upgrade.driver import parse, parse_all, reason_of
 
 
 def test_a_release() -> None:
@@ -108,37 +108,36 @@ class Pip:
 def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
     found = Pip()
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
-    monkeypatch.setattr("harness.run.upgrade.sides.subprocess.run", found)
+    monkeypatch.setattr("harness.run.upgrade.driver.subprocess.run", found)
 
     def create(folder: Path, **_: Any) -> None:
-        (folder / "bin").mkdir(parents=True)
-        sides._own_packages(folder).mkdir(parents=True)
+        (folder / "lib" / "python3" / "site-packages").mkdir(parents=True)
 
-    monkeypatch.setattr("harness.run.upgrade.sides.venv.create", create)
+    monkeypatch.setattr("harness.run.upgrade.driver.venv.create", create)
     return found
 
 
 def test_an_environment_is_built_once_with_all_else_held(pip: Pip, tmp_path: Path) -> None:
     side = parse("bitsandbytes==0.48.2")
     said: list[str] = []
-    first, second = sides.build(side, said.append), sides.build(side, said.append)
+    first, second = driver.build(side, said.append), driver.build(side, said.append)
     assert (pip.runs, first, len(said)) == (1, second, 1)
     held = dict(line.split("==") for line in pip.lock)
     assert "bitsandbytes" not in held
-    assert held["pytest"] == first.packages["pytest"]
-    assert sides.build(parse("bitsandbytes==0.49.2"), said.append).python != first.python
+    assert held["pytest"] == first[1]["pytest"]
+    assert driver.build(parse("bitsandbytes==0.49.2"), said.append)[0] != first[0]
 
 
 def test_a_failed_build_leaves_nothing(pip: Pip, tmp_path: Path) -> None:
     pip.status, pip.said = 1, ABSENT
-    with pytest.raises(Unbuilt, match=r"bitsandbytes==9\.9 cannot be installed: No matching"):
-        sides.build(parse("bitsandbytes==9.9"), print)
+    with pytest.raises(HarnessError, match=r"bitsandbytes==9\.9 cannot be installed: No matching"):
+        driver.build(parse("bitsandbytes==9.9"), print)
     assert not [path for path in (tmp_path / "environments").iterdir() if path.is_dir()]
 
 
 def test_an_interrupted_build_is_made_anew(pip: Pip) -> None:
     side = parse("bitsandbytes==0.48.2")
-    built = sides.build(side, print)
-    (built.python.parents[1] / sides.RECORD).unlink()
-    sides.build(side, print)
+    python, _ = driver.build(side, print)
+    (python.parents[1] / driver.RECORD).unlink()
+    driver.build(side, print)
     assert pip.runs == 2

@@ -28,7 +28,6 @@ from harness.core.options import Declared, Options
 from harness.core.specification import Specification, parse
 from harness.inputs import hub
 from harness.inputs.models import folder, names
-from harness.inputs.models.cache import built
 
 if TYPE_CHECKING:  # annotations only
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -42,11 +41,7 @@ EXPANSION = 8  # fp32 bytes for a byte of GGUF at 4 bits: room asked of the disk
 Say = Callable[[str], None]
 
 
-def _silent(_: str) -> None:
-    """Say nothing."""
-
-
-def of_session(model: str, options: Options, say: Say = _silent, *, verify: bool = False) -> Checkpoint:
+def of_session(model: str, options: Options, say: Say = lambda line: None, *, verify: bool = False) -> Checkpoint:
     """`materialise` for a model that a session names, under what the session allows."""
     allowed: Any = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
     return materialise(parse(model), options.declared, **allowed, say=say, verify=verify)
@@ -58,7 +53,7 @@ def materialise(
     *,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    say: Say = _silent,
+    say: Say = lambda line: None,
     verify: bool = False,
 ) -> Checkpoint:
     """A plain folder with a model's weights: found, downloaded, converted or trained, whatever its source needs.
@@ -82,48 +77,44 @@ def materialise(
 
 
 def _plain(checkpoint: Checkpoint, say: Say, verify: bool) -> Checkpoint:
-    """The checkpoint, unpacked into the cache where it is quantized already."""
-    folder.check_quantization(checkpoint.directory, f"model '{checkpoint.specification}'")
-    quantization = folder.quantization(checkpoint.directory)
-    if quantization is None:
-        return checkpoint
-
-    def build(destination: Path) -> dict[str, str]:
-        say(f"unpacking the quantized {checkpoint.specification} to fp32 (once)")
-        with quiet(), reading(f"the quantized {checkpoint.specification}"):
-            return _unpack(checkpoint, quantization, destination)
-
-    directory, record = built(f"unpacked-{checkpoint.revision[:16]}-v{UNPACKING_VERSION}", build, verify)
-    return replace(checkpoint, directory=directory, revision=record["revision"], note=record["note"])
-
-
-def _unpack(checkpoint: Checkpoint, quantization: Mapping[str, Any], destination: Path) -> dict[str, str]:
-    """Write the model that a quantized checkpoint stands for as a plain fp32 folder; returns a row's note.
+    """The checkpoint; one that is quantized already as the plain fp32 folder that it stands for, in the cache.
 
     transformers reads it with the library that wrote it. What is measured afterwards is the model that it holds.
     """
-    kind, directory = quantization["quant_method"], checkpoint.directory
+    name, directory = checkpoint.specification, checkpoint.directory
+    quantization = folder.check_quantization(directory, f"model '{name}'")
+    if quantization is None:
+        return checkpoint
     options: dict[str, Any] = {"trust_remote_code": checkpoint.trust_remote_code, "local_files_only": True}
-    unpacking = {}
-    if kind == "compressed-tensors":
-        from transformers import CompressedTensorsConfig
-
-        unpacking = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True, **unpacking, **options
-    )
-    folder.require_match(report, f"the weights in {directory}")
-    form = quantization.get("format")
+    kind, form = quantization["quant_method"], quantization.get("format")
     if kind == "bitsandbytes":
-        loaded = loaded.dequantize()
         form = "LLM.int8" if quantization.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type")
-    folder.save_plain(loaded, {name: tensor.float() for name, tensor in loaded.state_dict().items()}, destination)
-    AutoTokenizer.from_pretrained(directory, **options).save_pretrained(destination)
-    return {"note": f"weights were stored by {kind} ({form}) before they became this fp32 reference"}
+
+    def build(destination: Path) -> dict[str, str]:
+        say(f"unpacking the quantized {name} to fp32 (once)")
+        unpacking = {}
+        if kind == "compressed-tensors":
+            from transformers import CompressedTensorsConfig
+
+            unpacking = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+        with quiet(), reading(f"the quantized {name}"):
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True, **unpacking, **options
+            )
+            folder.require_match(report, f"the weights in {directory}")
+            if kind == "bitsandbytes":
+                loaded = loaded.dequantize()
+            state = {name: tensor.float() for name, tensor in loaded.state_dict().items()}
+            folder.save_plain(loaded, state, destination)
+            AutoTokenizer.from_pretrained(directory, **options).save_pretrained(destination)
+        return {"note": f"weights were stored by {kind} ({form}) before they became this fp32 reference"}
+
+    plain, record = folder.built(f"unpacked-{checkpoint.revision[:16]}-v{UNPACKING_VERSION}", build, verify)
+    return replace(checkpoint, directory=plain, revision=record["revision"], note=record["note"])
 
 
 def _converted(located: names.Located, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
-    from harness.inputs.models.gguf_format import read
+    from harness.inputs.models.gguf_format import architectures
 
     source = located.sha256 or sha256_file(located.path)
 
@@ -133,11 +124,11 @@ def _converted(located: names.Located, say: Say, verify: bool) -> tuple[Path, di
             raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, {free >> 20} MiB free")
         say(f"converting {located.path.name} to fp32 (once, some 10 seconds)")
         with quiet(), reading(str(located.path)):
-            facts = read.convert(located.path, destination)
+            facts = architectures.convert(located.path, destination)
         say(f"converted {located.path.name}")
         return {**facts, "source_sha256": source}
 
-    return built(f"gguf-{source[:16]}-v{read.VERSION}", build, verify)
+    return folder.built(f"gguf-{source[:16]}-v{architectures.VERSION}", build, verify)
 
 
 def _tiny(architecture: str, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
@@ -148,7 +139,7 @@ def _tiny(architecture: str, say: Say, verify: bool) -> tuple[Path, dict[str, An
             tiny.build(architecture, destination, say)
         return {"note": "trained by the harness on its synthetic language; never quantized"}
 
-    return built(tiny.cache_name(architecture), build, verify)
+    return folder.built(tiny.cache_name(architecture), build, verify)
 
 
 @contextlib.contextmanager
@@ -165,15 +156,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_config(checkpoint: Checkpoint | Path) -> PretrainedConfig:
-    """The configuration of a checkpoint, or of a plain folder (no remote code then)."""
-    directory = checkpoint if isinstance(checkpoint, Path) else checkpoint.directory
-    trusted = isinstance(checkpoint, Checkpoint) and checkpoint.trust_remote_code
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of a checkpoint, held to what its weights can be."""
+    directory = checkpoint.directory
     with quiet(), reading(f"the config.json in {directory}"):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
-    if isinstance(checkpoint, Checkpoint):
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        folder.require_layers(directory, layers, allow_pickle=checkpoint.allow_pickle)
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+        )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    folder.require_layers(directory, layers, allow_pickle=checkpoint.allow_pickle)
     return config
 
 
@@ -184,16 +175,11 @@ def attention_of(config: PretrainedConfig) -> str:
 
 
 def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_config: Any = None) -> nn.Module:
-    """Load a model: eval mode, no gradients, on `device` ('cpu' or 'cuda').
+    """Load a model: eval mode, on `device` ('cpu' or 'cuda').
 
     Weights are cast tensor by tensor, so the peak is the model and one tensor. Raises BadFile where the folder's
-    weights and the architecture do not match in name or shape: nothing is filled with random numbers.
-
-    Args:
-        checkpoint: the plain folder; pickled weights and remote code only where it allows them.
-        dtype: 'fp32', 'bf16' or 'fp16', of everything that is not quantized.
-        device: where the weights go.
-        quantization_config: handed to transformers as it is.
+    weights and the architecture do not match in name or shape: nothing is filled with random numbers. `dtype`
+    ('fp32', 'bf16' or 'fp16') is of everything that is not quantized; `quantization_config` goes to transformers.
     """
     options: dict[str, Any] = {}
     if quantization_config is not None:
@@ -215,7 +201,6 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
             **options,
         )
     folder.require_match(report, f"{name}: the weights in {checkpoint.directory}")
-    model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -236,7 +221,6 @@ def sketch_model(config: PretrainedConfig, dtype: str, *, real_buffers: bool = F
             trust_remote_code=trusted,
         )
     model.tie_weights()
-    model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 
 

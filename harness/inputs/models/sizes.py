@@ -5,9 +5,7 @@ storage once. The walk below finds the state of libraries that keep it outside p
 its parameters and modules, others in dictionaries of a module or inside tensor subclasses), on real tensors and on
 the meta device alike, so that a prediction is the same sum over a model without weights.
 
-Whether a model loads into so much memory: the bytes it ends with, and the most that loading takes on the way.
-
-How the harness loads, and what the peak is made of:
+The most that loading takes on the way, by how the harness loads:
 
 - A reference: the whole model in its dtype, and one tensor as it was read, counted in fp32.
 - A method of ours: the unquantized model is loaded first, then each weight is replaced in turn. The peak is traced: the
@@ -160,9 +158,7 @@ class Peak:
 class StorageCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every storage that operations under it make, for as long as it lives.
 
-    Attributes:
-        now: bytes of all storages alive.
-        peak: the most there were since `reset`.
+    `now` are the bytes of all storages alive, `peak` the most there were since `reset`.
     """
 
     def __init__(self) -> None:
@@ -226,12 +222,8 @@ def loading_peak(config: PretrainedConfig, method: Method, arguments: Arguments)
         copy = max((weight.numel() for weight in weights if isinstance(weight, torch.Tensor)), default=0) * FP32_BYTES
         method.sketch(model, arguments)
         end = storage_bytes(model)
-        return Peak(
-            end + max(copy, largest), "the quantized model, and its largest tensor in fp32 while it is quantized"
-        )
+        how = "the quantized model, and its largest tensor in fp32 while it is quantized"
+        return Peak(end + max(copy, largest), how)
     peak = traced_peak(model, method, arguments)
-    if peak <= whole + largest:
-        return Peak(
-            whole + largest, f"the unquantized model in {arguments.dtype}, and its largest tensor as it is read"
-        )
-    return Peak(peak, f"the unquantized model in {arguments.dtype}, and copies of the weight being quantized")
+    how = "its largest tensor as it is read" if peak <= whole + largest else "copies of the weight being quantized"
+    return Peak(max(peak, whole + largest), f"the unquantized model in {arguments.dtype}, and {how}")

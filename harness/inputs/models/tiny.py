@@ -52,11 +52,14 @@ class Schedule:
     seed: int = 0
 
 
-def cache_name(architecture: str, schedule: Schedule | None = None) -> str:
+DEFAULT = Schedule()
+
+
+def cache_name(architecture: str, schedule: Schedule = DEFAULT) -> str:
     """A folder name that changes with all that decides the bits: schedule, code, versions, instruction set."""
     sources = [Path(__file__), Path(str(synthetic.__file__))]
     facts = {
-        "schedule": asdict(schedule or Schedule()),
+        "schedule": asdict(schedule),
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -71,20 +74,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token="<unk>",
-        bos_token="<eos>",
-        eos_token="<eos>",
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<eos>", eos_token="<eos>")
 
 
 def untrained(architecture: str) -> nn.Module:
-    """The model before its first step, drawn from torch's random state; KeyError for another architecture."""
-    return {"gpt2": _gpt2, "olmo": _olmo}[architecture]()
-
-
-def _gpt2() -> nn.Module:
+    """The model ('gpt2' or 'olmo') before its first step, drawn from torch's random state."""
+    if architecture == "olmo":
+        return OlmoForCausalLM(  # type: ignore[no-any-return]
+            OlmoConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                max_position_embeddings=CONTEXT,
+                rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+                tie_word_embeddings=False,
+                bos_token_id=EOS,
+                eos_token_id=EOS,
+                pad_token_id=None,
+            )
+        )
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(VOCABULARY),
@@ -105,24 +115,6 @@ def _gpt2() -> nn.Module:
     with torch.no_grad():
         model.transformer.wpe.weight.copy_(POSITION_SCALE * torch.cat([angles.sin(), angles.cos()], dim=1))
     return model  # type: ignore[no-any-return]
-
-
-def _olmo() -> nn.Module:
-    return OlmoForCausalLM(  # type: ignore[no-any-return]
-        OlmoConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=CONTEXT,
-            rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
-            tie_word_embeddings=False,
-            bos_token_id=EOS,
-            eos_token_id=EOS,
-            pad_token_id=None,
-        )
-    )
 
 
 def teacher() -> torch.Tensor:
@@ -155,18 +147,18 @@ def reproducible(seed: int) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def train(architecture: str, schedule: Schedule | None = None) -> nn.Module:
+def train(architecture: str, schedule: Schedule = DEFAULT) -> nn.Module:
     """Train a tiny model ('gpt2' or 'olmo') on the synthetic language: fp32, CPU, in eval mode when done."""
-    schedule = schedule or Schedule()
     words = synthetic.word_ids(schedule.steps * schedule.tokens, synthetic.TRAINING_SEED)
     batches = torch.tensor(words).view(schedule.steps, schedule.tokens)
     with reproducible(schedule.seed):
         model, table = untrained(architecture), teacher()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         model.train()
+        warm = max(1, round(schedule.warmup * schedule.steps))
         for step, batch in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate * _ramp(step, schedule)
+            ramp = min((step + 1) / warm, (schedule.steps - step) / max(1, schedule.steps - warm), 1.0)
+            optimizer.param_groups[0]["lr"] = schedule.rate * ramp
             length = schedule.short if step < schedule.short_share * schedule.steps else CONTEXT
             loss = _loss(model, batch.view(-1, length), table)
             optimizer.zero_grad(set_to_none=True)
@@ -174,11 +166,6 @@ def train(architecture: str, schedule: Schedule | None = None) -> nn.Module:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
     return model.eval()
-
-
-def _ramp(step: int, schedule: Schedule) -> float:
-    warm = max(1, round(schedule.warmup * schedule.steps))
-    return min((step + 1) / warm, (schedule.steps - step) / max(1, schedule.steps - warm), 1.0)
 
 
 def _loss(model: Any, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -193,7 +180,7 @@ def _loss(model: Any, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1), table[earlier, ids].flatten(0, 1))
 
 
-def build(architecture: str, destination: Path, say: Callable[[str], None], schedule: Schedule | None = None) -> None:
+def build(architecture: str, destination: Path, say: Callable[[str], None], schedule: Schedule = DEFAULT) -> None:
     """Train and save a tiny model as a plain folder: config.json, model.safetensors, tokenizer.json."""
     say(f"training tiny-{architecture} on the synthetic language (once, some 15 seconds)")
     model: Any = train(architecture, schedule)

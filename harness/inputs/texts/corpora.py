@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -42,35 +42,33 @@ class Reading:
     how: str
 
 
-def join(separator: str, what: str) -> Callable[[Sequence[str]], Reading]:
+Layout = Callable[[Sequence[str]], Reading]
+
+
+def unaltered(texts: Iterable[str], how: str) -> Reading:
+    """Texts whose words and bytes are counted as they are tokenized."""
+    read = tuple(texts)
+    return Reading(read, read, how)
+
+
+def join(separator: str, what: str) -> Layout:
     """One text: the documents with a separator between them."""
-
-    def read(documents: Sequence[str]) -> Reading:
-        text = separator.join(documents)
-        return Reading((text,), (text,), f"{what} joined by {separator!r}")
-
-    return read
+    return lambda documents: unaltered([separator.join(documents)], f"{what} joined by {separator!r}")
 
 
 def whole(documents: Sequence[str]) -> Reading:
     """The file as it is."""
-    return Reading(tuple(documents), tuple(documents), "the file as it is")
+    return unaltered(documents, "the file as it is")
 
 
-def each(what: str) -> Callable[[Sequence[str]], Reading]:
+def each(what: str) -> Layout:
     """Every document by itself, without its line end."""
-
-    def read(documents: Sequence[str]) -> Reading:
-        texts = tuple(document.removesuffix("\n") for document in documents)
-        return Reading(texts, texts, f"each {what} by itself")
-
-    return read
+    return lambda documents: unaltered((text.removesuffix("\n") for text in documents), f"each {what} by itself")
 
 
 def file_lines(documents: Sequence[str]) -> Reading:
     """Every line of a file by itself; only line feeds end a line, and the last need not."""
-    lines = tuple("".join(documents).removesuffix("\n").split("\n"))
-    return Reading(lines, lines, "each line by itself")
+    return unaltered("".join(documents).removesuffix("\n").split("\n"), "each line by itself")
 
 
 TITLE = re.compile(r"\s*= (?!= ).*(?<! =) =\s*")  # ' = Title = ', not the ' = = Section = = ' of a part
@@ -136,7 +134,7 @@ def detokenized_pages(rows: Sequence[str]) -> Reading:
 
 
 # how documents are read as one running text, page by page and sentence by sentence
-LAYOUTS: Mapping[str, Mapping[str, Callable[[Sequence[str]], Reading]]] = {
+LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
     "file": {"joined": whole, "rolling": whole, "sentence": file_lines},
     "lines": {"joined": join("\n", "lines"), "rolling": join("\n", "lines"), "sentence": each("line")},
     "wikitext": {"joined": join("\n\n", "rows"), "rolling": detokenized_pages, "sentence": each("row")},
@@ -164,32 +162,14 @@ class Corpus:
     """A text with its documents, and how each protocol reads them."""
 
     name: str  # stands in protocol ids: no folder of this machine in it
-    specification: str
     documents: tuple[str, ...]
     layout: str  # key of LAYOUTS
     revision: str  # commit of a Hub dataset named by one, else sha256 of the content
     split: str = ""
-    note: str = ""
 
     def joined(self, protocol_name: str) -> Reading:
         """The texts that a protocol tokenizes, one by one."""
         return LAYOUTS[self.layout]["joined" if protocol_name in JOINED else protocol_name](self.documents)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What was read: documents, and what identifies them."""
-
-    documents: tuple[str, ...]
-    revision: str
-    name: str
-    split: str = ""
-    note: str = ""
-
-
-def sha256_text(text: str) -> str:
-    """sha256 (hex) of a text's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_bytes(path: Path) -> bytes:
@@ -205,23 +185,17 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def decode(data: bytes, path: Path) -> str:
-    """UTF-8 text, its line ends untouched."""
+def single(name: str, text: str) -> Corpus:
+    """A text that is one document."""
+    return Corpus(name, (text,), "file", hashlib.sha256(text.encode()).hexdigest())
+
+
+def text_file(path: Path, name: str) -> Corpus:
+    """A file of UTF-8 as it is, its line ends untouched."""
     try:
-        return data.decode("utf-8")
+        return single(name, read_bytes(path).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadFile(f"'{path}' is not UTF-8 text (byte {error.start}): convert it first") from error
-
-
-def file_content(path: Path, name: str) -> Content:
-    """A file as it is: one document."""
-    text = decode(read_bytes(path), path)
-    return Content((text,), sha256_text(text), name)
-
-
-def local(argument: str, root: Path) -> Path:
-    """A path as written, relative ones under `root`."""
-    return root / Path(argument).expanduser()
 
 
 def package_file(argument: str) -> Path:
@@ -241,22 +215,21 @@ def package_file(argument: str) -> Path:
     raise MissingAsset(f"the distribution '{name}' {package.version} holds no file '{inside}'")
 
 
-def lee_content(text: str, inside: str, sha256: str, encoding: str) -> Content:
+def lee(name: str, inside: str, sha256: str, encoding: str) -> Corpus:
     """`lee` or `lee-50`, of the distribution gensim, held to its checksum."""
     try:
         path = package_file(f"gensim/{inside}")
     except MissingAsset as error:
-        raise MissingAsset(f"the text '{text}' lies in the package gensim: {GENSIM}") from error
+        raise MissingAsset(f"the text '{name}' lies in the package gensim: {GENSIM}") from error
     data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise BadFile(f"'{path}' has another sha256 than the text '{text}': {GENSIM}")
-    words = data.decode(encoding)
-    return Content((words,), sha256_text(words), text)
+        raise BadFile(f"'{path}' has another sha256 than the text '{name}': {GENSIM}")
+    return single(name, data.decode(encoding))
 
 
-def ptb_content(argument: str, root: Path) -> Content:
+def ptb(argument: str, root: Path) -> Corpus:
     """The Penn Treebank test split from a local file, held to its checksum; blanks around a line are not text."""
-    path = local(argument, root)
+    path = root / Path(argument).expanduser()
     if not path.is_file():
         raise MissingAsset(f"there is no file '{argument}': {PTB_ADVICE}")
     data = read_bytes(path)
@@ -266,63 +239,52 @@ def ptb_content(argument: str, root: Path) -> Content:
             f"'{path}' is not the expected Penn Treebank test split: {lines:,} lines, sha256 {sha256[:12]}, not "
             f"{PTB_LINES:,} lines, sha256 {PTB_SHA256[:12]} (any other text goes as text:FILE)"
         )
-    documents = tuple(line.strip() for line in decode(data, path).removesuffix("\n").split("\n"))
-    return Content(documents, sha256, "ptb", "test")
+    documents = tuple(line.strip() for line in data.decode().removesuffix("\n").split("\n"))
+    return Corpus("ptb", documents, "lines", sha256, "test")
 
 
-def synthetic_content() -> Content:
+def held_out() -> Corpus:
     """Held-out text of the seeded language that the tiny models learn."""
     from harness.inputs.texts import synthetic
 
-    text = synthetic.text(SYNTHETIC_TOKENS, synthetic.HELD_OUT_SEED)
-    note = f"a seeded language of entropy rate {synthetic.entropy_rate():.4f} nat a word: no model can do better"
-    return Content((text,), sha256_text(text), "synthetic", note=note)
+    return single("synthetic", synthetic.text(SYNTHETIC_TOKENS, synthetic.HELD_OUT_SEED))
 
 
-def hub_content(argument: str, name: str) -> Content:
+def hub_rows(argument: str, name: str, layout: str = "rows") -> Corpus:
     """Rows of a Hub dataset."""
     rows, revision, split = hub.read_text(argument)
-    return Content(rows, revision, name, split)
+    return Corpus(name, rows, layout, revision, split)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A kind of dataset: its layout, what follows its name, how to read it and to see that it is there.
+    """A kind of dataset: how it is read, and what follows its name.
 
     `read` and `check` take what follows the colon and the folder that relative paths start from; `syntax` takes it
     alone and touches nothing. A kind whose reading is quick is checked by reading it.
     """
 
-    layout: str
-    read: Callable[[str, Path], Content]
+    read: Callable[[str, Path], Corpus]
     argument: str = ""  # the placeholder of what must follow the colon
     check: Callable[[str, Path], object] | None = None
     syntax: Callable[[str], object] | None = None
 
 
 DATASETS: Mapping[str, Dataset] = {
-    "lee": Dataset("file", lambda argument, root: lee_content("lee", LEE_FILE, LEE_SHA256, "utf-8")),
-    "lee-50": Dataset("file", lambda argument, root: lee_content("lee-50", LEE_50_FILE, LEE_50_SHA256, "latin-1")),
+    "lee": Dataset(lambda argument, root: lee("lee", LEE_FILE, LEE_SHA256, "utf-8")),
+    "lee-50": Dataset(lambda argument, root: lee("lee-50", LEE_50_FILE, LEE_50_SHA256, "latin-1")),
     "wikitext-2": Dataset(
-        "wikitext",
-        lambda argument, root: hub_content(WIKITEXT_2, "wikitext-2"),
+        lambda argument, root: hub_rows(WIKITEXT_2, "wikitext-2", "wikitext"),
         check=lambda argument, root: hub.check_text(WIKITEXT_2),
     ),
-    "synthetic": Dataset("file", lambda argument, root: synthetic_content(), check=lambda argument, root: None),
-    "ptb": Dataset("lines", ptb_content, "FILE"),
+    "synthetic": Dataset(lambda argument, root: held_out(), check=lambda argument, root: None),
+    "ptb": Dataset(ptb, "FILE"),
     "text": Dataset(
-        "file",
-        lambda argument, root: file_content(local(argument, root), f"text:{Path(argument).name}"),
-        "FILE",
+        lambda argument, root: text_file(root / Path(argument).expanduser(), f"text:{Path(argument).name}"), "FILE"
     ),
-    "package": Dataset(
-        "file",
-        lambda argument, root: file_content(package_file(argument), f"package:{argument}"),
-        "DIST/FILE",
-    ),
+    "package": Dataset(lambda argument, root: text_file(package_file(argument), f"package:{argument}"), "DIST/FILE"),
     "hub": Dataset(
-        "rows",
-        lambda argument, root: hub_content(argument, f"hub:{argument.partition('@')[0]}"),
+        lambda argument, root: hub_rows(argument, f"hub:{argument.partition('@')[0]}"),
         "ORG/NAME[/CONFIG[/SPLIT]][@REVISION]",
         check=lambda argument, root: hub.check_text(argument),
         syntax=hub.parse_text,
@@ -371,6 +333,4 @@ def check(specification: Specification, declared: Declared) -> None:
 def read(specification: Specification, declared: Declared) -> Corpus:
     """Read a dataset whole."""
     dataset, argument, root = resolve(specification, declared)
-    read = dataset.read(argument, root)
-    text = str(specification)
-    return Corpus(read.name, text, read.documents, dataset.layout, read.revision, read.split, read.note)
+    return dataset.read(argument, root)

@@ -4,10 +4,9 @@ The six protocols stand in the table `FORMS`. A window's ids (L,) hold what is f
 model reads ids[:-1]. So rolling windows of W hold W + 1 ids and feed W tokens, like lm-evaluation-harness. A window may
 score nothing (a tail of one token, an empty document): it stands in the plan, is counted, and is never run.
 
-BOS: a tokenizer "adds one of itself" if it puts a token
-before a plain word. Then `chunk` and `sentence` begin every window with it; `stride` and `gptq` have it once before
-the text; `half` has it there too and over the first token of every window (llama.cpp); `rolling` begins each document
-with BOS, else EOS, whatever the tokenizer adds.
+BOS: a tokenizer "adds one of itself" if it puts a token before a plain word. Then `chunk` and `sentence` begin every
+window with it; `stride` and `gptq` have it once before the text; `half` has it there too and over the first token of
+every window (llama.cpp); `rolling` begins each document with BOS, else EOS, whatever the tokenizer adds.
 
 The token hash is over the planned ids of the text alone, after the limit, documents one after another: two tokenizers
 that cut a text alike agree, whatever their BOS. The BOS rule and its id stand in the protocol id.
@@ -215,17 +214,6 @@ def parse(specification: Specification) -> Protocol:
     return Protocol("stride", width, step)
 
 
-def fitted(protocol: Protocol, context: int) -> Protocol:
-    """The protocol with its width (and step) capped by the model's context, in tokens."""
-    form = FORMS[protocol.name]
-    if context < form.least_width:
-        raise BadSpecification(f"{protocol} cannot score under a model's context of {context} tokens")
-    if protocol.width is None:
-        return protocol
-    width = min(protocol.width, context)
-    return Protocol(protocol.name, width, None if protocol.step is None else min(protocol.step, width))
-
-
 def encode(tokenizer: Any, text: str) -> Ids:
     """Token ids of a text without special tokens: (T,); BadFile where the tokenizer cannot."""
     with reading(f"the tokenizer in {getattr(tokenizer, 'name_or_path', '')}"):
@@ -262,8 +250,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         model = json.loads(backend.to_str())["model"]
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
-        parts += [merges, model["vocab"] if isinstance(model.get("vocab"), list) else ()]
+        parts += [model.get("merges") or (), model["vocab"] if isinstance(model.get("vocab"), list) else ()]
     return digest(parts)[:12]
 
 
@@ -302,24 +289,21 @@ def normalisers(reading: Reading, documents: Sequence[Ids], cut: bool, tokenizer
 
 
 def plan(corpus: Corpus, protocol: Protocol, tokenizer: Any, *, context: int, max_tokens: int | None) -> TokenPlan:
-    """The windows of a text under a protocol and tokenizer.
+    """The windows of a text under a protocol and tokenizer; TextTooShort where no token would be scored.
 
-    Args:
-        corpus: the text.
-        protocol: from `parse`.
-        tokenizer: of transformers, or one that answers alike.
-        context: tokens that the model can read at once; caps the width.
-        max_tokens: read the first so many tokens (document by document where those stand alone); None for all.
-
-    Raises:
-        TextTooShort: where no token would be scored.
+    `context` is how many tokens the model can read at once: it caps the width. `max_tokens`: read the first so many
+    (document by document where those stand alone), None for all.
     """
-    used, form, reading = fitted(protocol, context), FORMS[protocol.name], corpus.joined(protocol.name)
+    form, reading = FORMS[protocol.name], corpus.joined(protocol.name)
+    if context < form.least_width:
+        raise BadSpecification(f"{protocol} cannot score under a model's context of {context} tokens")
+    width = min(protocol.width or context, context)
+    step = min(protocol.step or width, width)
+    used = Protocol(protocol.name, protocol.width and width, protocol.step and step)
     documents, cut = planned(reading.texts, tokenizer, max_tokens or sys.maxsize)
     bos = prefix_token(tokenizer) if used.name == "rolling" else leading_token(tokenizer)
     fed = [led(documents[0], bos)] if form.bos_once else documents
-    width = used.width or context
-    built = form.build(fed, width, used.step or width, bos)
+    built = form.build(fed, width, step, bos)
     if not any(window.scored for window in built):
         raise TextTooShort(
             f"the text '{corpus.name}' gives {sum(map(len, documents)):,} tokens, of which {used} scores none: "
@@ -327,13 +311,18 @@ def plan(corpus: Corpus, protocol: Protocol, tokenizer: Any, *, context: int, ma
         )
     counts = normalisers(reading, documents, cut, tokenizer) if used.name == "rolling" else {}
     ids = np.concatenate(documents)
+    split = f" {corpus.split}" if corpus.split else ""
+    limit = f"the first {len(ids)}" if cut else "all"
+    lead = "bos=0" if bos is None else f"bos=1 (id {bos}) {form.bos}"
+    if used.name == "rolling":
+        lead = f"prefix {bos} before every document"
     return TokenPlan(
         protocol=str(used),
         protocol_id="; ".join(
             (
-                text_words(corpus, reading),
-                token_words(form, tokenizer, bos, len(ids) if cut else None),
-                f"windows: {form.windows.format(width=width, step=used.step)}",
+                f"text: {corpus.name}{split}, revision {corpus.revision[:12]}, {reading.how}",
+                f"tokens: {limit}, tokenizer {tokenizer_identity(tokenizer)}, {lead}",
+                f"windows: {form.windows.format(width=width, step=step)}",
                 f"scored: {form.scored}",
                 f"aggregate: {AGGREGATES[form.aggregate]}",
                 f"normaliser: {', '.join(('token', *counts))}",
@@ -345,22 +334,6 @@ def plan(corpus: Corpus, protocol: Protocol, tokenizer: Any, *, context: int, ma
         aggregate=form.aggregate,
         normalisers=counts,
     )
-
-
-def text_words(corpus: Corpus, reading: Reading) -> str:
-    """The part of a protocol id that names the text, its split, revision and join."""
-    split = f" {corpus.split}" if corpus.split else ""
-    return f"text: {corpus.name}{split}, revision {corpus.revision[:12]}, {reading.how}"
-
-
-def token_words(form: Form, tokenizer: Any, bos: int | None, limit: int | None) -> str:
-    """The part of a protocol id that names the limit in tokens, the tokenizer and the BOS rule."""
-    if not form.bos:
-        rule = f"prefix {bos} before every document"
-    else:
-        rule = "bos=0" if bos is None else f"bos=1 (id {bos}) {form.bos}"
-    read = "all" if limit is None else f"the first {limit}"
-    return f"tokens: {read}, tokenizer {tokenizer_identity(tokenizer)}, {rule}"
 
 
 def window_slices(plan: TokenPlan) -> list[slice]:

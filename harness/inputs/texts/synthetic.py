@@ -61,24 +61,11 @@ def stationary() -> NDArray[np.float64]:
     raise ArithmeticError("the stationary distribution of the synthetic language did not converge")
 
 
-@functools.cache
-def entropy_rate() -> float:
-    """The entropy rate h of the language in nats a word, by the formula of the module."""
-    table = transitions()
-    conditional = -np.sum(table * np.log(table), axis=2)  # (V, V)
-    return float(np.sum(stationary() * conditional))
-
-
-@functools.cache
-def _cumulative() -> list[list[list[int]]]:
-    return np.cumsum(_weights(), axis=2).tolist()  # type: ignore[no-any-return]
-
-
 def word_ids(words: int, seed: int) -> list[int]:
     """Indices into WORDS of `words` words of the language; equal arguments give equal words on every machine."""
     if words < 1:
         raise ValueError(f"a text of {words} words")
-    cumulative = _cumulative()
+    cumulative = np.cumsum(_weights(), axis=2).tolist()
     draws = np.random.PCG64(seed).random_raw(words + BURN_IN_WORDS) >> np.uint64(11)  # 53 bits: exact as a float
     a, b = 0, 1
     chosen = []
@@ -90,11 +77,6 @@ def word_ids(words: int, seed: int) -> list[int]:
 
 
 def text(tokens: int, seed: int = HELD_OUT_SEED) -> str:
-    """A text of `tokens` words (one token each under the tiny models' tokenizer), 24 words a line.
-
-    Args:
-        tokens: how many words; ValueError below 1.
-        seed: which text of the language; the tiny models are trained on TRAINING_SEED.
-    """
+    """A text of `tokens` words (one token each under the tiny models' tokenizer), 24 a line; ValueError below 1."""
     words = [WORDS[index] for index in word_ids(tokens, seed)]
     return "\n".join(" ".join(words[start : start + LINE_WORDS]) for start in range(0, len(words), LINE_WORDS))

@@ -14,6 +14,7 @@ Nothing at module level imports torch, so that the method files stay light.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -23,16 +24,22 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import AS_MODEL, DTYPES, Arguments, Checkpoint, Method, Parameter, QuantizedWeight
 from harness.core.errors import UnknownName
 
 if TYPE_CHECKING:  # annotations only
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import BitsAndBytesConfig
 
 DEFAULT_THRESHOLD = 6.0  # activations beyond it are outliers (Dettmers et al. 2022, arXiv:2208.07339, section 3.2)
+
+BLOCK = 64  # weights under one absmax: the library's default, which transformers cannot change
+NESTED_BLOCK = 256  # absmax values under one nested absmax, fixed in the library's quantize_4bit
+LEVELS = 16  # of a 4-bit code table
+NESTED_LEVELS = 256  # of the dynamic 8-bit code table of double quantization
+INT8_MAX = 127  # SCB is a row's absmax, which takes this code
 
 FP16_PRODUCT = "bitsandbytes writes the product of 8-bit codes in fp16 on a card, whatever the model's dtype"
 
@@ -189,18 +196,117 @@ def load(format: Format, checkpoint: Checkpoint, arguments: Arguments, device: s
 def sketch(format: Format, model: nn.Module, arguments: Arguments) -> None:
     """Replace each target of a model on the meta device by the library's module as it stands before a forward."""
     hush()
-    from harness.methods.quantizing import bnb_layers
-
     chosen = options(format, arguments, kept(model))
     for name in targets(model, arguments):
-        model.set_submodule(name, bnb_layers.sketch(model.get_submodule(name), chosen))
+        model.set_submodule(name, sketched(model.get_submodule(name), chosen))
+
+
+def sketched(plain: nn.Module, chosen: Mapping[str, Any]) -> nn.Module:
+    """The library's module for a Linear or Conv1D on the meta device, under the options of BitsAndBytesConfig.
+
+    4-bit, n weights of (out, in): two codes a byte, (ceil(n/2), 1) uint8; absmax (ceil(n/64),) fp32; a code table (16,)
+    fp32. Double quantization keeps absmax in uint8 and adds a nested absmax (ceil(ceil(n/64)/256),) fp32, its code
+    table (256,) fp32 and an offset, an fp32 scalar. LLM.int8: codes CB (out, in) int8 and row absmax SCB (out,) fp32.
+    Every weight has tables of its own: the library shares none between modules.
+    """
+    import torch
+    from bitsandbytes import functional
+    from bitsandbytes import nn as library
+    from transformers.pytorch_utils import Conv1D
+
+    empty = functools.partial(torch.empty, device="meta", dtype=torch.float32)
+    weight: Any = plain.weight
+    outputs, inputs = weight.shape[::-1] if isinstance(plain, Conv1D) else weight.shape  # Conv1D stores (in, out)
+    module: Any
+    if chosen["load_in_8bit"]:
+        in_16_bit = chosen["llm_int8_has_fp16_weight"]
+        settings = {"has_fp16_weights": in_16_bit, "threshold": chosen["llm_int8_threshold"]}
+        module = library.Linear8bitLt(inputs, outputs, bias=False, device="meta", **settings)
+        codes, scales = empty(outputs, inputs, dtype=torch.int8), empty(outputs)
+        module.weight = library.Int8Params(codes, requires_grad=False, has_fp16_weights=in_16_bit, CB=codes, SCB=scales)
+    else:
+        kind, double = chosen["bnb_4bit_quant_type"], chosen["bnb_4bit_use_double_quant"]
+        blocks = -(-outputs * inputs // BLOCK)
+        nested = offset = None
+        if double:
+            offset = empty(())  # mean of the absmax values, taken off before they are quantized
+            absmax, code = empty(-(-blocks // NESTED_BLOCK)), empty(NESTED_LEVELS)
+            nested = functional.QuantState(absmax=absmax, code=code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state = functional.QuantState(
+            absmax=empty(blocks, dtype=torch.uint8 if double else torch.float32),
+            shape=torch.Size((outputs, inputs)),
+            code=empty(LEVELS),
+            blocksize=BLOCK,
+            quant_type=kind,
+            dtype=weight.dtype,
+            offset=offset,
+            state2=nested,
+        )
+        settings = {"compress_statistics": double, "quant_type": kind, "quant_storage": torch.uint8}
+        compute = getattr(torch, chosen["bnb_4bit_compute_dtype"])
+        module = library.Linear4bit(inputs, outputs, bias=False, compute_dtype=compute, device="meta", **settings)
+        module.quant_state = state
+        module.weight = library.Params4bit(
+            empty(-(-outputs * inputs // 2), 1, dtype=torch.uint8),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=BLOCK,
+            module=module,
+            bnb_quantized=True,
+            **settings,
+        )
+    module.bias = plain.bias
+    module.source_cls = type(plain)  # as transformers marks it
+    return module  # type: ignore[no-any-return]
 
 
 def quantized(model: nn.Module) -> Iterator[QuantizedWeight]:
     """The quantized weights of a loaded or sketched model; storage is codes, absmax, tables and offset, no bias."""
-    from harness.methods.quantizing import bnb_layers
+    from bitsandbytes import nn as library
 
-    return bnb_layers.quantized(model)
+    from harness.inputs.models import sizes
+
+    held: tuple[Any, ...]
+    for name, module in model.named_modules():
+        if isinstance(module, library.Linear4bit):
+            dequantize, held = dequantize_4bit, (module.weight,)
+        elif isinstance(module, library.Linear8bitLt):
+            dequantize, held = dequantize_int8, (module.weight, module.state)
+        else:
+            continue
+        elements, storage = module.in_features * module.out_features, sizes.bytes_of(sizes.tensors(*held))
+        read = functools.partial(dequantize, module)
+        yield QuantizedWeight(name, module.source_cls.__name__, elements, storage, read)
+
+
+def dequantize_int8(module: Any) -> Tensor:
+    """CB * SCB / 127 in fp32, in the layout of the module it replaced: (out, in), of a Conv1D (in, out)."""
+    state = module.state if module.weight.SCB is None else module.weight  # the first forward moves them to the state
+    weight = state.CB.float() * (state.SCB[:, None] / INT8_MAX)  # (out, in) * (out, 1)
+    return _layout(module, weight)
+
+
+def dequantize_4bit(module: Any) -> Tensor:
+    """code[weight] * absmax in the dtype it was quantized from, in the layout of the module it replaced.
+
+    After a repacking forward (AVX512-BF16) it is the weight as repacked: with its bf16 scales.
+    """
+    from bitsandbytes import functional
+
+    codes, state = module.weight.data, module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        absmax = state.absmax.T.reshape(-1).float()  # (in/64, out) bf16 -> (out*in/64,)
+        state = copy.copy(state)  # the library's inverse writes into the state, and leaves absmax transposed
+        state.original_nested = False
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = absmax
+    return _layout(module, functional.dequantize_4bit(codes, state))
+
+
+def _layout(module: Any, weight: Tensor) -> Tensor:
+    from transformers.pytorch_utils import Conv1D
+
+    return weight.T if issubclass(module.source_cls, Conv1D) else weight
 
 
 @contextlib.contextmanager
@@ -219,14 +325,11 @@ def quiet() -> Iterator[Counter[str]]:
             return False
         return True
 
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int,
-        file: TextIO | None = None, line: str | None = None,
-    ) -> None:  # fmt: skip
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
         if NOISE.match(str(message)):
             counted[str(message)] += 1
         else:
-            shown(message, category, filename, lineno, file, line)
+            shown(message, *where, **more)
 
     loggers = [logging.getLogger(name) for name in SPEAKERS]
     with warnings.catch_warnings():

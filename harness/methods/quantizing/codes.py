@@ -26,7 +26,7 @@ COMPUTE = Parameter(
 COMPUTE_OR_FUSED = Parameter(
     str,
     AS_MODEL,
-    f"as elsewhere, or '{FUSED}': many rows too are multiplied while codes are unpacked, in the cache",
+    f"as elsewhere, or '{FUSED}': a token's products in half precision too read the codes, and round nothing",
     (*COMPUTE.choices, FUSED),
 )
 

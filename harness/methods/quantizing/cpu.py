@@ -1,12 +1,12 @@
 """Products on a CPU that stand in for torch's where those are slow there, to the same numbers.
 
-Half precision without half products in hardware, int8 without int8 ones, and wide fp32 results on AMD's processors.
-Evaluations run within these; timed cases time what the model itself does.
+Half precision without half products in hardware, int8 without int8 ones, and fp32 where oneDNN is quicker than MKL.
+Evaluations and our own dequantized products run by these; a timed reference is what the model itself does.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +24,7 @@ NATIVE = {  # instruction sets with products in a half precision; without them t
 }
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})  # int8 dot products in hardware
 INT8_DEPTH = 1023  # products of int8 that fp32 sums exactly: 1023 * 128 * 128 < 2^24
-WIDE = 1024  # columns of a result from which blocks of them are the quicker ones, by one thread
-WIDEST = 8192  # by several: below, waking them at every block takes what it saves
-BLOCK = 512  # columns at a time: 256 to 1024 are alike, one thread or two
-ROWS = 32  # from so many on
+MANY = 32  # rows from which the choice of a product was measured
 
 
 def cpu_flags() -> frozenset[str]:
@@ -36,9 +33,24 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(facts.get("flags", facts.get("Features", "")).split())  # x86, ARM
 
 
-def amd() -> bool:
-    """Whether AMD made the processor."""
-    return cpu_facts().get("vendor_id") == "AuthenticAMD"
+@functools.cache
+def has_onednn() -> bool:
+    """Whether torch has oneDNN's fp32 product on one of AMD's processors, which MKL does not know."""
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    amd = cpu_facts().get("vendor_id") == "AuthenticAMD"
+    return built and amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def by_onednn(weight: Tensor) -> bool:
+    """Whether many rows times this (out, in) fp32 weight are sooner multiplied by oneDNN than by MKL (`F.linear`).
+
+    MKL takes its AVX2 kernels on every processor of AMD's. With AVX512 oneDNN has up to twice its rate; with AVX2 alone
+    it is quicker where several threads make a wide result, and slower elsewhere (`docs/studies/performance.md`).
+    Other makers' processors keep MKL: nobody measured them.
+    """
+    if not has_onednn():
+        return False
+    return "avx512f" in cpu_flags() or (torch.get_num_threads() > 1 and weight.shape[0] > weight.shape[1])
 
 
 def native(dtype: torch.dtype) -> bool:
@@ -58,28 +70,22 @@ def linear_in_fp32(module: Any, x: Tensor) -> Tensor:
     return linear(x.float(), module.weight.float(), bias).to(x.dtype)
 
 
-def linear_in_blocks(module: Any, x: Tensor) -> Tensor:
-    """The nn.Linear x W^T + b of a wide fp32 weight, in blocks of its columns."""
+def linear_of_fp32(module: Any, x: Tensor) -> Tensor:
+    """The nn.Linear x W^T + b of an fp32 weight."""
     if x.dtype != module.weight.dtype:
         return nn.Linear.forward(module, x)
     return linear(x, module.weight, module.bias)
 
 
-def wide(weight: Tensor) -> bool:
-    """Whether many rows times this (out, in) may sooner be had with some columns of the result at a time.
-
-    MKL does not know AMD's caches: a wide fp32 result takes longer in one call (`docs/studies/performance.md`).
-    """
-    return weight.dtype == torch.float32 and len(weight) >= WIDE and weight.device.type == "cpu" and amd()
-
-
-def in_blocks(rows: int, weight: Tensor) -> bool:
-    """Whether so many rows are sooner multiplied in blocks by the threads that torch has here."""
-    return rows >= ROWS and wide(weight) and (len(weight) >= WIDEST or torch.get_num_threads() == 1)
+def conv1d_of_fp32(module: Any, x: Tensor) -> Tensor:
+    """The Conv1D of transformers, x W + b with W (in, out) fp32."""
+    if x.dtype != module.weight.dtype:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    return linear(x, module.weight.t(), module.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x W^T + b, in blocks of columns where that is quicker: the same sums either way.
+    """Compute x W^T + b by the product that is the quickest on this processor; only the sums' order may differ.
 
     Args:
         x: (..., in).
@@ -89,63 +95,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (..., out).
     """
-    if not in_blocks(x.shape[:-1].numel(), weight):
-        return functional.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])  # (M, in)
-    result = x.new_empty(len(rows), len(weight))
-    into_columns(rows, weight, bias, result)
-    return result.view(*x.shape[:-1], len(weight))
-
-
-def into_columns(rows: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, first: int = 0) -> None:
-    """Write the product with some rows of a weight into the columns of `result` that they make.
-
-    Args:
-        rows: (M, in).
-        weight: (n, in), those rows.
-        bias: (out,), the whole weight's, or None.
-        result: (M, out).
-        first: column of the first of them.
-    """
-    count = len(weight) // BLOCK if in_blocks(len(rows), weight) else 1
-    ends = [BLOCK * index for index in range(count)] + [len(weight)]  # no narrow rest: a column alone sums otherwise
-    for start, end in itertools.pairwise(ends):
-        part, columns = weight[start:end], slice(first + start, first + end)
-        if bias is None:
-            torch.mm(rows, part.t(), out=result[:, columns])
-        else:
-            torch.addmm(bias[columns], rows, part.t(), out=result[:, columns])
+    if (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() >= MANY * weight.shape[1]
+        and (bias is None or (bias.is_contiguous() and len(bias) == len(weight)))  # it reads a bias as it lies
+        and not torch.is_grad_enabled()  # it has no gradient
+        and by_onednn(weight)
+    ):
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return functional.linear(x, weight, bias)
 
 
 def conv1d_in_fp32(module: Any, x: Tensor) -> Tensor:
     """The Conv1D of transformers, x W + b with W (in, out), in the same way."""
     if x.dtype != module.weight.dtype:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    weight: Tensor = module.weight.float()  # (in, out)
-    sums: Tensor = x.float() @ weight + module.bias.float()  # (..., out)
+    sums: Tensor = linear(x.float(), module.weight.float().t(), None) + module.bias.float()  # (..., out)
     return sums.to(x.dtype)
 
 
 @contextmanager
 def quick_products(model: nn.Module) -> Iterator[None]:
-    """Within, plain linear layers on a CPU take the quicker product: in fp32 (half precision), in blocks (fp32).
+    """Within, plain linear layers on a CPU take the quicker product: in fp32 (half precision), by oneDNN (fp32).
 
     Quantized and otherwise special modules are left alone, and the model is untouched afterwards.
     """
     from transformers.pytorch_utils import Conv1D
 
-    in_fp32 = {nn.Linear: linear_in_fp32, Conv1D: conv1d_in_fp32}
+    products = {nn.Linear: (linear_in_fp32, linear_of_fp32), Conv1D: (conv1d_in_fp32, conv1d_of_fp32)}
     changed: list[nn.Module] = []
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) not in in_fp32 or not isinstance(weight, Tensor) or weight.device.type != "cpu":
+        if type(module) not in products or not isinstance(weight, Tensor) or weight.device.type != "cpu":
             continue
-        product = in_fp32[type(module)]
-        if native(weight.dtype):
-            if type(module) is Conv1D or not wide(weight):
-                continue
-            product = linear_in_blocks
+        if type(weight) not in (Tensor, nn.Parameter):  # a library's subclass multiplies in its own way
+            continue
+        in_fp32, of_fp32 = products[type(module)]
+        if native(weight.dtype) and not (weight.dtype == torch.float32 and has_onednn()):
+            continue
         if "forward" not in vars(module):  # otherwise a hook of another library owns this module's forward
+            product = of_fp32 if weight.dtype == torch.float32 else in_fp32
             module.forward = types.MethodType(product, module)
             changed.append(module)
     try:

@@ -17,8 +17,7 @@ finished tensors, or none where only room is wanted (predicted bytes).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.core.errors import HarnessError
-from harness.methods.quantizing import scopes, stored
+from harness.methods.quantizing import stored
+from harness.methods.quantizing.arguments import decoder_layers
 from harness.methods.quantizing.codes import Functions, Recipe, divide
 from harness.methods.quantizing.int4 import Steps4, pack
 
@@ -35,41 +35,20 @@ LARGEST = 7  # of a code
 LAZY = 128  # columns whose updates are gathered: the paper's B, of no influence on the result but rounding
 
 
-@dataclass(frozen=True)
-class GptqOptions:
-    """How to quantize: `block` weights share a step, `damp` of H's mean diagonal is added to it."""
-
-    block: int
-    damp: float
-    act_order: bool
-
-
 def steps(weight: Tensor, block: int) -> Tensor:
     """(out, in) -> (out, in / block): max|w| / 7 of each block of a row."""
     return weight.view(weight.shape[0], -1, block).abs().amax(dim=2) / LARGEST
 
 
-def rounded(values: Tensor, step: Tensor) -> Tensor:
-    """Codes -7..7 of values under steps that broadcast."""
-    return divide(values, step).round_().clamp_(-LARGEST, LARGEST)
-
-
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """The upper Cholesky factor of the damped inverse, (in, in) fp32."""
-    damped = hessian.double()
-    damped.diagonal().add_(damp * damped.diagonal().mean())
-    lower = torch.linalg.cholesky(damped)
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return upper.float()
-
-
-def quantize(weight: Tensor, hessian: Tensor, options: GptqOptions) -> dict[str, Tensor]:
+def quantize(weight: Tensor, hessian: Tensor, block: int, damp: float, act_order: bool) -> dict[str, Tensor]:
     """One matrix.
 
     Args:
         weight: (out, in) fp32.
         hessian: (in, in) fp32, the sum of x x^T over inputs x.
-        options: `block` must divide `in`.
+        block: weights that share a step; must divide `in`.
+        damp: of H's mean diagonal, added to it.
+        act_order: columns by falling diagonal of H.
 
     Returns:
         codes (ceil(out * in / 2),) uint8, scale (out * in / block,) fp32, as `linear-int4` stores them.
@@ -79,22 +58,25 @@ def quantize(weight: Tensor, hessian: Tensor, options: GptqOptions) -> dict[str,
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
     columns = weight.shape[1]
-    scale = steps(weight, options.block)  # (out, blocks)
+    scale = steps(weight, block)  # (out, blocks)
     order = torch.arange(columns, device=weight.device)
-    if options.act_order:
+    if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     moved, places = weight[:, order], order.tolist()
-    factor = inverse_factor(hessian[order][:, order], options.damp)
+    damped = hessian[order][:, order].double()
+    damped.diagonal().add_(damp * damped.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()  # U, (in, in)
     result = torch.empty_like(weight)  # codes, in the order of the columns as they lie
     for start in range(0, columns, LAZY):
         stop = min(start + LAZY, columns)
         losses = torch.empty_like(moved[:, start:stop])  # (out, lazy)
         for at in range(start, stop):
             column = places[at]
-            if not options.act_order and column % options.block == 0:
-                scale[:, column // options.block] = steps(moved[:, at : at + options.block], options.block)[:, 0]
-            step = scale[:, column // options.block]
-            code = rounded(moved[:, at], step)
+            if not act_order and column % block == 0:
+                scale[:, column // block] = steps(moved[:, at : at + block], block)[:, 0]
+            step = scale[:, column // block]
+            code = divide(moved[:, at], step).round_().clamp_(-LARGEST, LARGEST)
             result[:, column] = code
             losses[:, at - start] = (moved[:, at] - code * step) / factor[at, at]
             moved[:, at:stop] -= losses[:, at - start, None] * factor[at, at:stop]
@@ -122,19 +104,8 @@ class Inputs:
         return self.sum
 
 
-def matrix(module: nn.Module) -> Tensor:
-    """A module's weight as (out, in) fp32."""
-    assert isinstance(module.weight, Tensor)
-    weight = module.weight.detach().float()
-    return (weight.T if isinstance(module, Conv1D) else weight).contiguous()
-
-
 def apply(
-    model: Any,
-    names: Sequence[str],
-    windows: Sequence[Tensor],
-    options: GptqOptions,
-    recipe: Callable[[Mapping[str, Tensor]], Recipe],
+    model: Any, names: Sequence[str], windows: Sequence[Tensor], block: int, damp: float, act_order: bool
 ) -> None:
     """Quantize the named modules in place, layer by layer.
 
@@ -142,10 +113,11 @@ def apply(
         model: unquantized, in eval mode.
         names: of Linear and Conv1D modules inside the decoder layers.
         windows: calibration token ids, (1, L) each.
-        options: as above.
-        recipe: stored tensors of a matrix -> the recipe under which `stored` keeps them.
+        block: as of `quantize`.
+        damp: likewise.
+        act_order: likewise.
     """
-    stack, depth = scopes.decoder_layers(model)
+    stack, depth = decoder_layers(model)
     with torch.no_grad():
         calls = _calls(model, [model.get_submodule(f"{stack}.{number}") for number in range(depth)], windows)
         hidden = [given[0][0][0] for given in calls]  # (1, L, H) before the first layer, a window each
@@ -156,8 +128,11 @@ def apply(
             if inside:
                 _through(layer, hidden, [call[number] for call in calls])
             for name, gathered in inputs.items():
-                tensors = quantize(matrix(model.get_submodule(name)), gathered.close(), options)
-                stored.apply(model, recipe(tensors), [name])
+                module = model.get_submodule(name)
+                weight = module.weight.detach().float()
+                weight = (weight.T if isinstance(module, Conv1D) else weight).contiguous()  # (out, in)
+                tensors = quantize(weight, gathered.close(), block, damp, act_order)
+                stored.apply(model, recipe("gptq-int4", block, tensors), [name])
             hidden = _through(layer, hidden, [call[number] for call in calls])
 
 
@@ -191,21 +166,10 @@ def _through(layer: nn.Module, hidden: Sequence[Tensor], calls: Sequence[Call]) 
     return result
 
 
-def inputs_of(module: Any) -> int:
-    """Columns of a module's weight."""
-    return int(module.weight.shape[0 if isinstance(module, Conv1D) else 1])
-
-
 def refuse_ragged(inputs: int, block: int, method: str) -> None:
     """HarnessError where blocks do not divide a row."""
     if inputs % block:
         raise HarnessError(f"a row of {inputs} weights is no multiple of {block}: write {method}:block=N")
-
-
-def room(weight: Tensor, block: int) -> dict[str, Tensor]:
-    """(out, in) -> tensors of the shapes and dtypes that are stored."""
-    codes = torch.empty((weight.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
-    return {"codes": codes, "scale": torch.zeros(weight.numel() // block, device=weight.device)}
 
 
 def packed(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
@@ -218,6 +182,9 @@ def recipe(method: str, block: int, kept: Mapping[str, Tensor] | None = None) ->
 
     def take(weight: Tensor, block: int) -> dict[str, Tensor]:
         refuse_ragged(weight.shape[1], block, method)
-        return room(weight, block) if kept is None else dict(kept)
+        if kept is not None:
+            return dict(kept)
+        codes = torch.empty((weight.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
+        return {"codes": codes, "scale": torch.zeros(weight.numel() // block, device=weight.device)}
 
     return Recipe(method, Functions(take, Steps4().decode), {"block": block})

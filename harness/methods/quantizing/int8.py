@@ -3,7 +3,8 @@
 An int8 code is a whole number below 2^8, so bf16 holds it exactly, and a product of bf16 matrices sums in fp32: what
 is rounded is the activation, and each sum once, to 8 bits of significand. Where activations are in bf16, processors
 without bf16 products in tiles (AMX) keep the dequantized weight: there the detour is slower, and figures recorded there
-stay what they are. `compute=bf16` asks for these roundings on every processor, whatever the activations are in.
+stay what they are. `compute=bf16` asks for these roundings on every processor, whatever the activations are in; up
+to eight rows of fp32 go by loops then, which round activations alone, where there is Numba and no AMX.
 """
 
 from __future__ import annotations
@@ -54,12 +55,16 @@ class Rows8(Codes):
         return stored["codes"].float().mul_(stored["scale"])
 
     def multiply(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor | None:
-        """In bf16 with the codes as they lie, where that is asked for or quick."""
+        """In bf16 with the codes as they lie, where that is asked for or quick; few rows rather by the loops."""
+        import torch
+
         from harness.methods.quantizing import products
 
         compute = weight.recipe.compute
-        quick = products.quick(x) and not (compute == FUSED and products.few(x, weight) and weight.loops())
-        if quick or compute == BF16:
+        few = products.few(x, weight) and weight.loops() is not None
+        if (products.quick(x) and not (compute == FUSED and few)) or (
+            compute == BF16 and not (few and x.dtype == torch.float32 and not products.tiled(x))
+        ):
             return in_bf16(x, weight.get_buffer("codes"), weight.get_buffer("scale"), bias)
         return None
 

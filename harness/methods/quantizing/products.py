@@ -1,7 +1,8 @@
-"""Products with a quantized weight: by compiled loops, by slabs, or dequantized."""
+"""Products with a quantized weight: few rows by compiled loops, many by the weight, unpacked whole or by slabs."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 
 TILES = frozenset({"amx_bf16"})
 FEW_ROWS = 8  # rows up to which reading codes as they lie surely beats unpacking them: studies/performance/ways.py
-SLAB = 2**20  # elements of a weight that are unpacked at a time: 4 MiB, which stay in the cache
+SLAB = 2**22  # elements that are unpacked at a time: 16 MiB, which stay in the cache; fewer make slow products
 
 
 def multiply(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-    """Few rows by loops, many dequantized; `compute=fused` takes few rows of any dtype so, and more slab by slab.
+    """Few rows by loops over the codes, many dequantized: slab by slab where the weight is large.
+
+    In half precision the weight is dequantized whole for any rows, as on every device, but for `compute=fused`.
 
     Args:
         x: (..., in), rounded only where `compute` asks for bf16.
@@ -32,13 +35,14 @@ def multiply(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
         (..., out) in x's dtype.
     """
     compute = weight.recipe.compute
-    loops = weight.loops()
-    if loops is not None and (compute == FUSED or plain(x, compute)):
-        if few(x, weight):
-            return of_few_rows(x, loops, bias)
-        if compute == FUSED:
-            return in_slabs(x, loops, bias)
-    return dequantized(x, weight.dequantize() if loops is None else loops.decode(), bias, compute)
+    loops = None if torch.is_grad_enabled() and x.requires_grad else weight.loops()
+    if loops is None:
+        return dequantized(x, weight.dequantize(), bias, compute)
+    if few(x, weight) and (compute == FUSED or x.dtype == torch.float32):
+        return of_few_rows(x.bfloat16().float() if compute == BF16 else x, loops, bias)
+    if math.prod(weight.matrix) <= SLAB or (x.dtype != torch.float32 and compute != FUSED):
+        return dequantized(x, loops.decode(), bias, compute)
+    return in_slabs(x, loops, bias, compute)
 
 
 def quick(x: Tensor) -> bool:
@@ -68,11 +72,6 @@ def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str) ->
     return finished(x, rounded(x.bfloat16(), weight.bfloat16()).float(), bias)
 
 
-def plain(x: Tensor, compute: str) -> bool:
-    """Whether the product is asked for in fp32, of fp32, and without a gradient: only its sums' order may differ."""
-    return x.dtype == torch.float32 and compute != BF16 and not x.requires_grad
-
-
 def few(x: Tensor, weight: StoredWeight) -> bool:
     """Whether x (..., in) has so few rows that loops are the quicker product."""
     return x.numel() <= FEW_ROWS * weight.matrix[1]
@@ -96,13 +95,14 @@ def of_few_rows(x: Tensor, loops: Loops, bias: Tensor | None) -> Tensor:
     return result if x.dtype == torch.float32 else result.to(x.dtype)
 
 
-def in_slabs(x: Tensor, loops: Loops, bias: Tensor | None) -> Tensor:
-    """The product with some rows of the weight at a time, which the cache still holds when they are multiplied.
+def in_slabs(x: Tensor, loops: Loops, bias: Tensor | None, compute: str) -> Tensor:
+    """The dequantized product with some rows of the weight at a time, which the cache still holds when they multiply.
 
     Args:
-        x: (..., in), any float dtype: the weight is rounded to it.
+        x: (..., in), any float dtype.
         loops: of the weight.
         bias: (out,) or None.
+        compute: as of `dequantized`.
 
     Returns:
         (..., out) in x's dtype.
@@ -110,11 +110,13 @@ def in_slabs(x: Tensor, loops: Loops, bias: Tensor | None) -> Tensor:
     outputs, inputs = loops.shape
     rows = x.reshape(-1, inputs)  # (M, in)
     result = x.new_empty(rows.shape[0], outputs)
-    slab = torch.empty(min(outputs, max(1, SLAB // inputs)), inputs)
+    count = math.ceil(outputs * inputs / SLAB)  # of slabs, all alike
+    slab = torch.empty(math.ceil(outputs / count), inputs)
     for first in range(0, outputs, len(slab)):
         part = slab[: outputs - first]
         loops.unpack(first, part)
-        cpu.into_columns(rows, part.to(x.dtype), bias, result, first)
+        columns = slice(first, first + len(part))
+        result[:, columns] = dequantized(rows, part, None if bias is None else bias[columns], compute)
     return result.view(*x.shape[:-1], outputs)
 
 
@@ -122,7 +124,7 @@ def rounded(rows: Tensor, weight: Tensor) -> Tensor:
     """The product of bf16 matrices, summed in fp32 and rounded to bf16 on every processor."""
     if rows.device.type != "cpu" or cpu.native(torch.bfloat16):
         return F.linear(rows, weight)
-    return F.linear(rows.float(), weight.float()).bfloat16()
+    return cpu.linear(rows.float(), weight.float(), None).bfloat16()
 
 
 def finished(x: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:

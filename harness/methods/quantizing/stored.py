@@ -7,6 +7,7 @@ load with a state_dict. Tied weights share one `StoredWeight`, every module of a
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
@@ -65,7 +66,9 @@ class StoredWeight(KeepsDtype):
         self.matrix = (rows.shape[0], rows.shape[1])
         stored = encode.quantize(recipe, rows, self.dtype)
         for name, tensor in stored.items():
-            self.register_buffer(name, _owning(tensor))
+            # a storage of exactly its own size, so that bytes counted are bytes held
+            whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+            self.register_buffer(name, tensor if whole else tensor.clone(memory_format=torch.contiguous_format))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, tables too, by name."""
@@ -92,20 +95,15 @@ class StoredWeight(KeepsDtype):
         matrix = self.dequantize()
         return (matrix.T if self.transposed else matrix).reshape(self.layout)
 
-    @property
-    def elements(self) -> int:
-        """Elements of the weight, not of what is stored."""
-        return self.matrix[0] * self.matrix[1]
-
 
 # beside the stores, so that no copy of a model takes it along: what loops were made of, and they
 _loops: MutableMapping[StoredWeight, tuple[Tensor | None, Tensor | None, Loops | None]] = weakref.WeakKeyDictionary()
 
 
-def _owning(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of exactly its own size, so that bytes counted are bytes held."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+def _weight(module: Any) -> Tensor:
+    """The dequantized weight in its original layout and dtype; made anew at each access."""
+    restored: Tensor = module.store.restore().to(module.store.dtype)
+    return restored
 
 
 class QuantizedLinear(nn.Module):
@@ -119,10 +117,7 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", bias)
         self.out_features, self.in_features = store.matrix
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight in its original layout and dtype; made anew at each access."""
-        return self.store.restore().to(self.store.dtype)
+    weight = property(_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the codes multiply, else as all do."""
@@ -139,24 +134,7 @@ class QuantizedLinear(nn.Module):
 @functools.cache
 def _reading_its_store(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose `weight` is dequantized from `store`: forward stays that of the class (norms, embeddings)."""
-
-    def weight(self: Any) -> Tensor:
-        restored: Tensor = self.store.restore().to(self.store.dtype)
-        return restored
-
-    return type(f"Quantized{kind.__name__}", (kind,), {"weight": property(weight), "__module__": __name__})
-
-
-def _rebuilt(module: nn.Module, store: StoredWeight) -> nn.Module:
-    """The module with its weight replaced by a store: a QuantizedLinear, or the same object under a subclass."""
-    kind: Any = type(module)
-    if kind in (nn.Linear, Conv1D):
-        bias = module._parameters.get("bias")
-        return QuantizedLinear(store, bias).train(module.training)
-    del module._parameters["weight"]
-    module.__class__ = _reading_its_store(kind)
-    module.store = store
-    return module
+    return type(f"Quantized{kind.__name__}", (kind,), {"weight": property(_weight), "__module__": __name__})
 
 
 def weight_owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -215,9 +193,14 @@ def _put(model: nn.Module, names: Iterable[str], store: StoredWeight) -> None:
     """Rebuild the modules of these names around a store; one object that stands at several places stays one."""
     rebuilt: dict[nn.Module, nn.Module] = {}
     for name in names:
-        old = model.get_submodule(name)
-        if old not in rebuilt:
-            rebuilt[old] = _rebuilt(old, store)
+        old: Any = model.get_submodule(name)
+        kind: Any = type(old)
+        if old not in rebuilt and kind in (nn.Linear, Conv1D):
+            rebuilt[old] = QuantizedLinear(store, old._parameters.get("bias")).train(old.training)
+        elif old not in rebuilt:  # the same object under a subclass
+            del old._parameters["weight"]
+            old.__class__, old.store = _reading_its_store(kind), store
+            rebuilt[old] = old
         model.set_submodule(name, rebuilt[old])
 
 
@@ -236,4 +219,4 @@ def weights(model: nn.Module) -> Iterator[QuantizedWeight]:
             continue
         fresh = {id(tensor): tensor.nbytes for tensor in store.tensors().values() if id(tensor) not in seen}
         seen.update(fresh, (id(store),))
-        yield QuantizedWeight(name, store.kind, store.elements, sum(fresh.values()), store.restore)
+        yield QuantizedWeight(name, store.kind, math.prod(store.matrix), sum(fresh.values()), store.restore)

@@ -9,13 +9,12 @@ are left to `checkpoints.open_model`, which knows how to convert.
 from __future__ import annotations
 
 import math
-import mmap
 import os
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,17 +47,10 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def mapped(self) -> Tensor:
-        """The tensor as it lies in the file, in pages that go when it goes; in memory of its own where it cannot."""
-        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        if self.offset % self.dtype.itemsize:
-            return self.read()
-        with self.file.open("rb") as file:
-            if self.file.stat().st_size < self.offset + self.nbytes:  # reading past a mapping's end is a bus error
-                raise self._cut_short()
-            pages = mmap.mmap(file.fileno(), self.offset - start + self.nbytes, access=mmap.ACCESS_COPY, offset=start)
-        flat = torch.frombuffer(pages, dtype=self.dtype, count=math.prod(self.shape), offset=self.offset - start)
-        return flat.view(self.shape)
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def expect(self) -> None:
         """Have the system begin to read it, where it takes such advice."""
@@ -66,41 +58,33 @@ class Place:
             with self.file.open("rb") as file:
                 os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        with self.file.open("rb", buffering=0) as file:
+    def tensor(self, mapped: bool) -> Tensor:
+        """The tensor: in memory of its own, or in pages of the file that go when it goes, where it is aligned."""
+        short = BadFile(f"{self.file} ends before its last tensor: fetch it again")
+        if mapped and self.offset % self.dtype.itemsize == 0:
+            try:
+                pages = np.memmap(self.file, np.uint8, "c", self.offset, (self.nbytes,))
+            except ValueError as error:  # reading past a mapping's end would be a bus error
+                raise short from error
+            return torch.from_numpy(pages).view(self.dtype).view(self.shape)
+        result = torch.empty(self.shape, dtype=self.dtype)  # aligned as torch does: products may depend on it
+        with self.file.open("rb") as file:
             file.seek(self.offset)
-            while len(room):
-                count = file.readinto(room)
-                if not count:
-                    raise self._cut_short()
-                room = room[count:]
-        return tensor
-
-    def _cut_short(self) -> BadFile:
-        return BadFile(f"{self.file} ends before its last tensor: fetch it again")
+            if file.readinto(result.reshape(-1).view(torch.uint8).numpy().data) < self.nbytes:
+                raise short
+        return result
 
 
-class Queue:
-    """Tensors in the order in which they are wanted; the system reads those to come while one is worked on."""
-
-    def __init__(self, wanted: Iterable[Place]) -> None:
-        self._coming = deque(wanted)
-        self._ahead = deque[Place]()
-
-    def next(self) -> Place:
-        """The next one, AHEAD bytes behind it on their way."""
-        while self._coming and (not self._ahead or sum(place.nbytes for place in self._ahead) < AHEAD):
-            self._coming[0].expect()
-            self._ahead.append(self._coming.popleft())
-        return self._ahead.popleft()
+def in_turn(wanted: Sequence[Place]) -> Iterator[Place]:
+    """Each as it is wanted; the system reads those to come, AHEAD bytes of them, while one is worked on."""
+    asked = ahead = 0
+    for at, place in enumerate(wanted):
+        while asked < len(wanted) and (asked == at or ahead < AHEAD):
+            wanted[asked].expect()
+            ahead += wanted[asked].nbytes
+            asked += 1
+        yield place
+        ahead -= place.nbytes
 
 
 def places(files: Iterable[Path]) -> dict[str, Place] | None:
@@ -117,10 +101,7 @@ def places(files: Iterable[Path]) -> dict[str, Place] | None:
 
 
 def quantized_model(
-    checkpoint: Checkpoint,
-    dtype: str,
-    recipe: Recipe,
-    targets: Callable[[nn.Module], list[str]],
+    checkpoint: Checkpoint, dtype: str, recipe: Recipe, targets: Callable[[nn.Module], list[str]]
 ) -> nn.Module | None:
     """The quantized model on the CPU; None where the folder is not streamable.
 
@@ -138,7 +119,14 @@ def quantized_model(
     if there is None:
         return None
     model = checkpoints.sketch_model(checkpoints.read_config(checkpoint), dtype, real_buffers=True)
-    if getattr(model, "_keep_in_fp32_modules", None) or not _match(model, there):
+    state = model.state_dict(keep_vars=True)
+    held = {id(state[name]) for name in there if name in state}
+    if (
+        getattr(model, "_keep_in_fp32_modules", None)
+        or not there.keys() <= state.keys()
+        or not all(name in there or id(tensor) in held for name, tensor in state.items())  # tied ones at least once
+        or any(state[name].shape != place.shape for name, place in there.items())
+    ):
         return None
     names, owners = targets(model), stored.weight_owners(model)
     later = {f"{owner}.weight" for name in names for owner in owners[name]}
@@ -146,36 +134,25 @@ def quantized_model(
     alike = {f"{name}.weight": [f"{owner}.weight" for owner in group] for name, group in owners.items()}
     whole = [name for name in there if name not in later]
     sources = {name: next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there) for name in names}
-    queue = Queue(there[name] for name in (*whole, *sources.values()))
+    queue = in_turn([there[name] for name in (*whole, *sources.values())])
     for name in whole:
         group = alike.get(name) or next((group for group in alike.values() if name in group), [name])
-        _put(model, group, queue.next().read(), kept)
+        _put(model, group, next(queue).tensor(mapped=False), kept)
 
     def read(name: str) -> None:
-        place = queue.next()
+        place = next(queue)
         assert place is there[sources[name]], "weights are quantized in another order than they are read in"
-        _put(model, [f"{name}.weight"], place.mapped())
+        _put(model, [f"{name}.weight"], place.tensor(mapped=True))
 
     stored.apply(model, recipe, names, read=read, dtype=kept)
     return model
-
-
-def _match(model: nn.Module, there: dict[str, Place]) -> bool:
-    """Whether the files hold exactly the model's tensors, tied ones at least once, in its shapes."""
-    state = model.state_dict(keep_vars=True)
-    held = {id(state[name]) for name in there if name in state}
-    return (
-        there.keys() <= state.keys()
-        and all(name in there or id(tensor) in held for name, tensor in state.items())
-        and all(state[name].shape == place.shape for name, place in there.items())
-    )
 
 
 def _put(model: nn.Module, names: Iterable[str], tensor: Tensor, dtype: torch.dtype | None = None) -> None:
     """Put a tensor, floating point ones in a dtype, into every place that shares it."""
     if tensor.is_floating_point():
         tensor = tensor.to(dtype or tensor.dtype)
-    parameter = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else None
+    parameter = nn.Parameter(tensor) if tensor.is_floating_point() else None
     for name in names:
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent)

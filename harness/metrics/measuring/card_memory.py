@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,26 +43,17 @@ NOT_COUNTED = (
     "what calibration holds",
 )
 HALF_BYTES, FP32_BYTES = 2, 4
-BLOCK = 64  # weights under one absmax, of bitsandbytes
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on a card.
+    """Bytes on a card."""
 
-    Attributes:
-        load_peak: most while the model is loaded.
-        run_peak: most while it runs, weights included.
-        weights: of the loaded model, quantization state included.
-        activations: of `run_peak`, what is neither weights nor cache.
-        cache: keys and values (and other state) after the last token; 0 without decoding.
-    """
-
-    load_peak: int
-    run_peak: int
-    weights: int
-    activations: int
-    cache: int
+    load_peak: int  # most while the model is loaded
+    run_peak: int  # most while it runs, weights included
+    weights: int  # of the loaded model, quantization state included
+    activations: int  # of `run_peak`, what is neither weights nor cache
+    cache: int  # keys and values (and other state) after the last token; 0 without decoding
 
 
 def predict(config: PretrainedConfig, method: Method, arguments: Arguments, window: int, decode: int = 0) -> Prediction:
@@ -95,7 +85,11 @@ def predict(config: PretrainedConfig, method: Method, arguments: Arguments, wind
         load_peak, weights = max(card.peak, reading), card.now
         card.reset()
         try:
-            cache, beside = _decoding(card, model, window, decode) if decode else _forward(card, model, window)
+            cache = beside = 0
+            if decode:
+                cache, beside = _decoding(card, model, window, decode)
+            else:
+                model(_ids(model, window), use_cache=False)
         except HarnessError:
             raise
         except Exception as error:  # whatever code of a library says that finds no values, or an operation unknown
@@ -143,7 +137,12 @@ def _reading_peak(plain: nn.Module, model: nn.Module, method: Method, format: bn
     done = {weight.name: weight for weight in method.quantized(model)}
     modules = dict(plain.named_modules())
     now = peak = 0
-    for name, parameter in sorted(plain.named_parameters(), key=lambda pair: _natural(pair[0])):
+
+    def natural(pair: tuple[str, nn.Parameter]) -> list[tuple[int, int | str]]:
+        """The order in which transformers reads tensors: numbers by their value."""
+        return [(0, int(part)) if part.isdigit() else (1, part) for part in pair[0].split(".")]
+
+    for name, parameter in sorted(plain.named_parameters(), key=natural):
         owner, _, leaf = name.rpartition(".")
         passing = 0
         if leaf == "weight" and owner in done:
@@ -154,7 +153,7 @@ def _reading_peak(plain: nn.Module, model: nn.Module, method: Method, format: bn
             elif isinstance(modules[owner], Conv1D):
                 passing *= 2
             if format.double:
-                passing += 2 * FP32_BYTES * -(-parameter.numel() // BLOCK)
+                passing += 2 * FP32_BYTES * -(-parameter.numel() // bnb.BLOCK)
         else:
             size = parameter.nbytes
         now += size
@@ -162,21 +161,10 @@ def _reading_peak(plain: nn.Module, model: nn.Module, method: Method, format: bn
     return peak
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """The order in which transformers reads tensors: numbers by their value."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"[.]", name)]
-
-
 def _ids(model: Any, length: int) -> torch.Tensor:
     """Ids (1, length), as `memory.run_peak` feeds them."""
     count: int = model.config.get_text_config().vocab_size
     return torch.arange(length, device=fake_card.PLACE).remainder(count)[None]
-
-
-def _forward(card: Card, model: Any, window: int) -> tuple[int, int]:
-    """One forward without a cache: no bytes of one, at the end and at the peak."""
-    model(_ids(model, window), use_cache=False)
-    return 0, 0
 
 
 def _decoding(card: Card, model: Any, window: int, decode: int) -> tuple[int, int]:
@@ -187,7 +175,12 @@ def _decoding(card: Card, model: Any, window: int, decode: int) -> tuple[int, in
         raise HarnessError(f"{model.config.model_type} keeps no past_key_values: leave out --decode")
     prompt_peak, at_prompt = card.peak, sizes.bytes_of(sizes.tensors(cache))
     token = _ids(model, 1)
-    if _grown(cache, decode - 1):
+    layers = list(getattr(cache, "layers", []))
+    if layers and all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+        for place, layer in enumerate(layers) if decode > 1 else ():  # keys and values take up tokens at once
+            both = layer.keys, layer.values
+            more = [kept.new_empty(*kept.shape[:-2], decode - 1, kept.shape[-1]) for kept in both]
+            cache.update(*more, place)
         card.reset()
         model(token, past_key_values=cache, use_cache=True, **last)
     else:
@@ -198,15 +191,3 @@ def _decoding(card: Card, model: Any, window: int, decode: int) -> tuple[int, in
         card.peak = prompt_peak
         return at_end, at_prompt
     return at_end, at_end
-
-
-def _grown(cache: Any, tokens: int) -> bool:
-    """Let a cache of keys and values take up tokens at once; False where it holds anything else."""
-    layers = list(getattr(cache, "layers", []))
-    if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
-        return False
-    for place, layer in enumerate(layers):
-        if tokens:
-            more = [kept.new_empty(*kept.shape[:-2], tokens, kept.shape[-1]) for kept in (layer.keys, layer.values)]
-            cache.update(*more, place)
-    return True

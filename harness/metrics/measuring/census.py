@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from harness.core.contracts import Arguments, Method, QuantizedWeight
+from harness.core.contracts import Arguments, Method
 from harness.core.errors import IncompleteQuantization
 from harness.core.values import digest
 from harness.inputs.models import sizes
@@ -39,11 +39,34 @@ def census(
         IncompleteQuantization: modules quantized are not the targets; names the first ones.
     """
     weights = list(method.quantized(model))
-    names = sorted(weight.name for weight in weights)
-    _hold(method.name, names, method.targets(original_modules[""], arguments))
+    names, targets = {weight.name for weight in weights}, method.targets(original_modules[""], arguments)
+    missing, extra = sorted(set(targets) - names), sorted(names - set(targets))
+    if off := missing or extra:
+        first = ", ".join(off[:NAMED]) + (", ..." if len(off) > NAMED else "")
+        left_out = f"left {len(missing)} of {len(targets)} modules unquantized"
+        what = left_out if missing else f"quantized {len(extra)} modules it was not asked to"
+        raise IncompleteQuantization(f"{method.name} {what}: {first}")
+    others: Counter[tuple[str, str]] = Counter()  # (module, class): elements of what is no quantized weight
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        original = original_modules.get(name, module)
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:  # tied ones once
+                continue
+            if name in names and (key == "weight" or key not in original._parameters):
+                continue  # codes under a library's name
+            seen.add(id(parameter))
+            others[name, type(original).__name__] += parameter.numel()
     quantized = _folded((weight.name, weight.kind, weight.elements) for weight in weights)
-    left = _folded(_left(model, weights, original_modules))
+    left = _folded((*place, elements) for place, elements in others.items() if elements)
     quantized_elements, left_elements = (sum(entry["elements"] for entry in part) for part in (quantized, left))
+    storages: dict[int, tuple[str, int]] = {}  # each once, under the dtype of the first tensor that looks into it
+    for tensor in sizes.held(model):
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage._cdata, (str(tensor.dtype).removeprefix("torch."), storage.nbytes()))
+    counts: Counter[str] = Counter()
+    for dtype, size in storages.values():
+        counts[dtype] += size
     return {
         "quantized": quantized,
         "left": left,
@@ -51,44 +74,10 @@ def census(
         "quantized_elements": quantized_elements,
         "left_elements": left_elements,
         "elements": quantized_elements + left_elements,
-        "bytes_by_dtype": _bytes_by_dtype(model),
+        "bytes_by_dtype": dict(sorted(counts.items())),
         "bits_per_weight": sizes.bits_per_weight(weights, arguments.dtype),
-        "names": digest(names),
+        "names": digest(sorted(weight.name for weight in weights)),
     }
-
-
-def _hold(method: str, names: list[str], targets: list[str]) -> None:
-    missing = sorted(set(targets) - set(names))
-    extra = sorted(set(names) - set(targets))
-    if missing:
-        raise IncompleteQuantization(
-            f"{method} left {len(missing)} of {len(targets)} modules unquantized: {_first(missing)}"
-        )
-    if extra:
-        raise IncompleteQuantization(f"{method} quantized {len(extra)} modules it was not asked to: {_first(extra)}")
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-
-
-def _left(
-    model: nn.Module, weights: Iterable[QuantizedWeight], original_modules: Mapping[str, nn.Module]
-) -> list[tuple[str, str, int]]:
-    """(module, class, elements) of every parameter that is not a quantized weight, tied ones once."""
-    quantized = {weight.name for weight in weights}
-    seen: set[int] = set()
-    left: Counter[tuple[str, str]] = Counter()
-    for name, module in model.named_modules():
-        original = original_modules.get(name, module)
-        for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            if name in quantized and (key == "weight" or key not in original._parameters):
-                continue  # codes under a library's name
-            seen.add(id(parameter))
-            left[name, type(original).__name__] += parameter.numel()
-    return [(name, kind, elements) for (name, kind), elements in left.items() if elements]
 
 
 def _folded(entries: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:
@@ -103,15 +92,3 @@ def _folded(entries: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:
         {"modules": pattern, "class": kind, "count": counts[pattern, kind], "elements": elements[pattern, kind]}
         for pattern, kind in sorted(counts)
     ]
-
-
-def _bytes_by_dtype(model: nn.Module) -> dict[str, int]:
-    """Bytes of each storage once, under the dtype of the first tensor that looks into it: {'uint8': 1024, ...}."""
-    seen: set[int] = set()
-    counts: Counter[str] = Counter()
-    for tensor in sizes.held(model):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            counts[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
-    return dict(sorted(counts.items()))

@@ -7,13 +7,8 @@ or both; each is a case of its own with a figure and whether it holds. `metrics.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import Method
-from harness.core.records import Figure
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LAYER = "layer"  # stands where a case has its model
 MODELS = ("tiny-gpt2", "tiny-olmo")
@@ -64,27 +59,3 @@ CHECKS = (
 def metric(check: Check) -> str:
     """The metric's full name: 'invariant.state_dict'."""
     return f"invariant.{check.name}"
-
-
-def relative(output: Tensor, wanted: Tensor) -> float:
-    """|output - wanted| / |wanted| in Frobenius norm, fp64; shapes equal."""
-    a, b = output.double(), wanted.double()
-    return float((a - b).norm() / b.norm())
-
-
-def within(value: float, limit: float, **detail: Any) -> Figure:
-    """A figure that must not exceed its limit; a value that is not finite does."""
-    return Figure(value, "", detail={"holds": value <= limit, "limit": f"at most {limit:g}", **detail})
-
-
-def smaller(double: int, plain: int) -> Figure:
-    """Bytes with double quantization over bytes without."""
-    return Figure(
-        double / plain, "", detail={"holds": double < plain, "limit": "below 1", "double": double, "plain": plain}
-    )
-
-
-def equal(output: Tensor, wanted: Tensor, **detail: Any) -> Figure:
-    """The relative difference of two outputs that must have equal bits."""
-    holds = output.equal(wanted)
-    return Figure(0.0 if holds else relative(output, wanted), "", detail={"holds": holds, "limit": "0", **detail})

@@ -20,9 +20,7 @@ outlier columns depend on values and are not counted.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,7 +74,10 @@ class Card(StorageCount):  # type: ignore[no-untyped-call]
             if any(tensor.is_meta for tensor in here):
                 raise Valueless(f"{func} copies a tensor to the host")
             return func(*args, **kwargs)
-        _check_places(name, args, given, self.on)
+        # tensors of both places may meet in copies alone, numbers without a dimension and indices left out
+        met = [args[0]] if name in INDEXED else [tensor for tensor in given if tensor.dim()]
+        if name not in BETWEEN and len({self.on(tensor) for tensor in met}) > 1:
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
         kernel = KERNELS.get(name)
         if kernel is not None:
             with self:
@@ -96,11 +97,21 @@ class Card(StorageCount):  # type: ignore[no-untyped-call]
         valued = not any(tensor.is_meta for tensor in given)
         if valued and given and all(tensor.numel() <= SMALL for tensor in given):
             return func(*args, **kwargs)
-        shapes = tree_map(_without_values, (args, kwargs))
+
+        def without_values(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.is_meta:
+                return leaf
+            return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
+
+        shapes = tree_map(without_values, (args, kwargs))
         if kwargs.get("device") is not None:
             shapes[1]["device"] = "meta"
         if not valued:
-            _check_writes(func, args, kwargs)
+            for place, argument in enumerate(func._schema.arguments):
+                written = args[place] if place < len(args) else kwargs.get(argument.name)
+                into = argument.alias_info is not None and argument.alias_info.is_write
+                if into and isinstance(written, Tensor) and not written.is_meta:
+                    raise Valueless(f"{func} writes a computed value into a tensor that the model looks at")
             return func(*shapes[0], **shapes[1])
         try:
             outcome = func(*shapes[0], **shapes[1])
@@ -116,30 +127,6 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """Tensors among an operation's arguments or results, which nest no deeper than a list."""
     lists = [value if isinstance(value, list | tuple) else (value,) for value in values]
     return [one for values in lists for one in values if isinstance(one, Tensor)]
-
-
-def _without_values(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.is_meta:
-        return leaf
-    return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
-
-
-def _check_places(name: str, args: tuple[Any, ...], given: list[Tensor], on: Callable[[Tensor], bool]) -> None:
-    """Tensors of both places may meet in copies alone, numbers without a dimension and indices left out."""
-    if name in BETWEEN:
-        return
-    met = [args[0]] if name in INDEXED else [tensor for tensor in given if tensor.dim()]
-    if len({on(tensor) for tensor in met}) > 1:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
-
-
-def _check_writes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """What has values cannot be written into from what has none."""
-    for place, argument in enumerate(func._schema.arguments):
-        written = args[place] if place < len(args) else kwargs.get(argument.name)
-        into = argument.alias_info is not None and argument.alias_info.is_write
-        if into and isinstance(written, Tensor) and not written.is_meta:
-            raise Valueless(f"{func} writes a computed value into a tensor that the model looks at")
 
 
 class OnCard(TorchFunctionMode):
@@ -226,17 +213,12 @@ FROM_DATA = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
 def present() -> Iterator[Card]:
     """A card for as long as this lasts; `take` puts tensors on it."""
     card, known = Card(), torch.cuda.get_device_capability
-    torch.cuda.get_device_capability = functools.partial(_capability, known)  # the one question that asks no tensor
+    torch.cuda.get_device_capability = lambda device=None: CAPABILITY  # the one question that asks no tensor
     try:
         with card, OnCard(card), torch.no_grad():
             yield card
     finally:
         torch.cuda.get_device_capability = known
-
-
-def _capability(known: Callable[[Any], tuple[int, int]], device: Any = None) -> tuple[int, int]:
-    """Compute capability of the card that is assumed."""
-    return CAPABILITY
 
 
 FLASH = frozenset({torch.float16, torch.bfloat16})
@@ -269,30 +251,19 @@ def attention(
         product: Tensor = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)[0]
         return product
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-    held = _padded(query, key, value) if flash else _bias(query, attn_mask, key.shape[2])
+    held = []
     if flash:
         held.append(query.new_empty(batch, heads, length, dtype=torch.float32))  # the logarithm of each row's sum
+        for tensor in (query, key, value):
+            if tensor.shape[-1] % HEAD_UNIT:  # a copy, padded
+                held.append(tensor.new_empty(*tensor.shape[:-1], -(-tensor.shape[-1] // HEAD_UNIT) * HEAD_UNIT))
+    elif attn_mask is not None:  # it becomes numbers to be added, in rows that the kernel can read
+        if attn_mask.dtype == torch.bool:
+            held.append(query.new_empty(attn_mask.shape))
+        if key.shape[2] % MASK_UNIT:
+            held.append(query.new_empty(*attn_mask.shape[:-1], -(-key.shape[2] // MASK_UNIT) * MASK_UNIT))
     del held
     return out
-
-
-def _padded(*tensors: Tensor) -> list[Tensor]:
-    """Copies of those whose heads are padded."""
-    return [
-        tensor.new_empty(*tensor.shape[:-1], -(-tensor.shape[-1] // HEAD_UNIT) * HEAD_UNIT)
-        for tensor in tensors
-        if tensor.shape[-1] % HEAD_UNIT
-    ]
-
-
-def _bias(query: Tensor, mask: Tensor | None, keys: int) -> list[Tensor]:
-    """What a mask becomes: numbers to be added, in rows that the kernel can read."""
-    made = []
-    if mask is not None and mask.dtype == torch.bool:
-        made.append(query.new_empty(mask.shape))
-    if mask is not None and keys % MASK_UNIT:
-        made.append(query.new_empty(*mask.shape[:-1], -(-keys // MASK_UNIT) * MASK_UNIT))
-    return made
 
 
 def _gemm_4bit(
@@ -341,23 +312,14 @@ def _int8_scaled_mm(
     return result
 
 
-def _int8_mixed_scaled_mm(
-    rows: Tensor,
-    codes: Tensor,
-    weight: Tensor,
-    *scales: Tensor,
-    outlier_cols: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _int8_mixed_scaled_mm(rows: Tensor, codes: Tensor, weight: Tensor, *scales: Tensor, **more: Any) -> Any:
     """The same where columns of outliers are multiplied apart."""
     return _int8_scaled_mm(codes, weight, dtype=rows.dtype), rows.new_empty(0)
 
 
-KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {
-        "bitsandbytes::gemm_4bit": _gemm_4bit,
-        "bitsandbytes::int8_vectorwise_quant": _int8_vectorwise_quant,
-        "bitsandbytes::int8_scaled_mm": _int8_scaled_mm,
-        "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
-    }
-)
+KERNELS: Mapping[str, Callable[..., Any]] = {
+    "bitsandbytes::gemm_4bit": _gemm_4bit,
+    "bitsandbytes::int8_vectorwise_quant": _int8_vectorwise_quant,
+    "bitsandbytes::int8_scaled_mm": _int8_scaled_mm,
+    "bitsandbytes::int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
+}

@@ -42,21 +42,18 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known after some windows.
-
-    `decided` is 'below' or 'above' (the interval lies on that side of the bound), 'resolution' (it is as narrow as
-    was asked for), 'end' (every token was read: the value is D itself) or '' (read on). `whole` says why the whole
-    text has to be read, '' where it need not.
-    """
+    """What is known after some windows."""
 
     value: float  # token-weighted mean of the windows read, kept within the interval; nats
     low: float
     high: float
-    decided: str
+    decided: (
+        str  # 'below' or 'above' the bound, 'resolution' (as narrow as asked for), 'end' (value is D), '' (read on)
+    )
     windows: int
     tokens_used: int
     tokens_available: int
-    whole: str = ""
+    whole: str = ""  # why the whole text has to be read, '' where it need not
 
 
 def order(token_hash: str, counts: Sequence[int]) -> NDArray[np.int64]:
@@ -132,22 +129,6 @@ def bets(windows: int, v: float, alpha: float) -> Array:
     return np.sqrt(2 * math.log(2 / alpha) / (np.array(sizes) * v))
 
 
-def log_capital(x: Array, bounds: Array, grid: Array) -> Array:
-    """Logarithm of the mixed capital after every draw.
-
-    Args:
-        x: (..., t) fair draws under the m in question, nats; their negatives bet on the other side.
-        bounds: (..., t) v_i, nats^2.
-        grid: (K,) lambdas.
-
-    Returns:
-        (..., t) natural logarithms.
-    """
-    gains = influence(grid * x[..., None]) - grid**2 * bounds[..., None] / 2  # (..., t, K)
-    capital: Array = np.logaddexp.reduce(gains.cumsum(-2), axis=-1) - math.log(len(grid))
-    return capital
-
-
 class Sequential:
     """The confidence sequence of one case; feed it windows in `order`.
 
@@ -192,13 +173,23 @@ class Sequential:
         self._tokens.append(int(tokens))
         if not math.isfinite(difference):
             self.whole = self.whole or "a loss is not finite"
-        if len(self._tokens) == self.windows:
-            return self._end()
-        if not self.whole:
+        read, decided = len(self._tokens), ""
+        if read == self.windows:
+            if sum(self._tokens) != self.tokens:
+                raise ValueError(f"the windows held {sum(self._tokens)} tokens, the plan {self.tokens}")
+            self.low = self.high = self._mean()
+            decided = "end"
+        elif not self.whole:
             self._narrow()
-        if self.whole:
+        if self.whole and not decided:
             self.low, self.high = -math.inf, math.inf  # what was claimed under v no longer is
-        return self._state(self._decision())
+        elif not decided and read >= FEWEST_WINDOWS:
+            if self.bound is not None and not self.low <= self.bound <= self.high:
+                decided = "below" if self.high < self.bound else "above"
+            elif (self.high - self.low) / 2 < self.resolution:
+                decided = "resolution"
+        value = min(max(self._mean(), self.low), self.high)
+        return Progress(value, self.low, self.high, decided, read, sum(self._tokens), self.tokens, self.whole)
 
     def _mean(self) -> float:
         """Token-weighted mean of what was read, summed from the first so that equal differences stay equal."""
@@ -207,23 +198,6 @@ class Sequential:
             return math.nan
         rest = math.fsum(n * (d - first) for d, n in zip(self._differences, self._tokens, strict=True))
         return first + rest / sum(self._tokens)
-
-    def _end(self) -> Progress:
-        if sum(self._tokens) != self.tokens:
-            raise ValueError(f"the windows held {sum(self._tokens)} tokens, the plan {self.tokens}")
-        self.low = self.high = self._mean()
-        return self._state("end")
-
-    def _state(self, decided: str) -> Progress:
-        value, used = min(max(self._mean(), self.low), self.high), sum(self._tokens)
-        return Progress(value, self.low, self.high, decided, len(self._tokens), used, self.tokens, self.whole)
-
-    def _decision(self) -> str:
-        if self.whole or len(self._tokens) < FEWEST_WINDOWS:
-            return ""
-        if self.bound is not None and not self.low <= self.bound <= self.high:
-            return "below" if self.high < self.bound else "above"
-        return "resolution" if (self.high - self.low) / 2 < self.resolution else ""
 
     def _narrow(self) -> None:
         """Intersect the interval with what the windows read so far allow, or find that v does not hold."""
@@ -246,7 +220,10 @@ class Sequential:
             self.whole = "no mean fits the windows read under the recorded variance"
 
     def _endpoint(self, a: Array, b: Array, bounds: Array, centre: float, known: float) -> float:
-        """The least m not refuted from below, on its outer side; `known` is a lower limit that holds already."""
+        """The least m not refuted from below, on its outer side; `known` is a lower limit that holds already, or -inf.
+
+        What is refuted is so for every smaller m too: from `centre`, a guess, the border is found to TOLERANCE.
+        """
         assert self.v is not None
         assert self.grid is not None
         grid, cost = self.grid[:, None], self.grid**2 * float(bounds.sum()) / 2  # (K, 1), (K,)
@@ -258,24 +235,19 @@ class Sequential:
 
         if math.isfinite(known) and not refuted(known):
             return known
-        return crossing(refuted, centre, math.sqrt(self.v), known)
-
-
-def crossing(refuted: Callable[[float], bool], start: float, step: float, known: float) -> float:
-    """The last m, to TOLERANCE steps, of a test that is true for small m: from a guess, and one known to be or -inf."""
-    high, stride = max(start, known), step
-    while refuted(high):
-        known, high, stride = high, high + stride, 2 * stride
-    low = known
-    if not math.isfinite(low):
-        low, stride = high - step, step
-        while not refuted(low):
-            high, stride = low, 2 * stride
-            low -= stride
-    while high - low > TOLERANCE * step:
-        middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    return low
+        step = stride = math.sqrt(self.v)
+        low, high = known, max(centre, known)
+        while refuted(high):
+            low, high, stride = high, high + stride, 2 * stride
+        if not math.isfinite(low):
+            low, stride = high - step, step
+            while not refuted(low):
+                high, stride = low, 2 * stride
+                low -= stride
+        while high - low > TOLERANCE * step:
+            middle = (low + high) / 2
+            low, high = (middle, high) if refuted(middle) else (low, middle)
+        return low
 
 
 def read(sequence: Sequential, drawn: Sequence[int], window: Callable[[int], tuple[float, int]]) -> Progress:

@@ -11,15 +11,20 @@ Pure logic over a clock, so that a fake clock tests it; the clock of a real devi
   further. Blocks that take longer than the caller's `pace` are fewer, so that all of them take no longer than those
   asked for would at that pace, but never fewer than FEWEST_BLOCKS.
 - Raw samples are kept; `stats` summarises them.
+- What else ran on the cores meanwhile is counted (`Load`): a time taken beside other work is nobody's.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
+import resource
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +35,8 @@ AGREEMENT = 0.05  # two successive medians within 5%
 WARMUP_LIMIT = 10  # repetitions
 FEWEST_BLOCKS = 6  # with which a 95% signed-rank interval exists: 2 / 2^6 = 0.03, while 2 / 2^5 = 0.06
 FLOOR_QUANTILE = 0.95  # the floor holds 95% of the differences that a stream shows against itself
+SPARE = 0.2  # of a core, that other work may take: the system's own, on an idle machine, takes less than a tenth
+STAT = Path("/proc/stat")
 EXHAUSTIVE_PAIRS = 12  # 2^11 sign patterns up to symmetry; more pairs are thinned to this many, evenly spread
 
 
@@ -67,6 +74,70 @@ class Warmup:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What went on beside a timing: means over its seconds.
+
+    Attributes:
+        cores: that this process may use.
+        others: of them, how many were busy for somebody else, a hypervisor's other guests too; below zero by as much
+            as it is blurred. None where Linux does not say.
+        switches: a second, by which this process lost a core before it was done with it.
+        blur: cores by which `others` may be off: Linux counts in hundredths of a second.
+    """
+
+    cores: int
+    others: float | None
+    switches: float
+    blur: float = 0.0
+
+    @classmethod
+    def over(cls, loads: Sequence[Load]) -> Load | None:
+        """The mean over repetitions that were timed apart, whose blurs are independent; None where there are none."""
+        if not loads:
+            return None
+        others, switches, blur = ([getattr(load, name) for load in loads] for name in ("others", "switches", "blur"))
+        known = None if None in others else statistics.mean(others)
+        return cls(loads[0].cores, known, statistics.mean(switches), statistics.mean(blur) / math.sqrt(len(loads)))
+
+    def crowded(self, threads: int) -> bool:
+        """Whether fewer cores were left than this process has threads."""
+        return self.others is not None and self.others - max(0, self.cores - threads) > SPARE + self.blur
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counters at one moment, seconds."""
+
+    wall: float
+    own: float  # of this process, all threads
+    busy: float | None  # of the cores that it may use
+    cores: int
+    switches: int
+
+    @classmethod
+    def now(cls) -> Usage:
+        """Read them."""
+        cores = os.sched_getaffinity(0)
+        busy, tick = None, os.sysconf("SC_CLK_TCK")
+        if STAT.is_file():
+            lines = [line.split() for line in STAT.read_text().splitlines() if line.startswith("cpu")]
+            ticks = {name: [int(value) for value in values[:8]] for name, *values in lines}
+            counted = [ticks[f"cpu{core}"] for core in cores if f"cpu{core}" in ticks]
+            busy = sum(sum(each) - each[3] - each[4] for each in counted) / tick  # all but idle and waiting for a disk
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        return cls(time.monotonic(), time.process_time(), busy, len(cores), switches)
+
+    def since(self, start: Usage) -> Load:
+        """What went on between two moments."""
+        wall = max(self.wall - start.wall, 1e-9)
+        others = None
+        if self.busy is not None and start.busy is not None:
+            others = (self.busy - start.busy - (self.own - start.own)) / wall
+        blur = self.cores / os.sysconf("SC_CLK_TCK") / wall
+        return Load(self.cores, others, (self.switches - start.switches) / wall, blur)
+
+
+@dataclass(frozen=True)
 class Timing:
     """Raw seconds of both streams; index i of each is block i."""
 
@@ -74,6 +145,7 @@ class Timing:
     reference: tuple[float, ...]
     warmup_candidate: Warmup
     warmup_reference: Warmup
+    load: Load | None = field(default=None, compare=False)
 
 
 def warm_up(work: Work, clock: Clock, *, limit: int = WARMUP_LIMIT, slow: float = math.inf) -> Warmup:
@@ -123,8 +195,10 @@ def measure(
     warm_reference = warm_up(reference, clock, limit=limit, slow=slow)
     if (block := warm_candidate.seconds + warm_reference.seconds) > pace:
         blocks = min(blocks, max(FEWEST_BLOCKS, int(blocks * pace / block)))
+    start = Usage.now()
     ours, theirs = interleave(candidate, reference, clock, blocks)
-    return Timing(tuple(ours), tuple(theirs), warm_candidate, warm_reference)
+    load = Usage.now().since(start)
+    return Timing(tuple(ours), tuple(theirs), warm_candidate, warm_reference, load)
 
 
 def aa_floor(seconds: Sequence[float]) -> float | None:

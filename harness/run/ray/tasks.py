@@ -19,11 +19,12 @@ from harness.core.errors import HarnessError
 from harness.core.files import cache_dir, locked, timing_lock
 from harness.core.options import Options
 from harness.core.records import Row
-from harness.inputs.models.cache import RECORD
+from harness.core.values import parse_json
+from harness.inputs.models.folder import CHECK, RECORD, built
 from harness.results.directory import LOSSES
-from harness.run import project
 from harness.run.local import Died, Runner
 from harness.run.messages import Asked
+from harness.run.plan import open_to
 
 Losses = Mapping[str, bytes]  # files of a report's nll/ by name
 
@@ -57,18 +58,17 @@ def measure_group(errand: Errand, depot: Any, reference: Losses) -> Iterator[Cam
     known = ray.get(depot.known.remote())
     with runner_for(errand, depot, reference) as runner:
         for asked in errand.asked:
-            yield None if asked.case.id in known else measured(runner, asked, reference)
-
-
-def measured(runner: Runner, asked: Asked, reference: Losses) -> Came:
-    """One case's row with the losses that it names; a timed one says where it was timed."""
-    case = asked.case
-    row, trouble = runner.measure(case, {case.id: asked.before} if asked.before else {}, asked.stop)
-    if row.value is not None and row is not asked.before and member_of(case).timed:
-        row = replace(row, detail={**row.detail, "node": node_name()})
-    files = [runner.options.report_dir / LOSSES / f"{sha}.npz" for sha in (row.nll, row.detail.get("reference_nll"))]
-    losses = {path.name: path.read_bytes() for path in files if path.name not in reference and path.is_file()}
-    return Came(row, trouble, runner.environments.get(row.environment, {}), losses)
+            case = asked.case
+            if case.id in known:
+                yield None
+                continue
+            row, trouble = runner.measure(case, {case.id: asked.before} if asked.before else {}, asked.stop)
+            if row.value is not None and row is not asked.before and member_of(case).timed:
+                row = replace(row, detail={**row.detail, "node": node_name()})
+            shas = (row.nll, row.detail.get("reference_nll"))
+            files = [runner.options.report_dir / LOSSES / f"{sha}.npz" for sha in shas]
+            losses = {path.name: path.read_bytes() for path in files if path.name not in reference and path.is_file()}
+            yield Came(row, trouble, runner.environments.get(row.environment, {}), losses)
 
 
 def reference_losses(errand: Errand, depot: Any, before: Losses) -> Losses:
@@ -87,11 +87,11 @@ def reference_losses(errand: Errand, depot: Any, before: Losses) -> Losses:
 @contextlib.contextmanager
 def runner_for(errand: Errand, depot: Any, losses: Losses) -> Iterator[Runner]:
     """A runner that writes to a folder of its own, with the model and the reference's losses at hand."""
-    project.open_to(errand.options.declared)
+    open_to(errand.options.declared)
     with own_folder(cache_dir() / "ray") as folder:
         options = replace(errand.options, report_dir=folder)
         runner = Runner(options, threads=errand.threads, lock=timing_lock())
-        runner.inputs = errand.inputs
+        runner.inputs, runner.crowded = errand.inputs, True  # by other tasks of the node
         try:
             (folder / LOSSES).mkdir()
             for name, content in losses.items():
@@ -166,23 +166,16 @@ class Depot:
 
 
 def bring(name: str, depot: Any) -> None:
-    """Put a built folder into this node's cache where it is not there: written aside, renamed when whole."""
+    """Put a folder that the driver's cache built into this node's cache, where it does not lie whole already."""
     import ray
 
-    home = cache_dir() / "checkpoints"
-    if not name or (home / name / RECORD).is_file():
-        return
-    with locked(home / f"{name}.lock"):
-        if (home / name / RECORD).is_file():
-            return
-        files = ray.get(depot.folder.remote(name))
-        temporary = Path(tempfile.mkdtemp(dir=home, prefix=f".{name}."))
-        try:
-            for file, content in files.items():
-                ray.get(content).tofile(temporary / file)
-            temporary.chmod(0o755)
-            shutil.rmtree(home / name, ignore_errors=True)  # one that is not whole
-            temporary.rename(home / name)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    def build(destination: Path) -> dict[str, str]:
+        for file, content in ray.get(depot.folder.remote(name)).items():
+            ray.get(content).tofile(destination / file)
+        record = destination / RECORD  # the driver's: of files with other times
+        facts = parse_json(record.read_bytes())
+        record.unlink()
+        return {key: value for key, value in facts.items() if key not in ("files", CHECK)}
+
+    if name:
+        built(name, build)

@@ -10,18 +10,17 @@ untimed repetition leads, except where a repetition is long beside that.
 
 from __future__ import annotations
 
-import statistics
+import functools
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from harness.core import catalog
 from harness.core.errors import HarnessError
 from harness.core.records import Case, Figure, Row, Verdict
 from harness.core.stats import summarise
-from harness.metrics.measuring.timing import FEWEST_BLOCKS, Warmup, Work, aa_floor, warm_up
+from harness.metrics.measuring.timing import FEWEST_BLOCKS, Load, Usage, Warmup, Work, aa_floor, warm_up
 from harness.run.messages import Repetition, Reply
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ LEAD_BELOW_SECONDS = 0.5  # refilling 50 MiB of caches takes some 10 ms: 2% of t
 WARMUP_LIMIT = 6  # repetitions; each side's process has run whole windows of text before
 
 Ask = Callable[[Repetition], Any]
-_prepared: WeakKeyDictionary[Group, dict[str, tuple[dict[str, int], Work]]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -43,31 +41,29 @@ class Stream:
     case: Case
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)  # beside each of them
     warmup: Warmup = field(default_factory=lambda: Warmup(0, settled=False))
+    lead: int = 0  # untimed repetitions in front of each timed one
     trouble: str = ""  # why it was given up, in one line
 
-    @property
-    def lead(self) -> int:
-        """Untimed repetitions in front of each timed one."""
-        return int(not self.seconds or statistics.median(self.seconds) < LEAD_BELOW_SECONDS)
-
-    def repeat(self, lead: int = 0) -> float:
+    def repeat(self) -> float:
         """One repetition's seconds."""
-        facts = dict(self.ask(Repetition(self.case, lead)))
+        facts = dict(self.ask(Repetition(self.case, self.lead)))
         seconds = float(facts.pop("seconds"))
+        if load := facts.pop("load", None):
+            self.loads.append(load)
         self.facts = facts
         return seconds
 
     def warm(self) -> None:
         """Until it settles; what was seen decides whether repetitions get a lead."""
-        seen: list[float] = []
+        work = Work(self.repeat)
+        self.warmup = warm_up(work, lambda *_: [self.repeat()], limit=WARMUP_LIMIT, slow=SLOW_SECONDS)
+        self.lead = int(self.warmup.seconds < LEAD_BELOW_SECONDS)
 
-        def clock(*works: Work) -> list[float]:
-            seen.extend(float(str(work.run())) for work in works)
-            return seen[-len(works) :]
-
-        self.warmup = warm_up(Work(self.repeat), clock, limit=WARMUP_LIMIT, slow=SLOW_SECONDS)
-        self.seconds = seen[1:] or seen
+    def time(self) -> None:
+        """One block's repetition."""
+        self.seconds.append(self.repeat())
 
     def attempt(self, step: Callable[[], None]) -> None:
         """Run a step; a failure gives the stream up, with its reason."""
@@ -96,75 +92,58 @@ def interleave(asks: Mapping[str, Ask], case: Case, blocks: int) -> dict[str, Fi
         stream.attempt(stream.warm)
     if any(stream.warmup.seconds > SLOW_SECONDS for stream in streams.values()):
         blocks = min(blocks, FEWEST_BLOCKS)
-    leads = {name: stream.lead for name, stream in streams.items()}
     for stream in streams.values():
-        stream.seconds = []
+        stream.loads = []
     order = list(streams)
     for block in range(blocks):
         for name in order if block % 2 == 0 else reversed(order):
-            stream, lead = streams[name], leads[name]
-            stream.attempt(lambda stream=stream, lead=lead: stream.seconds.append(stream.repeat(lead)))  # type: ignore[misc]
+            streams[name].attempt(streams[name].time)
     own = uuid.uuid4().hex
-    return {name: stream.trouble or _figure(stream, leads[name], own, order) for name, stream in streams.items()}
-
-
-def _figure(stream: Stream, lead: int, own: str, order: Sequence[str]) -> Figure:
-    summary = summarise(stream.seconds)
-    detail = {
-        "p90": summary.p90,
-        "p99": summary.p99,
-        "aa_floor": aa_floor(stream.seconds),
-        "blocks": len(stream.seconds),
-        "turns": own,
-        "turns_of": list(order),
-        "lead": lead,
-        "warmup": {"repetitions": stream.warmup.repetitions, "settled": stream.warmup.settled},
-        **stream.facts,
-    }
-    samples = tuple(stream.seconds)
-    return Figure(summary.p50, "s", len(samples), summary.iqr, samples=samples, detail=detail)
+    figures: dict[str, Figure | str] = {}
+    for name, stream in streams.items():
+        if stream.trouble:
+            figures[name] = stream.trouble
+            continue
+        summary, samples = summarise(stream.seconds), tuple(stream.seconds)
+        detail = {
+            "p90": summary.p90,
+            "p99": summary.p99,
+            "aa_floor": aa_floor(samples),
+            "blocks": len(samples),
+            "turns": own,
+            "turns_of": order,
+            "lead": stream.lead,
+            "warmup": {"repetitions": stream.warmup.repetitions, "settled": stream.warmup.settled},
+            **stream.facts,
+        }
+        if load := Load.over(stream.loads):
+            crowded = case.device == "cpu" and load.crowded(stream.facts["threads"])
+            detail |= {"others": load.others, "switches": load.switches, "crowded": crowded}
+        figures[name] = Figure(summary.p50, "s", len(samples), summary.iqr, samples=samples, detail=detail)
+    return figures
 
 
 def answer(group: Group, asked: Repetition) -> Reply:
-    """Seconds of one repetition, or with a figure the row of the whole timing."""
+    """Seconds of one repetition, or with a figure the row of the whole timing: judged beside the others', not alone."""
     import torch  # here: the side that asks has none
 
     group.case = asked.case
-    if asked.figure is not None:
-        return Reply("row", row=row_of(group, asked.figure), data=group.environment.to_dict())
-    with torch.inference_mode():
-        lengths, work = prepared(group, asked.case.metric)
-        *_, seconds = group.device.time(*[work] * (asked.lead + 1))
-    return Reply("seconds", data={"seconds": seconds, **lengths, "threads": torch.get_num_threads()})
-
-
-def prepared(group: Group, metric: str) -> tuple[dict[str, int], Work]:
-    """The token counts and the work of a timed metric, made once a process: a prompt's cache is kept with it."""
-    known = _prepared.setdefault(group, {})
-    if metric not in known:
-        build = catalog.metrics()[group.case.family].work
-        if build is None:
-            raise HarnessError(f"{metric} is no timed metric: it cannot be taken in turn")
-        lengths, make = build(group, catalog.member_of(group.case))
-        known[metric] = lengths, make(group.model)
-    return known[metric]
-
-
-def row_of(group: Group, figure: Figure) -> Row:
-    """The row of a figure that was taken in turn with other processes: it is judged beside theirs, not alone."""
+    if asked.figure is None:
+        with torch.inference_mode():
+            lengths, work = prepared(group, asked.case.metric)
+            start = Usage.now()
+            *_, seconds = group.device.time(*[work] * (asked.lead + 1))
+            load = Usage.now().since(start)
+        return Reply("seconds", data={"seconds": seconds, **lengths, "threads": torch.get_num_threads(), "load": load})
+    figure = asked.figure
     plan = group.plan if group.case.dataset else None
     text = {"protocol_id": plan.protocol_id, "token_hash": plan.token_hash} if plan else {}
-    return Row.of(
+    row = Row.of(
         group.case,
         **text,
         revision=group.checkpoint.revision,
         method_id=group.method_id,
-        value=figure.value,
-        unit=figure.unit,
-        count=figure.count,
-        spread=figure.spread,
-        samples=figure.samples,
-        detail=figure.detail,
+        **vars(figure),
         census=group.census,
         bits_per_weight=group.census.get("bits_per_weight"),
         environment=group.environment.id,
@@ -173,3 +152,14 @@ def row_of(group: Group, figure: Figure) -> Row:
         verdict=Verdict.UNRECORDED,
         reason="timed in turn with the other sides: judged in their comparison",
     )
+    return Reply("row", row=row, data=group.environment.to_dict())
+
+
+@functools.cache
+def prepared(group: Group, metric: str) -> tuple[dict[str, int], Work]:
+    """The token counts and the work of a timed metric, made once: a process has one group, whose cache is kept too."""
+    build = catalog.metrics()[group.case.family].work
+    if build is None:
+        raise HarnessError(f"{metric} is no timed metric: it cannot be taken in turn")
+    lengths, make = build(group, catalog.member_of(group.case))
+    return lengths, make(group.model)

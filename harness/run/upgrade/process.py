@@ -22,7 +22,6 @@ import harness
 from harness.core.errors import HarnessError
 from harness.core.options import Options
 from harness.run.local import Died, server_environment
-from harness.run.messages import Repetition
 from harness.run.session import Session
 
 ENDING_SECONDS = 10  # for a process to end by itself once its pipe is closed
@@ -45,7 +44,6 @@ class Remote:
         self.log = log
         variables = {name: value for name, value in os.environ.items() if name not in DROPPED}
         variables |= server_environment(threads) | {"PYTHONPATH": str(Path(harness.__file__).parents[1])}
-        log.parent.mkdir(parents=True, exist_ok=True)
         with theirs, log.open("w") as output:
             self._process = subprocess.Popen(
                 [str(python), "-m", "harness.run.upgrade.process", str(theirs.fileno())],
@@ -75,18 +73,15 @@ class Remote:
                     break
                 say(answer)
         except (EOFError, OSError) as error:
-            raise SideGone(self.obituary()) from error
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(ENDING_SECONDS)
+            status = self._process.returncode
+            raise SideGone(f"the side's process ended with exit status {status}{self.last_words()}") from error
         if kind == "value":
             return answer
         if kind == "bug":
             raise RuntimeError(answer)
         raise SideFailed(f"{answer}{self.last_words()}" if kind == "died" else str(answer))
-
-    def obituary(self) -> str:
-        """How the process ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(ENDING_SECONDS)
-        return f"the side's process ended with exit status {self._process.returncode}{self.last_words()}"
 
     def last_words(self) -> str:
         """The last line that the side printed, in brackets; an import that fails says there what failed."""
@@ -104,10 +99,15 @@ class Remote:
 
 
 def main() -> int:
-    """Answer (verb, argument) with ('value', answer), ('said', line), ('error', line) or ('bug', traceback)."""
+    """Answer (verb, argument) with ('value', answer), ('said', line), ('error', line) or ('bug', traceback).
+
+    'prepare' answers with what identifies the inputs, 'check' with a row, its traceback and its world, and 'repetition'
+    with seconds and token counts, or behind the last one as 'check' does.
+    """
     connection: Any = Connection(int(sys.argv[1]))
     options, threads = connection.recv()
     session = Session(options, threads)
+    answer: Any
     try:
         while True:
             try:
@@ -115,7 +115,20 @@ def main() -> int:
             except EOFError:
                 return 0
             try:
-                connection.send(("value", _answer(session, connection, verb, argument)))
+                if verb == "prepare":
+                    answer = session.prepare(argument, lambda line: connection.send(("said", line)))
+                elif verb == "check":
+                    row, trouble = session.check(argument)
+                    answer = row, trouble, dict(session.world(row)) if row.environment else {}
+                else:
+                    reply = session.runner.ask(argument.case, verb, argument)
+                    if reply.kind == "error":
+                        raise HarnessError(reply.text)
+                    if reply.kind == "bug":
+                        raise RuntimeError(reply.text)
+                    data = dict(reply.data or {})
+                    answer = data if reply.row is None else (reply.row, "", data)
+                connection.send(("value", answer))
             except HarnessError as error:
                 connection.send(("error", str(error)))
             except Died as error:
@@ -124,27 +137,6 @@ def main() -> int:
                 connection.send(("bug", traceback.format_exc()))
     finally:
         session.close()
-
-
-def _answer(session: Session, connection: Any, verb: str, argument: Any) -> Any:
-    if verb == "prepare":
-        return session.prepare(argument, lambda line: connection.send(("said", line)))
-    if verb == "check":
-        row, trouble = session.check(argument)
-        return row, trouble, dict(session.world(row)) if row.environment else {}
-    return _repetition(session, argument)
-
-
-def _repetition(session: Session, asked: Repetition) -> Any:
-    """Seconds and token counts of one repetition, or the row of a finished timing with its world."""
-    reply = session.runner.ask(asked.case, "repetition", asked)
-    if reply.kind == "row" and reply.row is not None:
-        return reply.row, "", dict(reply.data or {})
-    if reply.kind == "seconds":
-        return dict(reply.data or {})
-    if reply.kind == "error":
-        raise HarnessError(reply.text)
-    raise RuntimeError(reply.text)
 
 
 if __name__ == "__main__":

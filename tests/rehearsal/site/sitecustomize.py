@@ -5,7 +5,7 @@
 
 The session's own processes ask the driver for cards: give them the stub driver as well
 (`tests.rehearsal.driver.variables`).
-Nothing is imported or changed here but `child.serve`, once somebody imports it: in the process of a group that
+Nothing is imported or changed here but `group.serve`, once somebody imports it: in the process of a group that
 runs on a card it is called within `tests.rehearsal.card.pretended`.
 """
 
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-CHILD = "harness.run.child"
+GROUP = "harness.run.group"
 
 
 def on_the_pretended_card(serve: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -43,7 +43,7 @@ def on_the_pretended_card(serve: Callable[[Any, Any], None]) -> Callable[[Any, A
 
 
 class Loader(importlib.abc.Loader):
-    """Loads `child` as its own loader does, then wraps its `serve`."""
+    """Loads `group` as its own loader does, then wraps its `serve`."""
 
     def __init__(self, own: importlib.abc.Loader) -> None:
         self.own = own
@@ -57,12 +57,12 @@ class Loader(importlib.abc.Loader):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds `child`, where the other finders find it."""
+    """Finds `group`, where the other finders find it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != CHILD:
+        if fullname != GROUP:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)

@@ -1,18 +1,40 @@
-"""What GGUF calls the tensors and facts of the model architectures that are written and read here. No torch.
+"""The model architectures that are read from GGUF and written to it: tensors, facts and layouts in both's words.
 
-One table serves both directions: `write` reads it from transformers' names to GGUF's,
-`read` backwards. Names and keys are those that llama.cpp loads (its architectures llama, gpt2, olmo and
-phi3); what an architecture's graph in llama.cpp does not compute is refused by name rather than left out.
+One table serves both directions: from transformers' names to GGUF's, and backwards. Names and keys are those that
+llama.cpp loads (its architectures llama, gpt2, olmo and phi3); what an architecture's graph in llama.cpp does not
+compute is refused by name rather than left out.
+
+`convert` makes a GGUF file a plain model folder (fp32 safetensors, config.json, tokenizer.json): one of these
+architectures directly, in seconds; whatever else a file holds, its weights or its tokenizer go through transformers,
+which takes about a minute (and reads no OLMo).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from harness.core.errors import HarnessError
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from harness.core.errors import BadFile, HarnessError
+from harness.inputs.models import folder
+from harness.inputs.models.gguf_format import tokenizers
+from harness.inputs.models.gguf_format.file import GgufFile
+
+VERSION = 2  # of the conversion: part of the cache's key
+GRIDS = {"Q4_0": "affine4:32", "Q4_1": "affine4:32"}  # values d (q - 8) and d q + m: both affine 4-bit grids
+STORED = {"Q4_0": "Q4_0, symmetric 4-bit in blocks of 32,", "Q4_1": "Q4_1, affine 4-bit in blocks of 32,"}
+# attribute of the configuration -> a tensor that is there where it is true (OLMo and Llama may have biases)
+BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+PLAIN = ("F32", "F16", "BF16")  # not quantized
 ROTARY_BASE = "rope_theta"  # lies in transformers' rope_parameters, not on the configuration itself
 COUNTS = {  # key below the architecture's name -> attribute of transformers' configuration
     "vocab_size": "vocab_size",
@@ -41,8 +63,7 @@ QUERIES = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 class Architecture:
     """One architecture in GGUF's and in transformers' words."""
 
-    name: str  # of GGUF
-    model_type: str  # of transformers
+    name: str  # of GGUF and of transformers' model type
     outer: Mapping[str, str]  # GGUF module -> transformers module, outside the layers
     inner: Mapping[str, str]  # the same inside a layer
     layers: str  # prefix of a layer in transformers
@@ -61,6 +82,12 @@ class Architecture:
             return f"{self.layers}.{number}.{self.inner[inner]}" if inner in self.inner else ""
         return self.outer.get(name, "")
 
+    def tensor(self, gguf_name: str) -> str:
+        """Transformers' name of a tensor ('token_embd.weight'); '' where the architecture has none."""
+        module, _, suffix = gguf_name.rpartition(".")
+        theirs = self.module(module)
+        return f"{theirs}.{suffix}" if theirs and suffix in ("weight", "bias") else ""
+
     def gguf_module(self, name: str) -> str:
         """GGUF's name of a transformers module; '' where the architecture has none."""
         backwards = {theirs: ours for ours, theirs in self.outer.items()}
@@ -72,9 +99,8 @@ class Architecture:
 
     def is_conv1d(self, gguf_name: str) -> bool:
         """Whether transformers holds a tensor of this GGUF name the other way round."""
-        return (
-            self.conv1d and gguf_name.startswith("blk.") and gguf_name.endswith(".weight") and "norm" not in gguf_name
-        )
+        matrix = gguf_name.startswith("blk.") and gguf_name.endswith(".weight") and "norm" not in gguf_name
+        return self.conv1d and matrix
 
     def heads(self, gguf_name: str, config: Any) -> int:
         """Heads whose rows GGUF interleaves in a tensor of this name; 0 where it keeps transformers' order."""
@@ -84,7 +110,6 @@ class Architecture:
 
 LLAMA = Architecture(
     "llama",
-    "llama",
     OUTER,
     {**NORMS, **SPLIT_ATTENTION, **GATED_MLP},
     "model.layers",
@@ -93,7 +118,6 @@ LLAMA = Architecture(
     interleaved=QUERIES,
 )
 OLMO = Architecture(
-    "olmo",
     "olmo",
     {name: module for name, module in OUTER.items() if name != "output_norm"},  # its norms have no weights
     {**SPLIT_ATTENTION, **GATED_MLP},
@@ -105,7 +129,6 @@ OLMO = Architecture(
     interleaved=QUERIES,
 )
 PHI3 = Architecture(
-    "phi3",
     "phi3",
     OUTER,
     {
@@ -125,7 +148,6 @@ PHI3 = Architecture(
     fixed={"hidden_act": "silu"},
 )
 GPT2 = Architecture(
-    "gpt2",
     "gpt2",
     {
         "token_embd": "transformer.wte",
@@ -167,9 +189,9 @@ def of_config(config: Any) -> Architecture:
 
     Raises HarnessError, in one line, for another architecture and for what GGUF's graph of it does not compute.
     """
-    architecture = next((one for one in ARCHITECTURES.values() if one.model_type == config.model_type), None)
+    architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
-        known = ", ".join(one.model_type for one in ARCHITECTURES.values())
+        known = ", ".join(ARCHITECTURES)
         raise HarnessError(f"no GGUF is written for '{config.model_type}' models: {known} are known")
     for name, value in architecture.fixed.items():
         if getattr(config, name) != value:
@@ -207,27 +229,100 @@ def metadata(architecture: Architecture, config: Any) -> dict[str, int | float]:
     return {f"{architecture.name}.{key}": value for key, value in written.items() if value is not None}
 
 
-def unknown(architecture: Architecture, file_facts: Mapping[str, Any]) -> list[str]:
-    """What of a file's hyperparameters this table does not cover: missing and foreign keys, [] where none."""
+def architecture_of(file: GgufFile) -> Architecture | None:
+    """The architecture whose tensors and facts cover the whole file, with nothing left out; None where none does."""
+    architecture = ARCHITECTURES.get(str(file.metadata.get("general.architecture")))
+    if architecture is None or "mistral" in str(file.metadata.get("general.name", "")).lower():
+        return None  # a Mistral's attention window is not stated in its file
     prefix = f"{architecture.name}."
-    stated = {key.removeprefix(prefix) for key in file_facts if key.startswith(prefix)}
-    allowed = {*architecture.facts, *architecture.optional, *architecture.constants}
+    stated = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
+    known = {*architecture.facts, *architecture.optional, *architecture.constants}
     if "rope.dimension_count" in architecture.facts:
-        allowed |= {"attention.key_length", "attention.value_length"}  # derived from it
-    return sorted((stated - allowed) | (set(architecture.facts) - stated))
+        known |= {"attention.key_length", "attention.value_length"}  # derived from it
+    whole = stated <= known and stated >= architecture.facts.keys() and all(map(architecture.tensor, file.tensors))
+    return architecture if whole else None
 
 
-def configuration(architecture: Architecture, file_facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration's attributes that a file states, as transformers' class takes them."""
+def configuration(architecture: Architecture, file: GgufFile) -> Any:
+    """The file's facts as transformers' configuration; a head that is not stored is tied."""
     named = {**architecture.facts, **architecture.optional}
-    attributes = {
-        name: file_facts[f"{architecture.name}.{key}"]
-        for key, name in named.items()
-        if f"{architecture.name}.{key}" in file_facts
-    }
-    attributes |= {name: None for name in architecture.optional.values() if name not in attributes}
-    if ROTARY_BASE in attributes:
-        attributes["rope_parameters"] = {"rope_type": "default", ROTARY_BASE: attributes.pop(ROTARY_BASE)}
-    if architecture.model_type in ("olmo", "phi3"):
-        attributes.pop("head_dim")  # derived by their classes
-    return attributes
+    stated = {name: file.metadata.get(f"{architecture.name}.{key}") for key, name in named.items()}
+    if ROTARY_BASE in stated:
+        stated["rope_parameters"] = {"rope_type": "default", ROTARY_BASE: stated.pop(ROTARY_BASE)}
+    if architecture.name in ("olmo", "phi3"):
+        del stated["head_dim"]  # derived by their classes
+    specials = {name: key for name, key in tokenizers.TOKENS.items() if name != "unk"}
+    config = AutoConfig.for_model(
+        architecture.name,
+        **stated,
+        **{f"{name}_token_id": file.metadata.get(key) for name, key in specials.items()},
+        tie_word_embeddings="output.weight" not in file.tensors,
+        dtype="float32",
+        **{name: True for name, tensor in BIASES.items() if architecture.interleaved and tensor in file.tensors},
+    )
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.name]]
+    return config
+
+
+def halves_apart(weight: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Reorder a query or key projection's rows from GGUF's rotary layout to transformers'.
+
+    GGUF interleaves the two halves that a rotation mixes (x0 y0 x1 y1 ...); transformers keeps them apart
+    (x0 x1 ... y0 y1 ...). weight: (heads * head_dim, ...): values, a bias, or rows as bytes.
+    """
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)  # (head, pair, half, rest)
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def halves_together(weight: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Undo `halves_apart`."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)  # (head, half, pair, rest)
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def in_layout(weight: NDArray[Any], gguf_name: str, architecture: Architecture, config: Any) -> NDArray[Any]:
+    """A tensor of the file in transformers' row order and orientation."""
+    if heads := architecture.heads(gguf_name, config):
+        weight = halves_apart(weight, heads)
+    return weight.T if architecture.is_conv1d(gguf_name) else weight
+
+
+def convert(path: Path, destination: Path) -> dict[str, str]:
+    """Write a GGUF file's model into the folder `destination`.
+
+    Returns {'note', 'grid'}: what a reader must know of how the weights were stored, and the quantization grid that
+    most of them lie on ('' for none). BadFile where neither this module nor transformers can read the file.
+    """
+    file = GgufFile(path)
+    if (architecture := architecture_of(file)) is not None:
+        config, state = configuration(architecture, file), {}
+        config.save_pretrained(destination)
+        for name, tensor in file.tensors.items():
+            weight = in_layout(tensor.dequantize(), name, architecture, config)
+            state[architecture.tensor(name)] = torch.from_numpy(np.array(weight, order="C"))  # a copy to write into
+        save_file(state, destination / "model.safetensors", metadata={"format": "pt"})
+    else:
+        try:
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+        except (ValueError, KeyError, NotImplementedError) as error:
+            detail = str(error).splitlines()[0]
+            raise BadFile(f"{path} holds a model that transformers does not read from GGUF ({detail})") from error
+        folder.require_match(report, f"the weights in {path}, as transformers reads them,")
+        folder.save_plain(loaded, loaded.state_dict(), destination)
+    if tokenizers.is_known(file.metadata):
+        tokenizers.write(file.metadata, destination)
+    else:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(destination)
+    elements: Counter[str] = Counter()
+    for name, tensor in file.tensors.items():
+        if name.startswith("blk."):
+            elements[tensor.kind] += int(np.prod(tensor.shape))
+    kind = elements.most_common(1)[0][0] if elements else "F32"
+    stored = f"weights were stored as {STORED.get(kind, f'{kind},')} before they became this fp32 reference"
+    return {"note": "" if kind in PLAIN else stored, "grid": GRIDS.get(kind, "")}

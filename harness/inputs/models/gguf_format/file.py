@@ -4,18 +4,10 @@ The gguf package's reader wraps every vocabulary entry in a memory-mapped array,
 this one unpacks in place. Layout: ggml's docs/gguf.md, versions 2 and 3.
 
 The package dequantizes whole arrays of the host; `dequantize` here takes bytes on any device, as a model holds them. A
-row of a matrix is a run of blocks of 32 weights; layouts (little-endian, ggml's `ggml-common.h`):
-
-| format | bytes a block | weights |
-|---|---|---|
-| Q8_0 | fp16 d, 32 int8 q | d q |
-| Q5_1 | fp16 d, fp16 m, 32 high bits, 16 bytes of low nibbles | d q + m, q in 0..31 |
-| Q5_0 | fp16 d, 32 high bits, 16 bytes of low nibbles | d (q - 16) |
-| Q4_1 | fp16 d, fp16 m, 16 bytes of nibbles | d q + m, q in 0..15 |
-| Q4_0 | fp16 d, 16 bytes of nibbles | d (q - 8) |
-
-Weight i < 16 is the low nibble of byte i, weight i + 16 the high one. F32 and F16 rows are plain numbers. Quantizing is
-the gguf package's affair; a test holds what is read here to that package, bit for bit.
+row of a matrix is a run of blocks of 32 weights (little-endian, ggml's `ggml-common.h`): an fp16 step d, for Q4_1 and
+Q5_1 an fp16 minimum m, for Q5_0 and Q5_1 the codes' 32 high bits, then int8 codes q or 16 bytes of nibbles, weight
+i < 16 in the low nibble of byte i, weight i + 16 in the high one. F32 and F16 rows are plain numbers. Quantizing is the
+gguf package's affair; a test holds what is read here to that package, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,7 +31,6 @@ from harness.core.errors import BadFile
 MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct formats
 STRING, ARRAY = 8, 9
-DEFAULT_ALIGNMENT = 32  # bytes; of the tensor data, where the file states none
 
 
 @dataclass(frozen=True)
@@ -69,9 +60,12 @@ class GgufFile:
             version, tensors, pairs = self._unpack("IQQ")
             if version not in (2, 3):
                 raise ValueError(f"its version is {version}, and 2 and 3 are read")
-            self.metadata = dict(self._pair() for _ in range(pairs))
+            self.metadata: dict[str, Any] = {}
+            for _ in range(pairs):
+                name = self._string()
+                self.metadata[name] = self._value(*self._unpack("I"))
             entries = [self._entry() for _ in range(tensors)]
-            alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+            alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
             if type(alignment) is not int or alignment < 1:
                 raise ValueError(f"its tensors are aligned to {alignment!r:.20}")
             start = -(-self._at // alignment) * alignment
@@ -91,10 +85,6 @@ class GgufFile:
             raise ValueError("it ends inside a string")
         return self._bytes[start : self._at].decode()
 
-    def _pair(self) -> tuple[str, Any]:
-        name = self._string()
-        return name, self._value(*self._unpack("I"))
-
     def _value(self, kind: int) -> Any:
         if kind == STRING:
             return self._string()
@@ -112,19 +102,21 @@ class GgufFile:
         return name, shape, *self._unpack("IQ")
 
     def _stored(self, kind: int, shape: tuple[int, ...], start: int) -> StoredTensor:
-        quantization = gguf.GGMLQuantizationType(kind)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
+        name = gguf.GGMLQuantizationType(kind).name
         if not shape:
             raise ValueError("a tensor has no dimension")
-        if shape[-1] % block:
-            raise ValueError(f"a row of {shape[-1]} is no multiple of {quantization.name}'s block of {block}")
-        size = math.prod(shape) // block * block_bytes
+        size = math.prod(shape[:-1]) * row_bytes(name, shape[-1])
         if start + size > len(self._bytes):
             raise ValueError("it ends inside a tensor")
-        return StoredTensor(quantization.name, shape, np.frombuffer(self._bytes, np.uint8, size, start))
+        return StoredTensor(name, shape, np.frombuffer(self._bytes, np.uint8, size, start))
 
 
-BLOCK = 32  # weights
+def row_bytes(kind: str, columns: int) -> int:
+    """Bytes of a row of `columns` weights; ValueError where blocks do not divide it."""
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    if columns % weights:
+        raise ValueError(f"a row of {columns} weights is no multiple of {kind}'s block of {weights}")
+    return int(columns // weights * size)
 
 
 def _half(raw: Tensor) -> Tensor:
@@ -144,57 +136,20 @@ def _high_bits(raw: Tensor) -> Tensor:
     return bits.flatten(-2).float() * 16
 
 
-def _q8_0(raw: Tensor) -> Tensor:
-    return raw[..., 2:].contiguous().view(torch.int8).float() * _half(raw[..., :2])
-
-
-def _q4_0(raw: Tensor) -> Tensor:
-    return (_nibbles(raw[..., 2:]) - 8) * _half(raw[..., :2])
-
-
-def _q4_1(raw: Tensor) -> Tensor:
-    return _nibbles(raw[..., 4:]) * _half(raw[..., :2]) + _half(raw[..., 2:4])
-
-
-def _q5_0(raw: Tensor) -> Tensor:
-    return (_nibbles(raw[..., 6:]) + _high_bits(raw[..., 2:6]) - 16) * _half(raw[..., :2])
-
-
-def _q5_1(raw: Tensor) -> Tensor:
-    return (_nibbles(raw[..., 8:]) + _high_bits(raw[..., 4:8])) * _half(raw[..., :2]) + _half(raw[..., 2:4])
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """One block format: weights and bytes of a block, bits of a code, and how a block is read."""
-
-    weights: int
-    bytes: int
-    bits: float  # of a code, scales not counted
-    read: Callable[[Tensor], Tensor]  # (..., bytes) uint8 -> (..., weights) fp32
-
-
-FORMATS: Mapping[str, BlockFormat] = {
-    "F32": BlockFormat(1, 4, 32, lambda raw: raw.contiguous().view(torch.float32).clone()),
-    "F16": BlockFormat(1, 2, 16, _half),
-    "Q8_0": BlockFormat(BLOCK, 34, 8, _q8_0),
-    "Q5_1": BlockFormat(BLOCK, 24, 5, _q5_1),
-    "Q5_0": BlockFormat(BLOCK, 22, 5, _q5_0),
-    "Q4_1": BlockFormat(BLOCK, 20, 4, _q4_1),
-    "Q4_0": BlockFormat(BLOCK, 18, 4, _q4_0),
+FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = {  # how a block is read: (..., bytes) uint8 -> (..., weights) fp32
+    "F32": lambda raw: raw.contiguous().view(torch.float32).clone(),
+    "F16": _half,
+    "Q8_0": lambda raw: raw[..., 2:].contiguous().view(torch.int8).float() * _half(raw[..., :2]),
+    "Q5_1": lambda raw: (
+        (_nibbles(raw[..., 8:]) + _high_bits(raw[..., 4:8])) * _half(raw[..., :2]) + _half(raw[..., 2:4])
+    ),
+    "Q5_0": lambda raw: (_nibbles(raw[..., 6:]) + _high_bits(raw[..., 2:6]) - 16) * _half(raw[..., :2]),
+    "Q4_1": lambda raw: _nibbles(raw[..., 4:]) * _half(raw[..., :2]) + _half(raw[..., 2:4]),
+    "Q4_0": lambda raw: (_nibbles(raw[..., 2:]) - 8) * _half(raw[..., :2]),
 }
-
-
-def row_bytes(kind: str, columns: int) -> int:
-    """Bytes of a row of `columns` weights; ValueError where blocks do not divide it."""
-    form = FORMATS[kind]
-    if columns % form.weights:
-        raise ValueError(f"a row of {columns} weights is no multiple of {kind}'s block of {form.weights}")
-    return columns // form.weights * form.bytes
 
 
 def dequantize(raw: Tensor, kind: str) -> Tensor:
     """(rows, bytes a row) uint8 -> (rows, columns) fp32, a tensor of its own."""
-    form = FORMATS[kind]
-    blocks = raw.view(raw.shape[0], -1, form.bytes)  # (rows, blocks, bytes)
-    return form.read(blocks).flatten(1)
+    _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return FORMATS[kind](raw.view(raw.shape[0], -1, size)).flatten(1)  # of (rows, blocks, bytes)

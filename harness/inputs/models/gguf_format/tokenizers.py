@@ -32,21 +32,24 @@ SPLITTERS: Mapping[str, tuple[str, bool]] = {
 
 
 def metadata(tokenizer: Any, size: int) -> dict[str, Any]:
-    """The file's `tokenizer.*` entries.
+    """The file's `tokenizer.*` entries of a fast tokenizer; of `size` ids, those without a token are filled as unused.
 
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        size: rows of the embedding; ids without a token are filled up as unused.
-
-    Raises:
-        HarnessError: the tokenizer is of a kind that GGUF has, but llama.cpp would split text otherwise than it does.
+    HarnessError where the tokenizer is of a kind that GGUF has, but llama.cpp would split text otherwise than it does.
     """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     entries: dict[str, Any]
     if whole["model"]["type"] != "BPE":
         entries = {"tokenizer.ggml.model": "none", WHOLE: tokenizer.backend_tokenizer.to_str()}
     else:
-        words, kinds = _vocabulary(tokenizer, whole, size)
+        words, kinds = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
+        for word, number in tokenizer.get_vocab().items():
+            if number >= size:
+                raise HarnessError(
+                    f"the tokenizer's token {number} ({word!r}) has no row among the {size} of the embedding"
+                )
+            words[number], kinds[number] = word, NORMAL
+        for added in whole["added_tokens"]:
+            kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         entries = {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": kinds}
         entries |= _sentencepiece(whole, words, kinds) if whole["model"]["byte_fallback"] else _byte_level(whole)
         first = tokenizer("a").input_ids[:1]
@@ -61,20 +64,6 @@ def metadata(tokenizer: Any, size: int) -> dict[str, Any]:
     return entries
 
 
-def _vocabulary(tokenizer: Any, whole: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every id's token and type."""
-    words, kinds = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
-    for word, number in tokenizer.get_vocab().items():
-        if number >= size:
-            raise HarnessError(
-                f"the tokenizer's token {number} ({word!r}) has no row among the {size} of the embedding"
-            )
-        words[number], kinds[number] = word, NORMAL
-    for added in whole["added_tokens"]:
-        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    return words, kinds
-
-
 def _byte_level(whole: Mapping[str, Any]) -> dict[str, Any]:
     steps = _steps(whole["pre_tokenizer"], "pretokenizers")
     normalizer = (whole["normalizer"] or {}).get("type", "")
@@ -83,7 +72,7 @@ def _byte_level(whole: Mapping[str, Any]) -> dict[str, Any]:
     plain = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space")
     for name, splitter in SPLITTERS.items():
         if plain and splitter == (normalizer, bool(digits)) and len(steps) == 1 + len(digits):
-            merges = [" ".join(_pair(merge)) for merge in whole["model"]["merges"]]
+            merges = [" ".join(merge) for merge in whole["model"]["merges"]]
             return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
     kinds = [step["type"] for step in steps]
     raise HarnessError(
@@ -98,13 +87,9 @@ def _steps(entry: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, An
     return list(entry[inside]) if entry["type"] == "Sequence" else [entry]
 
 
-def _pair(merge: Sequence[str] | str) -> Sequence[str]:
-    return merge.split(" ", 1) if isinstance(merge, str) else merge
-
-
 def _sentencepiece(whole: Mapping[str, Any], words: list[str], kinds: list[int]) -> dict[str, Any]:
     """Scores stand for the order in which merges are made; a vocabulary that they do not describe is refused."""
-    merges = [tuple(_pair(merge)) for merge in whole["model"]["merges"]]
+    merges = [tuple(merge) for merge in whole["model"]["merges"]]
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -163,10 +148,10 @@ def write(facts: Mapping[str, Any], destination: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     if WHOLE in facts:
-        core, words = Tokenizer.from_str(facts[WHOLE]), {}
+        core = Tokenizer.from_str(facts[WHOLE])
         words = {number: word for word, number in core.get_vocab().items()}
     else:
-        core = _spm_core(facts) if facts["tokenizer.ggml.model"] == "llama" else _byte_level_core(facts)
+        core = _core(facts)
         words = dict(enumerate(facts["tokenizer.ggml.tokens"]))
         for number, kind in enumerate(facts.get("tokenizer.ggml.token_type", [])):
             if kind in (CONTROL, UNKNOWN):
@@ -184,35 +169,32 @@ def write(facts: Mapping[str, Any], destination: Path) -> None:
     tokenizer.save_pretrained(destination)
 
 
-def _byte_level_core(facts: Mapping[str, Any]) -> Any:
+def _core(facts: Mapping[str, Any]) -> Any:
+    """The tokenizer of a file's own kinds, without its special tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocabulary = {word: number for number, word in enumerate(facts["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in facts["tokenizer.ggml.merges"]]
-    core = Tokenizer(models.BPE(vocabulary, merges))
-    normalizer, digits = SPLITTERS[facts["tokenizer.ggml.pre"]]
-    if normalizer:
-        core.normalizer = normalizers.NFC()
-    split: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    if digits:
-        split.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence(split)
-    core.decoder = decoders.ByteLevel()
-    return core
-
-
-def _spm_core(facts: Mapping[str, Any]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    words, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
+    words = facts["tokenizer.ggml.tokens"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    steps: list[Any]
+    if facts["tokenizer.ggml.model"] == "gpt2":
+        pairs = [tuple(merge.split(" ", 1)) for merge in facts["tokenizer.ggml.merges"]]
+        core = Tokenizer(models.BPE(vocabulary, pairs))
+        normalizer, digits = SPLITTERS[facts["tokenizer.ggml.pre"]]
+        if normalizer:
+            core.normalizer = normalizers.NFC()
+        steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+        core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        core.decoder = decoders.ByteLevel()
+        return core
+    kinds = facts["tokenizer.ggml.token_type"]
     merges = sentencepiece_merges(words, facts["tokenizer.ggml.scores"], kinds)
     unknown = words[kinds.index(UNKNOWN)] if UNKNOWN in kinds else None
-    vocabulary = {word: number for number, word in enumerate(words)}
     core = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    blanks: list[Any] = [normalizers.Replace(" ", SPACE)]
-    if facts.get("tokenizer.ggml.add_space_prefix", True):
-        blanks.insert(0, normalizers.Prepend(SPACE))
-    core.normalizer = normalizers.Sequence(blanks)
-    strip = [decoders.Strip(" ", 1, 0)] if len(blanks) > 1 else []
-    core.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    prefix = facts.get("tokenizer.ggml.add_space_prefix", True)
+    core.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
+    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return core
