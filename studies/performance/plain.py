@@ -52,7 +52,9 @@ with torch.inference_mode():
     found["prefill"] = seconds(lambda: model(ids, use_cache=True, logits_to_keep=1))
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     step = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    found["decode"] = seconds(lambda: model(ids[:, -1:], **step), lambda: cache.crop(128))
+    found["decode"] = seconds(
+        lambda: model(ids[:, -1:], **step), lambda: cache.get_seq_length() > 128 and cache.crop(-1)
+    )
     if more:
         asked = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
         found["generate"] = seconds(lambda: model.generate(ids[:, :32], **asked), count=3)
