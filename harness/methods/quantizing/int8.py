@@ -17,7 +17,7 @@ import numpy as np
 
 from harness.core.contracts import Parameter
 from harness.methods.quantizing import compiled
-from harness.methods.quantizing.codes import BF16, COMPUTE_OR_FUSED, FUSED, Codes, divide
+from harness.methods.quantizing.codes import BF16, COMPUTE_OR_FUSED, Codes, divide
 from harness.methods.quantizing.compiled import Loops, Rounding, loop
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
@@ -56,15 +56,11 @@ class Rows8(Codes):
 
     def multiply(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor | None:
         """In bf16 with the codes as they lie, where that is asked for or quick; few rows rather by the loops."""
-        import torch
-
         from harness.methods.quantizing import products
 
-        compute = weight.recipe.compute
-        few = products.few(x, weight) and weight.loops() is not None
-        if (products.quick(x) and not (compute == FUSED and few)) or (
-            compute == BF16 and not (few and x.dtype == torch.float32 and not products.tiled(x))
-        ):
+        asked = weight.recipe.compute == BF16
+        by_loops = products.by_loops(x, weight) and not (asked and products.tiled(x))  # torch has a kernel for tiles
+        if not by_loops and (asked or products.quick(x)):
             return in_bf16(x, weight.get_buffer("codes"), weight.get_buffer("scale"), bias)
         return None
 

@@ -38,11 +38,17 @@ def multiply(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
     loops = None if torch.is_grad_enabled() and x.requires_grad else weight.loops()
     if loops is None:
         return dequantized(x, weight.dequantize(), bias, compute)
-    if few(x, weight) and (compute == FUSED or x.dtype == torch.float32):
+    if by_loops(x, weight):
         return of_few_rows(x.bfloat16().float() if compute == BF16 else x, loops, bias)
     if math.prod(weight.matrix) <= SLAB or (x.dtype != torch.float32 and compute != FUSED):
         return dequantized(x, loops.decode(), bias, compute)
     return in_slabs(x, loops, bias, compute)
+
+
+def by_loops(x: Tensor, weight: StoredWeight) -> bool:
+    """Whether x has so few rows that loops over the codes multiply them, where there are such for the weight."""
+    wanted = weight.recipe.compute == FUSED or x.dtype == torch.float32
+    return wanted and few(x, weight) and weight.loops() is not None
 
 
 def quick(x: Tensor) -> bool:
