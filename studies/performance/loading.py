@@ -141,7 +141,8 @@ def load(method: str, folder: str) -> dict[str, Any]:
     peak, storage = device.peak()["resident"], sizes.storage_bytes(model)
     largest = max(tensor.nbytes for tensor in shapes)
     found = {"seconds": seconds, "peak": peak - before, "process": peak, "storage": storage, "largest": largest}
-    return found | ({"parts": parts(model, storage)} if ours(method) else {})
+    quantized = ours(method) and known.bits < 16  # a reference only casts
+    return found | ({"parts": parts(model, storage)} if quantized else {})
 
 
 def loaded(method: str, home: str) -> dict[str, Any]:
