@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.contracts import DTYPES
-from harness.core.errors import HarnessError, UnknownName
+from harness.core.errors import HarnessError, UnknownName, refused
 from harness.core.options import SETTINGS, read_declared
 
 HARM, USAGE, UNDECIDED = 1, 2, 3
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        print(f"python -m harness {parsed.command}: {refused(error) or error}", file=sys.stderr)
+        return USAGE
     return status
 
 
@@ -75,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     add("--recorded", metavar="MODEL", help="exit 0 if MODEL is recorded for this device class")
     add("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="default: baselines")
 
+    add_export(command)
+
     add = command(frontier, "which methods are on the front of quality, bytes and speed").add_argument
     add("directories", type=Path, nargs="+", metavar="DIR", help="report directories of one machine")
     add("-o", "--output", type=Path, metavar="DIR", help="where plots go (default: the last DIR)")
@@ -93,25 +98,11 @@ def parser() -> argparse.ArgumentParser:
     add("directories", nargs="+", type=Path, metavar="DIR", help="report directories of shards")
     add("-o", "--out", type=Path, required=True, metavar="OUT", help="a new directory for the whole")
 
-    judged = command(published, "a verdict on every figure of published reports")
-    form = judged.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="as JSON")
-    form.add_argument("--markdown", action="store_true", help="as the page docs/published.md")
-    add = judged.add_argument
-    add("--claims", type=Path, metavar="DIR", help="default: baselines/published, here or in the clone")
-    add(
-        "--report-dir",
-        type=Path,
-        metavar="DIR",
-        help="put the figures into this session's report, its own ratios of times beside the published ones",
-    )
+    _options_of_published(command(published, "a verdict on every figure of published reports"))
+    _options_of_explain(command(explain, "which known fault or protocol makes somebody's perplexity out of ours"))
 
-    add = command(
-        rebaseline, "what a session would change in the baselines, as a markdown diff; --write records it"
-    ).add_argument
-    add("report", type=Path, metavar="DIR", help="a report directory")
-    add("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="default: baselines")
-    add("--write", action="store_true", help="record what is proposed (default: off, nothing is written)")
+    told = "what a session would change in the baselines, as a markdown diff; --write records it"
+    rebaselining(command(rebaseline, told).add_argument)
 
     add = command(report, "make a report anew from its measurements, and print it").add_argument
     add("directory", type=Path, metavar="DIR", help="the report directory")
@@ -124,6 +115,21 @@ def parser() -> argparse.ArgumentParser:
         add_help=False,
     ).add_argument("options", nargs="*", metavar="OPTION", help="of `pytest --pyargs harness.cases`")
 
+    add_upgrade(command)
+    return whole
+
+
+def add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The command that writes what other programs read."""
+    add = command(export, "a report's figures for other programs").add_argument
+    formats = ("csv", "parquet", "latex", "jsonl")
+    add("directory", type=Path, metavar="DIR", help="the report directory")
+    add("--to", choices=formats, required=True, help="latex: a table a model and text, its caption the protocol")
+    add("-o", "--output", type=Path, metavar="FILE", help="default: printed")
+
+
+def add_upgrade(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The command whose options are those of a session."""
     add = command(
         upgrade, "what an upgrade changes, measured on both sides (exit 0 no harm, 1 harm, 3 undecided)"
     ).add_argument
@@ -131,7 +137,42 @@ def parser() -> argparse.ArgumentParser:
     for setting in (setting for setting in SETTINGS if setting.name in UPGRADED.split()):
         told = f"{setting.help} (default: {UPGRADE_DEFAULTS.get(setting.name, setting.default)})"
         add(f"--{setting.flag}", metavar=setting.metavar, help=told)
-    return whole
+
+
+def rebaselining(add: Callable[..., Any]) -> None:
+    """The options of `rebaseline`."""
+    add("report", type=Path, nargs="?", metavar="DIR", help="a report directory")
+    add("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="default: baselines")
+    add("--write", action="store_true", help="record what is proposed (default: off, nothing is written)")
+    told = "give recorded figures the identity of their models, read here, without measuring"
+    add("--identify", action="store_true", help=f"without DIR: {told}")
+    add("--trust-remote-code", action="store_true", help="--identify: run code that models bring along")
+    add("--allow-pickle", action="store_true", help="--identify: read pickled weights, which can run code")
+
+
+def _options_of_published(judged: argparse.ArgumentParser) -> None:
+    form = judged.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--markdown", action="store_true", help="as the page docs/published.md")
+    add = judged.add_argument
+    add("--claims", type=Path, metavar="FILE", help="claims of your own, or a folder of them (docs/claims.md)")
+    add(
+        "--report-dir",
+        type=Path,
+        metavar="DIR",
+        help="put the figures into this session's report, its own ratios of times beside the published ones",
+    )
+
+
+def _options_of_explain(explained: argparse.ArgumentParser) -> None:
+    add = explained.add_argument
+    add("theirs", nargs="+", metavar="METHOD=FIGURE", help="their table, as printed: fp32=3.05 bnb-int8=3.13")
+    add("--ours", nargs="+", default=[], metavar="METHOD=FIGURE", help="ours of the same model and text: fp32=86.49")
+    add("--report-dir", type=Path, metavar="DIR", help="take ours from this report")
+    add("--model", default="", metavar="NAME", help="whose rows of the report; its context and vocabulary are known")
+    add("--text", default="", metavar="NAME", help="whose rows of the report")
+    add("--tokens", type=int, default=0, metavar="N", help="tokens of the text, which fix what overlapping windows do")
+    add("--measure", action="store_true", help="read the text with the model under every rule (--model, --text)")
 
 
 def note(line: str) -> None:
@@ -164,7 +205,7 @@ def convert(arguments: argparse.Namespace) -> int:
     if not output.resolve().parent.is_dir():
         raise HarnessError(f"'{output}' cannot be written: there is no folder {output.resolve().parent}")
     declared = read_declared(Path.cwd())[1]
-    checkpoint = checkpoints.materialise(specification.parse(arguments.model), declared, say=note)
+    checkpoint = checkpoints.materialise(specification.parse_model(arguments.model), declared, say=note)
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".convert-") as folder:
         whole = Path(folder) / "model.gguf"
         size = write.write(checkpoint, arguments.to.removeprefix(GGUF).upper(), whole)
@@ -184,7 +225,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from harness.core import gpus
     from harness.core.environment import capture
     from harness.core.files import cache_dir
-    from harness.core.specification import parse
+    from harness.core.specification import parse, parse_model
     from harness.inputs.models import names
     from harness.inputs.texts import corpora
     from harness.judge import known_faults
@@ -195,7 +236,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     world = capture("cuda" if cards else "cpu", plan.threads(), {"loops": compiled.runner()})
     if arguments.recorded:
         suffix = "@" + world.device_class.replace(":", "+")
-        folder = arguments.baselines / parse(arguments.recorded).filename
+        folder = arguments.baselines / parse_model(arguments.recorded).filename
         recorded = [path for path in folder.glob("*@*.yaml") if path.stem.endswith(suffix)]
         print(f"{len(recorded)} methods of {arguments.recorded} are recorded for {world.device_class}")
         return 0 if recorded else 1
@@ -222,6 +263,24 @@ def doctor(arguments: argparse.Namespace) -> int:
     for fault in faults:
         print(f"  {fault.id}: {fault.summary} ({fault.package} {getattr(world, fault.package)}; {fault.reference})")
     return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """A report directory as CSV, Parquet, LaTeX or JSON lines: a record a case, the missing ones too."""
+    from harness.report.export import export
+
+    print(export(arguments.directory, arguments.to, arguments.output), end="")
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Known faults and protocols that turn our figures into theirs, the surest first; exit status 1 where none does."""
+    from harness.published import explaining
+
+    ours = explaining.readings(arguments)
+    found = explaining.explain(explaining.figures(arguments.theirs), ours, arguments.model, arguments.tokens)
+    print(found)
+    return 0 if found.explanations or found.marks else HARM
 
 
 def frontier(arguments: argparse.Namespace) -> int:
@@ -271,15 +330,15 @@ def merge(arguments: argparse.Namespace) -> int:
 
 
 def published(arguments: argparse.Namespace) -> int:
-    """Every figure of the reports in baselines/published; always 0, since a refuted claim is no harm of ours."""
+    """Every figure of the reports that ship, or of --claims; always 0, since a refuted claim is no harm of ours."""
     from harness import published, report
     from harness.published import beside, of_baselines, of_rows
     from harness.results.directory import PUBLISHED, ReportDirectory, published_json
 
-    folder = arguments.claims or published.default_folder(Path.cwd())
+    folders = (arguments.claims,) if arguments.claims else published.places(read_declared(Path.cwd())[1])
     directory: Path | None = arguments.report_dir
-    measured = of_rows(report.read_report(directory).rows) if directory else of_baselines(folder.parent)
-    entries = beside([published.entry(judgement) for judgement in published.judge(published.read(folder))], measured)
+    measured = of_rows(report.read_report(directory).rows) if directory else of_baselines(Path("baselines"))
+    entries = beside([published.entry(judgement) for judgement in published.judge(published.read(*folders))], measured)
     path = ""
     if directory:
         ReportDirectory(directory).put({PUBLISHED: published_json(entries) + "\n"})
@@ -296,9 +355,13 @@ def published(arguments: argparse.Namespace) -> int:
 
 
 def rebaseline(arguments: argparse.Namespace) -> int:
-    """What a finished session would change in the baselines; recorded with --write."""
+    """What a finished session would change in the baselines, recorded with --write; or --identify, written at once."""
     from harness.run import rebaseline
 
+    if arguments.identify == bool(arguments.report):
+        raise HarnessError("name a report directory, or --identify without one")
+    if arguments.identify:
+        return identify(arguments)
     proposal = rebaseline.propose(arguments.report, arguments.baselines)
     print(rebaseline.render(proposal))
     if not proposal.figures and not proposal.facts:
@@ -308,6 +371,23 @@ def rebaseline(arguments: argparse.Namespace) -> int:
         print("\n".join(f"wrote {path}" for path in written))
     else:
         print("Nothing was written. To record this: the same command with --write.")
+    return 0
+
+
+def identify(arguments: argparse.Namespace) -> int:
+    """Recorded figures gain the identity of their models; 0 also where some cannot be read here, which is said."""
+    from harness.core.specification import parse
+    from harness.inputs.models import checkpoints
+    from harness.run import rebaseline
+
+    allowed = {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
+    declared = read_declared(Path.cwd())[1]
+
+    def materialise(model: str) -> Any:
+        return checkpoints.materialise(parse(model), declared, say=note, **allowed)
+
+    lines = list(rebaseline.identify(arguments.baselines, materialise))
+    print("\n".join(lines) or f"every figure in {arguments.baselines} has its model's identity")
     return 0
 
 

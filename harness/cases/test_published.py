@@ -2,7 +2,7 @@
 
 They run where they are asked for (`-m published`, `-k published`, or this file named), so that a session that
 measures does not load torch beside its timed cases. A figure that needs weights is measured where `--models` names
-its model, or a local copy of it: `pytest -m published --models gpt2`, `--models path:DIR`.
+its model, or a local copy of it: `pytest -m published --models gpt2`, `--models gpt2=path:DIR`.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from harness import published
 from harness.core.errors import HarnessError
 from harness.plugin import state_of
 from harness.published import Claim, Finding, Judgement
-from harness.published.settling import settle, tried, weights_for
+from harness.published.settling import settle, weights_for
 
 
 @functools.cache
-def judgements(folder: Path) -> dict[str, Judgement]:
+def judgements(folders: tuple[Path, ...]) -> dict[str, Judgement]:
     """Every verdict by the claim's id, computed once a process."""
-    return {judgement.claim.id: judgement for judgement in published.judge(published.read(folder))}
+    return {judgement.claim.id: judgement for judgement in published.judge(published.read(*folders))}
 
 
-def folder_of(config: pytest.Config) -> Path:
+def folders_of(config: pytest.Config) -> tuple[Path, ...]:
     """Where the session's claims lie."""
-    baselines: Path = state_of(config).options.baselines
-    return baselines / "published"
+    options = state_of(config).options
+    return published.places(options.declared, options.baselines)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a claim; a single skipped one where nobody asked or there are no claims."""
+    """One test a claim; a single skipped one where nobody asked."""
     if "published_claim" not in metafunc.fixturenames:
         return
-    config, folder = metafunc.config, folder_of(metafunc.config)
+    config = metafunc.config
     asked = any("published" in str(said) for said in (config.option.markexpr, config.option.keyword, *config.args))
-    if not (asked and folder.is_dir()):
-        why = "run with -m published" if folder.is_dir() else f"no claims: {folder} is not there"
-        metafunc.parametrize("published_claim", [pytest.param(None, id="all", marks=pytest.mark.skip(reason=why))])
+    if not asked:
+        skipped = pytest.param(None, id="all", marks=pytest.mark.skip(reason="run with -m published"))
+        metafunc.parametrize("published_claim", [skipped])
         return
     try:
-        claims = published.read(folder)
+        claims = published.read(*folders_of(config))
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
     metafunc.parametrize("published_claim", [pytest.param(claim, id=claim.id) for claim in claims])
@@ -52,16 +52,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.published
 def test_published(published_claim: Claim, request: pytest.FixtureRequest) -> None:
     """The computed verdict is the reviewed one; a figure whose weights are at hand is reproduced by them."""
-    judgement = judgements(folder_of(request.config))[published_claim.id]
+    judgement = judgements(folders_of(request.config))[published_claim.id]
     reviewed, absent = published_claim.verdict, ""
     options = state_of(request.config).options
     try:
-        open_to_weights = judgement.finding is Finding.NEEDS_WEIGHTS or bool(published_claim.tried)
-        weights = weights_for(published_claim, options) if open_to_weights else None
-        if weights is not None and published_claim.tried:
-            judgement = tried(judgement, options, weights)
-            reviewed = str(judgement.finding)  # what its readings give is told, not reviewed: nobody has run them yet
-        elif weights is not None:
+        needed = judgement.finding is Finding.NEEDS_WEIGHTS and published_claim.metric.startswith("perplexity")
+        weights = weights_for(published_claim, options) if needed else None
+        if weights is not None:
             judgement, reviewed = settle(judgement, options, weights), Finding.REPRODUCED
     except HarnessError as error:
         absent = f"{published_claim.id}: missing: {error}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from harness.core.options import Declared
 
 DTYPES: Mapping[str, str] = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"})  # by torch
+DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "fp16"}  # by device: fp16 is slow or missing in CPU kernels
 AS_MODEL = "dtype"  # a compute dtype that follows the model's
 
 
@@ -75,6 +76,7 @@ class Checkpoint:
     grid: str = ""  # quantization grid that the weights already lie on, e.g. 'affine4:32'
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    identity: Mapping[str, str] = field(default_factory=dict)  # `core.identity`: what the computation is made of
 
 
 @dataclass(frozen=True)

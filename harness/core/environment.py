@@ -180,6 +180,13 @@ def processor(cpuinfo: Path) -> tuple[str, str]:
     return facts.get("model name", "") or platform.processor() or architecture, " ".join(present) or fallback
 
 
+def usable_cores() -> frozenset[int]:
+    """Numbers of the cores that this process may use; of all that there are where the system does not say (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
 def machine_id(part: str) -> str:
     """16 hex digits for this host with a model of processor or card; cannot be turned back into the host's id.
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 
@@ -86,6 +88,15 @@ WORDS = {  # of whichever library met it; the first kind that is found holds
         "device-side assert",
     ),
 }
+SYSTEM = {  # what a system's refusal means, whoever met it; a full disk has words of its own (`folder.no_room`)
+    errno.EIO: "a disk or its connection fails: see the system's log, and copy the file elsewhere",
+    errno.ESTALE: "a network file system has lost the file: mount it again",
+    errno.EMFILE: "this process may open no more files: raise `ulimit -n`",
+    errno.ENFILE: "the system has no more open files to give: raise fs.file-max, or end what holds them",
+    errno.ENAMETOOLONG: "a name is longer than this file system takes: give it a shorter one",
+    errno.ENOLCK: "this file system gives no locks: name a folder on another",
+}
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # of libraries in Rust, which have no number to give
 OF_A_CARD = ("CUDA", "CUBLAS", "CUDNN")
 LONGEST_LINE = 300  # characters of a library's line
 
@@ -115,6 +126,18 @@ def _said(error: BaseException) -> Iterator[str]:
             kept = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
             yield from map(str, kept.values() if isinstance(kept, dict) else ())
         chain = chain.__cause__ or chain.__context__
+
+
+def refused(error: BaseException) -> str:
+    """What the system refused, in one line with the fix, through whichever library it came; '' where it did not."""
+    chain: BaseException | None = error
+    while chain is not None:
+        told = OS_ERROR.search(str(chain))
+        number = getattr(chain, "errno", None) or (int(told[1]) if told else 0)
+        if number in SYSTEM:
+            return f"{str(chain).partition(chr(10))[0][:LONGEST_LINE]}: {SYSTEM[number]}"
+        chain = chain.__cause__ or chain.__context__
+    return ""
 
 
 def explained(kind: str, line: str) -> str:

@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
+import secrets
+import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 from platformdirs import user_cache_path
+
+from harness.core import progress
+from harness.core.errors import HarnessError
+
+NAME = "llm-quantization-harness"
+SOON = 0.001  # seconds until a lock that is held is asked for again, doubled each time up to LATE
+LATE = 0.2
+PATIENCE_SECONDS = 5.0  # before somebody who waits for a lock says so
 
 
 def cache_dir() -> Path:
     """Where converted and trained checkpoints lie: $HARNESS_CACHE, else the user's cache directory."""
     chosen = os.environ.get("HARNESS_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("llm-quantization-harness")
+    return Path(chosen).expanduser() if chosen else user_cache_path(NAME)
 
 
 def timing_lock() -> Path:
-    """What whoever times something on this machine holds, one at a time."""
-    return cache_dir() / "timing.lock"
+    """What whoever times something on this machine holds, one at a time; beside a read-only cache, of this user."""
+    home = cache_dir()
+    read_only = home.is_dir() and not os.access(home, os.W_OK)
+    user = getattr(os, "getuid", int)()
+    own = Path(tempfile.gettempdir()) / f"{NAME}-{user}.lock"
+    return own if read_only else home / "timing.lock"
+
+
+def read_plain(path: Path) -> bytes:
+    """A file's bytes; OSError for a folder, a pipe or a device, which could be waited on for ever."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    with os.fdopen(handle, "rb") as file:
+        return file.read()
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary neighbour, fsync, rename."""
+    """Write a file whole or not at all: a temporary neighbour, fsync, rename. Its permissions are the umask's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -83,8 +108,21 @@ def append_line(path: Path, line: str) -> None:
 
 def sha256_file(path: Path) -> str:
     """sha256 (hex) of a file's bytes, read in pieces."""
+    progress.note(f"reading {path.name}")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kernel_locks() -> ModuleType:
+    """The module `fcntl`; HarnessError where the system has none, which alone is asked of it before measuring."""
+    try:
+        import fcntl  # local: another project's pytest loads this package on Windows too
+    except ImportError as error:
+        raise HarnessError(
+            "measuring needs file locks that the kernel drops with their holder (fcntl), and this system has none: "
+            "use Linux or macOS, on Windows inside WSL"
+        ) from error
+    return fcntl
 
 
 def owned(path: Path) -> IO[str] | None:
@@ -92,9 +130,10 @@ def owned(path: Path) -> IO[str] | None:
 
     The kernel drops the lock when its holder dies, and no program that the holder starts inherits it.
     """
+    locks = kernel_locks()
     file = path.open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.flock(file, locks.LOCK_EX | locks.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
@@ -102,20 +141,41 @@ def owned(path: Path) -> IO[str] | None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(path: Path, *, shared: bool = False, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold a lock across processes; the kernel drops it when the holder dies.
 
     Takers pass a turnstile first, so that one who waits for the exclusive lock is not starved by a stream of
-    shared holders. The lock files stay (empty); what is locked is their inode, never their existence.
+    shared holders. The lock files stay (empty); what is locked is their inode, never their existence. `say` gets a
+    line where it takes long.
     """
+    locks = kernel_locks()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file, path.with_name(path.name + ".turnstile").open("a") as turnstile:
-        fcntl.flock(turnstile, fcntl.LOCK_EX)
+        _take(turnstile, locks.LOCK_EX, say)
         try:
-            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            _take(file, locks.LOCK_SH if shared else locks.LOCK_EX, say)
         finally:
-            fcntl.flock(turnstile, fcntl.LOCK_UN)
+            locks.flock(turnstile, locks.LOCK_UN)
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            locks.flock(file, locks.LOCK_UN)
+
+
+def _take(file: IO[str], how: int, say: Callable[[str], None]) -> None:
+    """Ask for a lock until it is given: a wait inside the kernel could tell nobody."""
+    locks, pause, begun, told = kernel_locks(), SOON, time.monotonic(), False
+    while True:
+        try:
+            locks.flock(file, how | locks.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - begun > PATIENCE_SECONDS:
+                line = f"{progress.WAITING}{file.name}, which another process holds"
+                progress.note(line)
+                if not told:
+                    say(line)
+                told = True
+            time.sleep(pause)
+            pause = min(2 * pause, LATE)
+        else:
+            return

@@ -10,12 +10,12 @@ import functools
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from harness.core.errors import BadFile, BadSpecification, HarnessError, UnknownName
-from harness.core.specification import Specification, parse, parse_list
+from harness.core.specification import Specification, parse, parse_list, parse_models
 
 DEVICES = ("auto", "cpu", "cuda")
 ENGINES = ("local", "ray")
@@ -102,6 +102,10 @@ class Declared:
     options: dict[str, Any] = field(default_factory=dict)  # by flag: what holds where the command line says nothing
     methods: tuple[str, ...] = ()  # files, relative to `root`, that hold a METHOD
     metrics: tuple[str, ...] = ()  # the same with a METRIC
+    claims: tuple[str, ...] = ()  # files or folders with the figures of a paper, for `published`
+    sources: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of the command line's NAME=SPEC: what a name is read from
 
 
 def option(
@@ -117,7 +121,11 @@ class Options:
 
     declared: Declared
     models: tuple[Specification, ...] = option(
-        (Specification("smollm2-135m"),), "models to measure", parse_list, "SPEC,...", "smollm2-135m"
+        (Specification("smollm2-135m"),),
+        "models to measure; NAME=SPEC reads NAME from SPEC",
+        parse_models,
+        "SPEC,...",
+        "smollm2-135m",
     )
     methods: tuple[Specification, ...] = option(
         (), "quantization methods, or all-installed", parse_list, "SPEC,...", "the core list"
@@ -162,11 +170,15 @@ class Options:
         "NAME",
         "auto",
     )
+    progress_timeout: int = option(
+        30, "minutes without a step (tensor, window, repetition) after which a process is ended", positive, "N", "30"
+    )
     stop_early: bool = option(
         False, "stop reading a text once its delta is decided against its bound, or known to 0.005 nat"
     )
     resume: bool = option(False, "keep finished measurements of the report directory whose content key is unchanged")
     allow_missing: bool = option(False, "do not fail the session for planned cases without a number")
+    allow_changed_input: bool = option(False, "do not fail the session for cases whose model or text was changed")
     require_baselines: bool = option(False, "fail on unrecorded and not comparable too (latency excepted)")
     allow_pickle: bool = option(False, "load pickled weights (they can run code)")
     trust_remote_code: bool = option(False, "run the model repository's own code")
@@ -212,7 +224,7 @@ def read_table(path: Path, table: Any) -> Declared:
     from harness.core.schema import fit  # local: a project without the table pays for no schema library
 
     where = f"{path}: [tool.harness]"
-    known = [item.name for item in fields(Declared) if item.name != "root"]
+    known = [item.name for item in fields(Declared) if item.name not in ("root", "sources")]
     if isinstance(table, dict) and (unknown := set(table) - set(known)):
         raise BadFile(f"{where} has no '{min(unknown)}' (known: {', '.join(known)})")
     declared = fit({**table, "root": path.parent} if isinstance(table, dict) else table, Declared, where)
@@ -250,4 +262,6 @@ def build(given: Mapping[str, Any], declared: Declared, here: Path, **extra: Any
         raise BadSpecification("--ray-address is for --engine ray: add that, or leave the address out")
     values.setdefault("report_dir", here / "harness-report")
     values.setdefault("baselines", declared.root / "baselines")
+    if sources := {str(model): model.source for model in values.get("models", ()) if model.source}:
+        declared = replace(declared, sources=sources)
     return Options(declared=declared, **values, **extra)

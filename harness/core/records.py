@@ -24,6 +24,7 @@ class Verdict(StrEnum):
     """The words of a judgement, most severe first (the order of the members is the severity)."""
 
     MISSING = "missing"
+    INPUT_CHANGED = "input changed"
     OUT_OF_BOUND = "out of bound"
     WORSE = "worse"
     UNUSABLE = "unusable"
@@ -117,6 +118,7 @@ class Row:
     dataset: str = ""
     protocol: str = ""
     revision: str = ""  # commit of a Hub model, or sha256 of the weights
+    identity: str = ""  # digest of everything that the computation is made of (`core.identity`)
     method_id: str = ""  # the method with every argument written out, dtype and batch size too
     protocol_id: str = ""
     token_hash: str = ""

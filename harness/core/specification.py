@@ -7,7 +7,8 @@ One grammar for models, methods, datasets and protocols. A *source* (`path:`, `h
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 from harness.core.errors import BadSpecification
@@ -18,11 +19,15 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, order=True)
 class Specification:
-    """A parsed specification. `words` keep their order; `arguments` are (key, value) sorted by key."""
+    """A parsed specification. `words` keep their order; `arguments` are (key, value) sorted by key.
+
+    `source` changes where a model lies, not what it is called: texts and comparisons leave it out.
+    """
 
     name: str
     words: tuple[str, ...] = ()
     arguments: tuple[tuple[str, str], ...] = ()
+    source: str = field(default="", compare=False)  # of a model: what its name is read from, as the user said
 
     def __str__(self) -> str:
         """The canonical text: equal specifications have equal texts, and the text parses back."""
@@ -60,9 +65,22 @@ def parse(text: str) -> Specification:
     return Specification(name, tuple(words), tuple(sorted(arguments.items())))
 
 
-def parse_list(text: str) -> tuple[Specification, ...]:
+def parse_model(text: str) -> Specification:
+    """Read a model: a specification, or NAME=SPEC, which keeps NAME and takes the weights from SPEC."""
+    name, equals, source = text.strip().partition("=")
+    if not equals or not NAME.fullmatch(name):  # an "=" behind a colon belongs to a source or an argument
+        return parse(text)
+    return replace(parse(name), source=str(parse(source)))
+
+
+def parse_list(text: str, read: Callable[[str], Specification] = parse) -> tuple[Specification, ...]:
     """Read a comma-separated list; an empty list or a duplicate is an error."""
-    parsed = tuple(parse(part) for part in text.split(","))
+    parsed = tuple(read(part) for part in text.split(","))
     if len(set(parsed)) != len(parsed):
         raise BadSpecification(f"'{text}' names the same thing twice")
     return parsed
+
+
+def parse_models(text: str) -> tuple[Specification, ...]:
+    """`parse_list` of models, each as `parse_model` reads it."""
+    return parse_list(text, parse_model)

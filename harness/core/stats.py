@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95  # of every two-sided interval
 FEWEST_WINDOWS = 8  # below it Student's t over windows is shown, but decides nothing
+MOST_DEGREES = 1000  # of freedom: beyond, Student's t is its normal limit to three digits
 EXACT_RANKS = 200  # beyond, the signed-rank distribution's normal limit is good to 1e-4 and the table is slow
 
 
@@ -77,6 +78,17 @@ def student_quantile(confidence: float, degrees: int) -> float:
         else:
             high = middle
     return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def degrees(count: int) -> int:
+    """Degrees of freedom of a mean of `count` observations, at least 1."""
+    return max(1, min(count - 1, MOST_DEGREES))
+
+
+def student_mean(value: float, error: float, count: int) -> Estimate:
+    """A mean of `count` observations of a known standard error, with Student's t."""
+    reach = student_quantile(CONFIDENCE, degrees(count)) * error
+    return Estimate(value, value - reach, value + reach, count, True)
 
 
 def paired_delta(candidate: ArrayLike, reference: ArrayLike, slices: Sequence[slice]) -> Estimate:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+CHECK = "check"  # the key of a digest beside what it was made of
+
 
 def parse_json(text: str | bytes) -> Any:
     """`json.loads` for files that a stranger may have written: nesting beyond reason is a ValueError too."""
@@ -42,6 +44,29 @@ def digest(value: Any) -> str:
     """sha256 (hex) of a JSON value in canonical form."""
     text = json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checksum(value: Any) -> str:
+    """16 hex digits for what a file of JSON or YAML says, however it is laid out; '' where it is nested too deep."""
+    try:
+        return sha256_text(json.dumps(encode(value), sort_keys=True, separators=(",", ":"), default=str))
+    except RecursionError:
+        return ""
+
+
+def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with a digest of themselves, by which whoever reads them knows that nothing changed since."""
+    return {**unsealed(facts), CHECK: checksum(unsealed(facts))}
+
+
+def broken(facts: Mapping[str, Any]) -> bool:
+    """Whether facts carry a digest and are no longer those that it was made of; older files carry none."""
+    return CHECK in facts and facts[CHECK] != checksum(unsealed(facts))
+
+
+def unsealed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts alone."""
+    return {key: value for key, value in facts.items() if key != CHECK}
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

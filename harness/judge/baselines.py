@@ -3,27 +3,38 @@
     baselines/<model>/<method>.yaml           exact facts: census, predicted bytes, tokens
     baselines/<model>/<method>@<class>.yaml   figures of a device class (losses) or of an environment class (the rest)
     baselines/<model>/nll/<sha>.npz           per-token NLL of recorded cases, float32
+    baselines/<model>/identities.yaml         what the model was, by the digest that figures name (`core.identity`)
 
 Names are the specifications' injective file names, a class's ':' written '+'. Nothing is written but by `record` and,
-through pytest-regressions, from `exact_document`. An entry of an overlay is a `Recorded` without where it was found;
-its environment stands once in the file. Floats are kept to ten significant digits, so that a person can review them
-and a second writing changes nothing. Exact facts must be equal in every environment; their file is
+through pytest-regressions, from `exact_document`, by one process at a time (`recording`). An entry of an overlay is a
+`Recorded` without where it was found; its environment stands once in the file. Floats are kept to ten significant
+digits, so that a person can review them and a second writing changes nothing. Exact facts must be equal in every
+environment; their file is
 
     weights: {cpu: {bytes: {memory.storage: 123}, census: {...}}}    by device, whose default dtype differs
     texts: {lee: {chunk:512: {first 4096: {token_hash: ..., tokens: 4096}}}}
     provenance: {recorded: ..., device_class: ..., environment: {...}}
+
+Each entry and each file of exact facts carries `check`, a digest of what it says, to which whoever reads it holds it:
+another layout is the same, a changed figure is refused. Files of before have none; `seal` adds it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -34,26 +45,33 @@ from msgspec.structs import fields, replace
 from harness.core import catalog
 from harness.core.contracts import Member
 from harness.core.environment import LATER, Environment, class_difference
-from harness.core.errors import BadFile
-from harness.core.files import replace_text
+from harness.core.errors import BadFile, BadSpecification
+from harness.core.files import owned, replace_text
+from harness.core.identity import identity_digest
 from harness.core.records import Case, Row, Verdict
-from harness.core.schema import SCHEMA, Table, fit, read_yaml
+from harness.core.schema import ALTERED, SCHEMA, Table, fit, read_yaml
 from harness.core.specification import parse
-from harness.core.values import decode_number, digest
+from harness.core.text import plural
+from harness.core.values import CHECK, checksum, decode_number, digest, sealed
 from harness.judge import bounds
 from harness.results import losses
 
 FIX = "restore it from version control, or delete it and record again with --regen-all"
-CHANGED = frozenset({Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED})
+IDENTITIES = "identities.yaml"  # of a model's folder
+IDENTIFY = "python -m harness rebaseline --identify"
+CHANGED = frozenset({Verdict.INPUT_CHANGED, Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED})
 DIGITS = 10  # a float32 loss has 7, a clock of nanoseconds 9
 # of a row's detail, what a later judgement reads: losses of the reference, and how a timing was compared
 KEPT = (
     "reference_nll", "log_ratio", "log_ratio_low", "log_ratio_high", "aa_floor", "crowded", "reference_p50", "tokens",
 )  # fmt: skip
+OUT_OF_BOUND = "out_of_bound"  # of an entry's detail: recorded all the same, and it fails against its bound still
 PLACE = ("file", "carries", "difference")  # where it was found, never in the file
 MOST = 80  # characters of a class in a file name
 NAME_LENGTH = 120  # of a model's or method's part of a file name: file systems take 255 for all of it
 BRIEF = 12  # characters of a hash or table that tell it from another in a line
+LOCK = ".recording.lock"  # in the folder while somebody writes there
+POLL_SECONDS = 0.02
 
 Parts = dict[tuple[str, ...], Any]
 
@@ -75,6 +93,7 @@ class Recorded(Table, frozen=True):
     repeats: int = 1
     method_id: str = ""
     revision: str = ""
+    identity: str = ""  # digest, of the facts in identities.yaml beside the file; "" in records of before it was noted
     protocol_id: str = ""
     token_hash: str = ""
     nll: str = ""  # nll/<sha>.npz beside the file
@@ -98,6 +117,7 @@ class Recorded(Table, frozen=True):
         if row.value is None or not math.isfinite(row.value):
             raise ValueError(f"{row.case.id}: only a finite figure can be recorded, not {row.value}")
         detail = {name: row.detail[name] for name in KEPT if row.detail.get(name) is not None}
+        detail |= {OUT_OF_BOUND: True} if row.verdict_reference is Verdict.OUT_OF_BOUND else {}
         taken = {item.name: getattr(row, item.name) for item in fields(cls) if item.name in Row.__dataclass_fields__}
         taken |= {"detail": detail, "floor": decode_number(row.detail.get("floor"))}
         taken |= {"repeats": max(1, len(row.samples)), "environment": environment, "recorded": when}
@@ -105,12 +125,23 @@ class Recorded(Table, frozen=True):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What another recording of the same thing replaces: a timing stands once a machine."""
+        """What another recording of the same thing replaces: a text stands once a limit, a timing once a machine."""
         machine = self.environment.machine if "log_ratio" in self.detail else ""
-        return (self.dataset, self.protocol, self.metric, self.device, self.reference, machine)
+        limit = token_limit(self.protocol_id)
+        return (self.dataset, self.protocol, self.metric, self.device, self.reference, limit, machine)
+
+    @property
+    def check(self) -> str:
+        """A digest of the entry with its environment. What is empty counts for nothing: a later field breaks none."""
+        world = {name: value for name, value in world_facts(self.environment).items() if value}
+        return checksum({**self.facts(), "environment": world})
 
     def to_entry(self) -> dict[str, Any]:
-        """YAML: what is empty is left out, the environment is its key in the file."""
+        """YAML: the facts, with the digest behind them."""
+        return {**self.facts(), CHECK: self.check}
+
+    def facts(self) -> dict[str, Any]:
+        """What is not empty, by name; the environment is its key in the file."""
         entry: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -163,18 +194,25 @@ class Baselines:
         self.folder = folder
         self._kept: dict[tuple[Path, int, int], Any] = {}
 
-    def find(self, case: Case, environment: Environment) -> Recorded | None:
+    def find(self, case: Case, environment: Environment, limit: str | None = None) -> Recorded | None:
         """The record that serves a case here: exact facts, else the most specific overlay that holds it.
 
         Where only another class's overlay holds it, that one comes back with `carries` False and the field that
         differs; a record under another reference comes back too, after those under this one.
+
+        Args:
+            case: whose model, method, metric, dataset, protocol and device a record must equal.
+            environment: here.
+            limit: of tokens (`token_limit`), which a record of a text must equal too; None takes any.
         """
         document = self.facts(case)
         value = _parts(document).get(("weights", case.device, "bytes", case.metric))
         if value is not None:
             told, file = document.get("provenance", {}), str(exact_path(self.folder, case).relative_to(self.folder))
-            when, world = told.get("recorded", ""), Environment.from_dict(told.get("environment", {}))
-            return Recorded(case.metric, case.device, value, "B", recorded=when, environment=world, file=file)
+            world, own = Environment.from_dict(told.get("environment", {})), self._identity_of(case)
+            own = told.get("identity") or own
+            known: dict[str, Any] = {"recorded": told.get("recorded", ""), "environment": world, "file": file}
+            return Recorded(case.metric, case.device, value, "B", identity=own, **known)
         wanted = (case.metric, case.dataset, case.protocol, case.device)
         own = f"@{environment.environment_class.replace(':', '+')}.yaml"
 
@@ -192,10 +230,39 @@ class Baselines:
             carries = reach in (environment.environment_class, environment.device_class)
             file = str(path.relative_to(self.folder))
             for entry in entries:
+                if limit not in (None, token_limit(entry.protocol_id)):
+                    continue
                 if (entry.metric, entry.dataset, entry.protocol, entry.device) == wanted:
                     what = "" if carries else class_difference(entry.environment, environment) or f"class: {reach}"
                     found.append(replace(entry, file=file, carries=carries, difference=what))
         return max(found, key=rank, default=None)
+
+    def _identity_of(self, case: Case) -> str:
+        """Which model exact facts are of, which say so nowhere: that of the newest figure of the model and method."""
+        paths = overlays(self.folder / stem(case.model), stem(case.method))
+        found = [entry for path in paths for entry in self._cached(path, read_overlay)[1]]
+        return max(found, key=lambda entry: entry.recorded).identity if found else ""
+
+    def identity(self, name: str) -> Mapping[str, str] | None:
+        """The facts behind a digest that figures name; None where no model's folder has it."""
+        files = sorted(self.folder.glob(f"*/{IDENTITIES}"))
+        return next((known[name] for file in files if name in (known := self._cached(file, read_identities))), None)
+
+    def unidentified(self, cases: Iterable[Case]) -> str:
+        """What the records of these cases lack since they are older, in one line with the command; '' for nothing."""
+        found = Counter[str]()
+        for model, method in dict.fromkeys((case.model, case.method) for case in cases if case.family != "invariant"):
+            for path in overlays(self.folder / stem(model), stem(method)):
+                found[model] += sum(not entry.identity for entry in self._cached(path, read_overlay)[1])
+        if not found.total():
+            return ""
+        models = ", ".join(model for model, count in found.items() if count)
+        place = os.path.relpath(self.folder)
+        command = IDENTIFY if place == "baselines" else f"{IDENTIFY} --baselines {shlex.quote(place)}"
+        return (
+            f"no identity of the model is recorded with {plural(found.total(), 'figure')} of {models}: an edited "
+            f"config, tokenizer or code is not seen there; {command} adds it and measures nothing"
+        )
 
     def facts(self, case: Case) -> dict[str, Any]:
         """The file of a case's exact facts; {} where there is none."""
@@ -237,8 +304,18 @@ class Overlay(Table, frozen=True):
 
 def read_overlay(path: Path) -> tuple[str, tuple[Recorded, ...]]:
     """An overlay's class and entries; BadFile, one line, names the file, what is wrong and the fix."""
+    overlay, entries = opened(path)
+    return overlay.reach, entries
+
+
+def opened(path: Path) -> tuple[Overlay, tuple[Recorded, ...]]:
+    """The same with all that the file says of itself."""
     overlay = read_yaml(path, Overlay, FIX)
-    if path.name != overlay_path(Path(), overlay.model, overlay.method, overlay.reach).name:
+    try:
+        name = overlay_path(Path(), overlay.model, overlay.method, overlay.reach).name
+    except BadSpecification as error:
+        raise BadFile(f"{path}: {error}; {FIX}") from error
+    if path.name != name:
         raise BadFile(f"{path} is of {overlay.method} on {overlay.reach}: a baseline must keep its name; {FIX}")
     entries = []
     for number, entry in enumerate(overlay.entries, 1):
@@ -247,8 +324,13 @@ def read_overlay(path: Path) -> tuple[str, tuple[Recorded, ...]]:
             raise BadFile(f"{where}: its environment '{key}' is not in the file; {FIX}")
         if places := set(PLACE) & entry.keys():
             raise BadFile(f"{where}: no place for '{min(places)}'; {FIX}")
-        entries.append(fit({**entry, "environment": overlay.environments[key]}, Recorded, where, FIX))
-    return overlay.reach, tuple(entries)
+        told = {**entry, "environment": overlay.environments[key]}
+        check = told.pop(CHECK, None)
+        read = fit(told, Recorded, where, FIX)
+        if check not in (None, read.check):
+            raise BadFile(f"{where} {ALTERED}: {FIX}")
+        entries.append(read)
+    return overlay, tuple(entries)
 
 
 def write_overlay(path: Path, model: str, method: str, reach: str, entries: Iterable[Recorded]) -> None:
@@ -265,11 +347,49 @@ def write_overlay(path: Path, model: str, method: str, reach: str, entries: Iter
     replace_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120))
 
 
+class Identities(Table, frozen=True):
+    """An identities.yaml."""
+
+    schema: int
+    identities: dict[str, dict[str, str]]
+
+
+def read_identities(path: Path) -> dict[str, dict[str, str]]:
+    """What models were, by digest; BadFile names the file, and a digest that is not that of its facts."""
+    known = read_yaml(path, Identities, FIX).identities
+    for name, facts in known.items():
+        if identity_digest(facts) != name:
+            raise BadFile(f"{path}: {name[:BRIEF]} is not the digest of its facts; {FIX}")
+    return known
+
+
+def seal(folder: Path) -> list[Path]:
+    """Add the digests that a folder's files lack, and change nothing else; returns the files written, in order.
+
+    BadFile where one carries a digest that its content no longer has.
+    """
+    written = []
+    with recording(folder):
+        for path in sorted(folder.glob("*/*.yaml")):
+            before = path.read_bytes()
+            if path.name == IDENTITIES:  # each is its own digest
+                continue
+            if "@" in path.name:
+                overlay = read_yaml(path, Overlay, FIX)
+                write_overlay(path, overlay.model, overlay.method, *read_overlay(path))
+            elif (facts := read_exact(path)) is not None:
+                write_exact(path, facts)
+            written += [path] * (path.read_bytes() != before)
+    return written
+
+
 def validate(folder: Path) -> None:
     """Read every baseline file of a folder, so that a broken one is told before anything is measured."""
     bounds.load(folder)
     for path in sorted(folder.glob("*/*.yaml")):
-        if "@" in path.name:
+        if path.name == IDENTITIES:
+            read_identities(path)
+        elif "@" in path.name:
             read_overlay(path)
         else:
             read_exact(path)
@@ -283,9 +403,9 @@ def validate(folder: Path) -> None:
 def to_record(rows: Iterable[Row], regenerate: str) -> list[Row]:
     """The rows that a regeneration writes into overlays.
 
-    'all' takes every figure, 'force' those that differ from their record or have none. Never a missing or non-finite
-    one, one out of bound, an exact one (its file is pytest-regressions'), a timing without an interval, or one that was
-    taken beside other work.
+    'all' takes every figure, 'force' those that differ from their record or have none. One that is out of
+    its bound is marked so. Never a missing or non-finite one, an exact one (its file is pytest-regressions'), a timing
+    without an interval, or one that was taken beside other work.
     """
     chosen = []
     for row in rows:
@@ -294,7 +414,7 @@ def to_record(rows: Iterable[Row], regenerate: str) -> list[Row]:
         finite = all(figure is not None and math.isfinite(figure) for figure in figures)
         compared = not (member and member.timed) or row.detail.get("log_ratio_low") is not None
         elsewhere = row.case.family == "invariant" or (member and member.exact)  # an invariant has its own limit
-        broken = row.stopped_early or row.verdict_reference is Verdict.OUT_OF_BOUND or row.detail.get("crowded")
+        broken = row.stopped_early or row.detail.get("crowded")
         wanted = regenerate == "all" or row.verdict_baseline in CHANGED
         if finite and compared and wanted and not elsewhere and not broken:
             chosen.append(row)
@@ -302,27 +422,48 @@ def to_record(rows: Iterable[Row], regenerate: str) -> list[Row]:
 
 
 def record(
-    folder: Path, rows: Sequence[Row], environments: Mapping[str, Mapping[str, Any]], nll_folder: Path
+    folder: Path,
+    rows: Sequence[Row],
+    environments: Mapping[str, Mapping[str, Any]],
+    nll_folder: Path,
+    identities: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> list[Path]:
     """Write rows (as `to_record` chose them) into their overlays, with the losses behind them.
 
     Losses of a text go to the device class's file, everything else to the environment class's. Entries of cases not
     among the rows stay; one that says the same as before keeps its provenance. A loss file that no overlay of the
-    model names any more is removed.
+    model names any more is removed. Whoever records at the same time waits.
 
     Args:
         folder: of the baselines.
         rows: measured, each with an environment among `environments`.
         environments: by id, as `Environment.to_dict` gives them.
         nll_folder: where the session's nll/<sha>.npz lie.
+        identities: the facts of the rows' models, by the digests that the rows name.
 
     Returns:
         The files written, in order.
+
+    Raises:
+        BadFile: a standing file is damaged, or a row's environment is not the one that the row names.
     """
+    with recording(folder) if rows else contextlib.nullcontext():
+        return _record(folder, rows, environments, nll_folder, identities)
+
+
+def _record(
+    folder: Path,
+    rows: Sequence[Row],
+    environments: Mapping[str, Mapping[str, Any]],
+    nll_folder: Path,
+    identities: Mapping[str, Mapping[str, str]],
+) -> list[Path]:
     when, written = now(), list[Path]()
     groups: dict[tuple[str, str, str], list[Recorded]] = {}
     for row in rows:
         world, member = Environment.from_dict(environments[row.environment]), catalog.member(row.metric)
+        if world.id != row.environment:  # it chooses the file
+            raise BadFile(f"{row.case.id}: its environment {row.environment} {ALTERED}: measure again")
         lasting = lasts(row, timed=bool(member and member.timed))
         reach = world.device_class if lasting else world.environment_class
         groups.setdefault((row.model, row.method, reach), []).append(Recorded.of_row(row, world, when))
@@ -332,11 +473,10 @@ def record(
         for entry in fresh:
             for sha in filter(None, (entry.nll, entry.detail.get("reference_nll"))):
                 kept = path.parent / "nll" / f"{sha}.npz"
-                if not kept.is_file() and (nll := losses.load(nll_folder, sha)) is not None:
+                if not losses.holds(kept.parent, sha) and (nll := losses.load(nll_folder, sha)) is not None:
                     losses.save(kept.parent, nll)
             old = before.get(entry.key)
-            same = old and replace(entry, recorded=old.recorded, environment=old.environment) == old
-            before[entry.key] = old if old and same else entry
+            before[entry.key] = carried(old, entry) if old else entry
         write_overlay(path, model, method, reach, before.values())
         written.append(path)
     for home in {path.parent for path in written}:
@@ -344,7 +484,57 @@ def record(
         for path in (home / "nll").glob("*.npz"):
             if not any(path.stem in text for text in texts):
                 path.unlink()
+    keep_identities({path.parent for path in written}, identities)
     return written
+
+
+def carried(old: Recorded, entry: Recorded) -> Recorded:
+    """The new entry, with the provenance of an old one that says the same (and perhaps not yet of which identity)."""
+    kept = replace(entry, recorded=old.recorded, environment=old.environment)
+    return kept if old in (kept, replace(kept, identity="")) else entry
+
+
+def keep_identities(homes: Iterable[Path], identities: Mapping[str, Mapping[str, str]]) -> None:
+    """In models' folders the identities that their files name, of those that are there and those given; no others."""
+    for home in homes:
+        path = home / IDENTITIES
+        named = {entry.identity for overlay in overlays(home) for entry in read_overlay(overlay)[1]}
+        named |= {known["provenance"].get("identity", "") for _, known in exact_files(home)}
+        known = {**identities, **(read_identities(path) if path.is_file() else {})}
+        kept = {name: dict(sorted(facts.items())) for name, facts in sorted(known.items()) if name in named}
+        if kept:
+            document = {"schema": SCHEMA, "identities": kept}
+            replace_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120))
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def recording(folder: Path) -> Iterator[None]:
+    """Alone in a folder of baselines, from reading to writing: waits for whoever records there; leaves nothing behind.
+
+    The kernel drops the lock when its holder dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        file = owned(path)
+        if file is not None:
+            with file:
+                if _lies_at(path, file.fileno()):  # else its last holder removed what was opened here
+                    try:
+                        yield
+                    finally:
+                        path.unlink(missing_ok=True)
+                    return
+        time.sleep(POLL_SECONDS)
+
+
+def _lies_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 # exact facts
@@ -359,6 +549,12 @@ def stem(specification: str) -> str:
 def exact_path(folder: Path, case: Case) -> Path:
     """The file of a case's exact facts."""
     return folder / stem(case.model) / f"{stem(case.method)}.yaml"
+
+
+def exact_files(home: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The files of exact facts in a model's folder, each with what it holds."""
+    paths = sorted(path for path in home.glob("*.yaml") if "@" not in path.name and path.name != IDENTITIES)
+    return [(path, {"provenance": {}, **(read_exact(path) or {})}) for path in paths]
 
 
 def exact_facts(row: Row, member: Member) -> dict[str, Any]:
@@ -437,6 +633,12 @@ def read_exact(path: Path) -> dict[str, Any] | None:
     return document
 
 
+def write_exact(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a file of exact facts whole, as pytest-regressions lays it out."""
+    text = yaml.safe_dump(sealed(document), default_flow_style=False, allow_unicode=True, indent=2)
+    replace_text(path, text)
+
+
 def holds(recorded: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bool:
     """Whether every one of these facts is recorded at all, whatever its value."""
     return recorded is not None and _parts(facts).keys() <= _parts(recorded).keys()
@@ -449,10 +651,7 @@ def changes(recorded: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> lis
     lines: list[str] = []
     for path, old, new in changed:
         if path[-1] == "census":
-            names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-            lines += [
-                f"census on {path[1]}, {name}: {_brief(old.get(name))} -> {_brief(new.get(name))}" for name in names
-            ]
+            lines += [f"census on {path[1]}, {line}" for line in _moved(old, new)]
         elif path[0] == "weights":
             lines.append(f"{path[-1]} on {path[1]}: {old} -> {new}")
         else:
@@ -460,9 +659,32 @@ def changes(recorded: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> lis
     return lines
 
 
-def _brief(value: Any) -> str:
+def _moved(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between two tables, key by key: 'bytes_by_dtype.float32: 4096 -> 135168'; of lists, their items."""
+    for name in {**old, **new}:
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _moved(before, now, f"{prefix}{name}.")
+        elif isinstance(before, list) and isinstance(now, list) and before != now:
+            gone, come = (
+                [item for item in some if item not in other] for some, other in ((before, now), (now, before))
+            )
+            yield f"{prefix}{name}: {_brief(gone, 5 * BRIEF)} -> {_brief(come, 5 * BRIEF)}"
+        elif before != now:
+            yield f"{prefix}{name}: {_brief(before)} -> {_brief(now)}"
+
+
+def whence(recorded: Mapping[str, Any], case: Case) -> str:
+    """Which file holds a case's exact facts, when and where they were recorded."""
+    told = recorded.get("provenance", {})
+    place = f"{stem(case.model)}/{stem(case.method)}.yaml"
+    when = f", recorded {told['recorded']}" if told.get("recorded") else ""
+    return f"{place}{when}" + (f" on {told['device_class']}" if told.get("device_class") else "")
+
+
+def _brief(value: Any, most: int = BRIEF) -> str:
     text = str(value)
-    return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def exact_document(
@@ -470,19 +692,22 @@ def exact_document(
 ) -> dict[str, Any]:
     """The file as it should stand: this session's facts over those recorded, which stay where not measured now.
 
-    Provenance is the recorded one while every fact is equal, so that nothing but a changed fact changes the file.
+    Provenance is the recorded one while every fact is equal, so that nothing but a changed fact changes the file; only
+    the model's identity, where `provenance` brings one, is always today's.
     """
     before = _parts(recorded or {})
     after = {**before, **_parts(facts)}
     kept = (recorded or {}).get("provenance") if before == after else None
+    identity = {"identity": provenance["identity"]} if "identity" in provenance else {}
     head = {"schema": SCHEMA, "model": facts["model"], "method": facts["method"]}
-    return {**head, **_nested(after), "provenance": dict(kept or provenance)}
+    return {**head, **_nested(after), "provenance": {**(kept or provenance), **identity}}
 
 
-def provenance(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """When and in which world (as `Environment.to_dict` gives it) facts were recorded."""
+def provenance(environment: Mapping[str, Any], identity: str = "") -> dict[str, Any]:
+    """When, of which model and in which world (as `Environment.to_dict` gives it) facts were recorded."""
     world = Environment.from_dict(environment)
-    return {"recorded": now(), "device_class": world.device_class, "environment": world.to_dict()}
+    told = {"recorded": now(), "device_class": world.device_class, "environment": world.to_dict()}
+    return {**told, "identity": identity} if identity else told
 
 
 def now() -> str:

@@ -1,9 +1,9 @@
 """Two reports case by case: what is same, within noise, better or worse, and by how much. No torch.
 
-The rules are those of `rules`. That of environments and weights is lifted (their difference is what a comparison
-asks about); that of protocol id and token hash never is. A is the earlier side, B the later: `worse` says that B is
-worse. Each case is decided at 95% by itself: unlike a session's verdicts, a comparison of many cases has no error rate
-as a whole.
+The rules are those of `rules`. That of environments is lifted, and that of the model where its revision differs (their
+difference is what a comparison asks about; it is noted, fact by fact); that of protocol id, token hash and whatever
+else a model of one revision is made of never is. A is the earlier side, B the later: `worse` says that B is worse. Each
+case is decided at 95% by itself: unlike a session's verdicts, a comparison of many cases has no error rate as a whole.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 from harness.core import catalog
 from harness.core.contracts import Member
+from harness.core.environment import Environment
 from harness.core.errors import HarnessError
+from harness.core.identity import changed_facts
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import number, percent
 from harness.core.values import flatten
 from harness.judge import rules
 from harness.judge.bounds import Bounds, packaged
-from harness.judge.rules import Losses, Outcome, Question
+from harness.judge.rules import Identities, Losses, Outcome, Question, unknown_identity
 
-HARM = (Verdict.MISSING, Verdict.WORSE)
+HARM = (Verdict.MISSING, Verdict.INPUT_CHANGED, Verdict.WORSE)
 UNDECIDED = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE)
-PAIRED = (rules.PAIRED_LOSSES, rules.THIS_TEXT)
 TIMES = (rules.RATIO, rules.TURNS)
 INVARIANT = "invariant"
 FACTOR = 2.0  # of two figures that both break a limit: less apart is the same break under other rounding
@@ -86,6 +87,7 @@ def compare(
     environments_b: Mapping[str, Mapping[str, Any]] | None = None,
     bounds: Bounds | None = None,
     notes: Sequence[str] = (),
+    identities: Identities = unknown_identity,
 ) -> Comparison:
     """Compare two sessions.
 
@@ -94,10 +96,11 @@ def compare(
         rows_b: of the later side.
         nll_a: per-token NLL in nats by its sha, None where there is none (a bare measurements.jsonl).
         nll_b: the same for B.
-        environments_a: by id, for the printed difference.
+        environments_a: by id, for the printed difference and for what a method's products were computed in.
         environments_b: the same for B.
         bounds: below what a change is noise; the package's own by default.
         notes: carried into the comparison.
+        identities: a model's facts by their digest, of either side; None where nobody knows them.
 
     Raises:
         HarnessError: the sides share no case.
@@ -118,6 +121,10 @@ def compare(
         for a, b in pairs
         if getattr(a, name) and getattr(b, name) and getattr(a, name) != getattr(b, name)
     }
+    for model, then, now in dict.fromkeys((a.model, a.identity, b.identity) for a, b in pairs):
+        before, after = (identities(digest) if digest else None for digest in (then, now))
+        lines = changed_facts(before, after) if before and after else []
+        differing |= {f"{model}: {line}": None for line in lines[: rules.NAMED]}
     sides = [_fields((a for a, _ in pairs), environments_a or {}), _fields((b for _, b in pairs), environments_b or {})]
     values = [(name, *(" or ".join(side.get(name, {})) or "(none)" for side in sides)) for name in sides[0] | sides[1]]
 
@@ -125,8 +132,19 @@ def compare(
         """Of either side: a sha names the same bytes on both."""
         return nll_b(sha) if (found := nll_a(sha)) is None else found
 
+    worlds = [
+        {name: Environment.from_dict(told) for name, told in (side or {}).items()}
+        for side in (environments_a, environments_b)
+    ]
+    shipped = bounds or packaged()
+
+    def question(a: Row, b: Row) -> Question:
+        member = catalog.member(b.metric) or Member(b.metric, b.unit, "neither")
+        before, now = (known.get(row.environment) for known, row in zip(worlds, (a, b), strict=True))
+        return Question(b, member, shipped, a, nll, now, 1, identities, before)
+
     return Comparison(
-        tuple(_entry(a, b, bounds or packaged(), nll) for a, b in pairs),
+        tuple(_entry(a, b, question(a, b)) for a, b in pairs),
         tuple(case for case in a if case not in b),
         tuple(case for case in b if case not in a),
         tuple(f"{name}: {before} -> {now}" for name, before, now in values if before != now),
@@ -143,7 +161,7 @@ def _fields(rows: Iterable[Row], known: Mapping[str, Mapping[str, Any]]) -> dict
     return values
 
 
-def _entry(a: Row, b: Row, bounds: Bounds, nll: Losses) -> Entry:
+def _entry(a: Row, b: Row, question: Question) -> Entry:
     """A case's verdict, and its change where one can be had."""
     blank, known = Entry(a.case, a, b, None, ""), catalog.member(a.metric)
     if b.value is None and a.value is not None:
@@ -151,13 +169,13 @@ def _entry(a: Row, b: Row, bounds: Bounds, nll: Losses) -> Entry:
     if a.value is None or b.value is None:
         text = f"missing in {'both' if b.value is None else 'A'}: {a.reason or 'no reason was given'}"
         return replace(blank, verdict=Verdict.UNUSABLE, reason=text)
-    question = Question(b, known or Member(a.metric, a.unit, "neither"), bounds, a, nll)
     if obstacle := rules.obstacle(question):
-        field, before, now = obstacle
-        text = str(before) if now is None else f"{field} differs: '{before}' -> '{now}'"
-        return replace(blank, verdict=Verdict.NOT_COMPARABLE, reason=text)
+        return replace(blank, verdict=obstacle.verdict, reason=obstacle.text)
     if a.case.family == INVARIANT:
         return behaved(blank)
+    observed = [(one.value, one.samples, one.interval, one.nll) for one in (a, b)]
+    if observed[0] == observed[1] and not a.nll and (a.samples or not question.member.timed):
+        return _with_values(replace(blank, verdict=Verdict.SAME, reason="equal values"), a.value, b.value)
     if question.member.timed and a.method == a.reference and not rules.in_turn(b, a):
         shown = replace(blank, reason="the reference's own time is shown, not judged")
         return _with_values(shown, a.value, b.value)
@@ -165,7 +183,7 @@ def _entry(a: Row, b: Row, bounds: Bounds, nll: Losses) -> Entry:
     if known is None and outcome.verdict is not Verdict.SAME:
         outcome = replace(outcome, verdict=Verdict.UNUSABLE)
     text, change = _reason(question, outcome, a.value, b.value), outcome.change
-    entry = replace(blank, verdict=outcome.verdict, reason=text, paired=outcome.ground in PAIRED)
+    entry = replace(blank, verdict=outcome.verdict, reason=text, paired=outcome.rms is not None)
     judged = outcome.ground in TIMES or a.metric in ("perplexity", "perplexity.delta")
     if change is not None and judged:  # of the two values themselves
         return replace(entry, change=change.value, low=change.low, high=change.high)
@@ -188,14 +206,16 @@ def _reason(question: Question, outcome: Outcome, a: float, b: float) -> str:
     if ground == rules.EQUAL_LOSSES:
         same = outcome.verdict is Verdict.SAME
         return "bit-identical losses" if same else "bit-identical losses, but what is made of them changed"
-    if ground == rules.VALUES:
-        return "values only, nothing was paired" + (": no interval" if undecided else "")
-    if ground in PAIRED and change is not None:
-        beyond = f"; beyond {percent(question.room)} on this very text, where it is exact"
-        ending = beyond if ground == rules.THIS_TEXT else ""
-        kind = "no interval" if undecided else "paired"
-        return f"{kind} over {change.count} windows; floor {outcome.floor:g} nats{ending}"
-
+    if ground == rules.EDITED_RECORD:
+        return "a perplexity is not above zero"
+    if change is not None and ground in (rules.VALUES, rules.PAIRED_LOSSES, rules.TOKENS, rules.THIS_TEXT):
+        text = f"paired over {change.count:,} tokens" if outcome.rms is not None else "values only, nothing was paired"
+        text += f"; floor {outcome.floor:g} nat" if outcome.floor else ""
+        if ground == rules.THIS_TEXT:
+            text += f"; beyond {percent(question.room)} on this very text, where it is exact"
+        if ground == rules.TOKENS:
+            text += f"; a token moved by {outcome.rms:.3g} nat (root mean square), noise up to {outcome.rms_limit:.3g}"
+        return text
     return _figure(question, outcome, b - a) if ground == rules.FIGURE else _times(outcome, question)
 
 

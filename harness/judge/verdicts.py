@@ -1,9 +1,9 @@
 """The verdicts of one row: against the reference of the same run, and against the recorded baseline. No torch.
 
-*Against the reference* a bound of `bounds` is held to the figure itself, which is exact for the text that was
-read; a timing's bound to the interval of its log ratio. *Against the record*, per-token losses are paired with the
-recorded ones over windows; a change counts when its 95% interval lies beyond the floor. Whatever may not be compared
-(other tokens, another protocol, weights, device or environment) is `not comparable`, with the field.
+*Against the reference* a bound of `bounds` is held to the figure itself, which is exact for the text that was read; a
+timing's bound to the interval of its log ratio. *Against the record* the rules of `rules` hold. A model or tokens that
+are not those recorded are `input changed`, each fact named; another machine or environment is `not comparable`, with
+the field.
 """
 
 from __future__ import annotations
@@ -13,24 +13,36 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from harness.core.contracts import Member
 from harness.core.environment import Environment, difference
 from harness.core.records import Row, Verdict
-from harness.core.stats import FEWEST_WINDOWS, Estimate
+from harness.core.stats import Estimate
 from harness.core.text import MIB, percent
 from harness.core.values import decode_number
 from harness.judge import rules
-from harness.judge.baselines import Recorded, token_limit
-from harness.judge.bounds import Bounds, Rule
-from harness.judge.rules import MOVED, Losses, Obstacle, Outcome, Question, log_ratio, read, stopped
+from harness.judge.baselines import OUT_OF_BOUND, Recorded, token_limit
+from harness.judge.bounds import Bounds, Rule, ran
+from harness.judge.rules import (
+    BRIEF,
+    MOVED,
+    Identities,
+    Losses,
+    Outcome,
+    Question,
+    log_ratio,
+    read,
+    stopped,
+    unknown_identity,
+)
 
 LEFT = frozenset({"change", "bound", "floor", "smallest", "environment_difference"})  # by an earlier judgement
 EXPLAINED = frozenset({Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE})  # with how the environments differ
 FAILING = frozenset({Verdict.OUT_OF_BOUND, Verdict.WORSE})
 REQUIRED = frozenset({Verdict.UNRECORDED, Verdict.NOT_COMPARABLE})  # with --require-baselines
-MOVERS = "torch, transformers, tokenizers or the processor"
-BRIEF = 12  # characters of a hash that tell it from another in a line
+ABSENT = "absent or not of these tokens: `git lfs pull`, restore it, or record again"
+AGAIN = frozenset({Verdict.INPUT_CHANGED, Verdict.WORSE, Verdict.UNRECORDED, Verdict.NOT_COMPARABLE})  # may be recorded
 LABEL_WIDTH = 12  # of a failure's report
 SELECTABLE = re.compile(r"[\w:+./-]+")  # what pytest's -k reads as one word
 
@@ -44,6 +56,7 @@ def judge(
     environment: Environment,
     nll: Losses,
     tests: int = 1,
+    identities: Identities = unknown_identity,
 ) -> Row:
     """The row with its verdicts, the more severe one's reason first, and the file that served.
 
@@ -55,20 +68,23 @@ def judge(
         environment: in which the row was measured.
         nll: per-token losses by sha, None where no file holds them.
         tests: statistical tests of the session (`rules.tests`), which share its error rate.
+        identities: a model's facts by their digest (`core.identity`), None where nobody knows them.
 
     Returns:
-        The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval and p value),
-        `bound`, `smallest` (the smallest effect that the comparison could have seen) and, of a figure that moved or
-        may not be compared, `environment_difference`, line by line.
+        The row; `detail` gains `floor`, and where they were used `change` (nats, with its interval and p value, and
+        where tokens were paired the root mean square of their changes and how much of it is noise), `bound`, `smallest`
+        (the smallest effect that the comparison could have seen) and, of a figure that moved or may not be compared,
+        `environment_difference`, line by line.
     """
     if row.value is None:
         return replace(row, verdict=Verdict.MISSING)
-    reference = against_reference(row, member, bounds, tests)
-    if row.stopped_early:
-        record = Outcome(Verdict.NOT_COMPARABLE, stopped(row))
-    elif recorded is not None:
-        question = Question(row, member, bounds, recorded, nll, environment, tests)
+    run = ran(row.case, row.method_id, environment)
+    reference = against_reference(row, member, rule := bounds.against_reference(row.case, run), tests)
+    if recorded is not None:
+        question = Question(row, member, bounds, recorded, nll, environment, tests, identities)
         record = against_record(question, recorded, row.value)
+    elif row.stopped_early:
+        record = Outcome(Verdict.NOT_COMPARABLE, stopped(row))
     elif row.live:
         record = Outcome(Verdict.UNRECORDED, "no record: a live module has none")
     else:
@@ -77,12 +93,13 @@ def judge(
     decided.sort(key=lambda pair: pair[0].severity)
 
     detail = {key: value for key, value in row.detail.items() if key not in LEFT}
-    detail["floor"] = row.detail.get("aa_floor") if member.timed else bounds.floor(row.case)
+    detail["floor"] = row.detail.get("aa_floor") if member.timed else bounds.floor(row.case, run)
     if record.change is not None:
         change = record.change
         detail["change"] = {"value": change.value, "low": change.low, "high": change.high, "floor": record.floor}
         detail["change"] |= {} if record.p is None else {"p": record.p}
-    if reference.verdict is not None and (rule := bounds.against_reference(row.case)):
+        detail["change"] |= {} if record.rms is None else {"rms": record.rms, "rms_limit": record.rms_limit}
+    if reference.verdict is not None and rule:
         detail["bound"] = f"{rule} ({rule.reason})"
     if smallest := record.smallest or reference.smallest:
         detail["smallest"] = smallest
@@ -100,34 +117,37 @@ def judge(
 
 
 def hold(row: Row, changed: Sequence[str]) -> Row:
-    """The judged row, `worse` where exact facts are not those recorded; other tokens alone are `not comparable`."""
+    """The judged row, `worse` where exact facts are not those recorded; other tokens alone are `input changed`."""
     if not changed or row.value is None:
         return row
     text = f"exact facts differ from the record: {'; '.join(changed)}"
     tokens = all(line.startswith(("token_hash ", "tokens ")) for line in changed)
-    word = Verdict.NOT_COMPARABLE if tokens else Verdict.WORSE
+    word = Verdict.INPUT_CHANGED if tokens else Verdict.WORSE
     if word.severity >= row.verdict.severity:
         return replace(row, reason=f"{row.reason}; {text}")
     return replace(row, verdict=word, verdict_baseline=word, reason=f"{text}; {row.reason}")
 
 
-def fails(row: Row, *, require_baselines: bool, allow_missing: bool) -> bool:
+def fails(row: Row, *, require_baselines: bool, allow_missing: bool, allow_changed_input: bool = False) -> bool:
     """Whether this row fails the session.
 
-    Out of bound, worse and (unless allowed) missing do, and whatever a non-finite reference leaves undecided; with
-    `require_baselines` unrecorded and not comparable too, but for latency (on another machine it has the reference
-    only) and for a delta that was decided against its bound before its text ended (the record is of the whole text).
+    Out of bound, worse and (unless allowed) missing and changed input do, and whatever a non-finite reference leaves
+    undecided; with `require_baselines` unrecorded and not comparable too, but for latency (on another machine it has
+    the reference only) and for a delta that was decided against its bound before its text ended (the record is of the
+    whole text).
     """
     verdicts = {row.verdict, row.verdict_reference, row.verdict_baseline}
     if row.value is None or row.verdict is Verdict.MISSING:
         return not allow_missing
+    if Verdict.INPUT_CHANGED in verdicts and not allow_changed_input:
+        return True
     if verdicts & FAILING or (row.verdict is Verdict.UNUSABLE and row.detail.get("reference_non_finite")):
         return True
     excepted = row.case.family == "latency" or row.stopped_early
     return require_baselines and not excepted and bool(verdicts & REQUIRED)
 
 
-def against_reference(row: Row, member: Member, bounds: Bounds, tests: int) -> Outcome:
+def against_reference(row: Row, member: Member, rule: Rule | None, tests: int) -> Outcome:
     """Whether the figure stays within what may be lost against the unquantized model, or equals its prediction."""
     if broken := unsound(row, member):
         return broken
@@ -138,7 +158,6 @@ def against_reference(row: Row, member: Member, bounds: Bounds, tests: int) -> O
         predicted = row.detail.get("predicted", math.nan)
         text = f"measured {shown(value, row.unit)}, predicted {shown(predicted, row.unit)}: {value - predicted:+,.0f} B"
         return Outcome(Verdict.OUT_OF_BOUND, text)
-    rule = bounds.against_reference(row.case)
     if rule is None or row.method == row.reference:
         return Outcome(None)
     if row.stopped_early:  # read only until it was decided: its interval against the bound; across it nothing is known
@@ -200,7 +219,8 @@ def against_record(question: Question, recorded: Recorded, now: float) -> Outcom
     """Whether the figure is what was recorded."""
     row, exact, then = question.row, question.member.exact, recorded.value
     if obstacle := rules.obstacle(question):
-        return Outcome(Verdict.NOT_COMPARABLE, f"not comparable with {recorded.file}, {in_words(obstacle, question)}")
+        kind = "input changed since" if obstacle.verdict is Verdict.INPUT_CHANGED else "not comparable with"
+        return Outcome(obstacle.verdict, f"{kind} {recorded.file}, {obstacle.text}")
     outcome = rules.outcome(question, then, now)
     both = f"{shown(now, row.unit)}, recorded {shown(then, row.unit)}"
     if outcome.ground == rules.NOT_FINITE:
@@ -213,39 +233,18 @@ def against_record(question: Question, recorded: Recorded, now: float) -> Outcom
         return replace(outcome, reason=text, smallest=seen)
     if outcome.ground == rules.RATIO:
         return _time(question, outcome)
+    if outcome.ground == rules.EDITED_RECORD:
+        text = f"the recorded {shown(then, row.unit)} does not follow from its own losses: restore {recorded.file}"
+        return replace(outcome, reason=f"{text} from version control, or record again")
     if outcome.change is not None:
-        return _paired(question, outcome, outcome.change)
-    if outcome.ground == rules.VALUES:
-        shift = rules.value_change(row.metric, then, now) or 0.0
-        lost = "the per-token losses of the record or of this run are not there to pair"
-        beneath = outcome.verdict is Verdict.WITHIN_NOISE
-        ending = f"; {lost}" if beneath else f", but {lost}: record again"
-        return replace(outcome, reason=f"{shift:+.3g} against the record's value{ending}")
+        return _losses(question, outcome, outcome.change)
     text = "every token's loss bit-identical to the record"
     if outcome.verdict in MOVED:
         text = (
             f"{both}, from losses bit-identical to the record: what is made of them changed "
             "(windows, weights or aggregate)"
         )
-    return replace(outcome, reason=text, smallest=percent(question.floor, sign=""))
-
-
-def in_words(obstacle: Obstacle, question: Question) -> str:
-    """The field that forbids the comparison, with both values."""
-    field, before, now = obstacle
-    if now is None:
-        return str(before)
-    if field == "protocol_id":
-        parts = zip(before.split("; "), now.split("; "), strict=False)
-        changed = [f"{old} -> {new}" for old, new in parts if old != new]
-        return f"protocol id: {', '.join(changed) or f'{before} -> {now}'}"
-    if field == "token_hash":
-        return f"token hash: {before[:BRIEF]} -> {now[:BRIEF]}"
-    if field == "revision":
-        return f"weights: revision {before[:BRIEF]} -> {now[:BRIEF]}"
-    if field == "count":
-        field = f"count of {'windows' if question.member.paired else 'tokens'} scored"
-    return f"{field}: {before} -> {now}"
+    return replace(outcome, reason=text)
 
 
 def _time(question: Question, outcome: Outcome) -> Outcome:
@@ -265,30 +264,52 @@ def _time(question: Question, outcome: Outcome) -> Outcome:
     return replace(outcome, reason=text, smallest=seen)
 
 
-def _paired(question: Question, outcome: Outcome, change: Estimate) -> Outcome:
-    floor, room = outcome.floor, question.room
-    seen = percent(min(room, rules.smallest_loss(change, floor, question.tests)), sign="")
-    text = f"{signed(change.value)} against the record ({change.low:+.3g} to {change.high:+.3g}, floor {floor:.3g})"
+def _losses(question: Question, outcome: Outcome, change: Estimate) -> Outcome:
+    room = question.room
+    seen = percent(min(room, rules.smallest_loss(change, outcome.floor, question.tests)), sign="")
+    text = f"{signed(change.value)} against the record ({change.low:+.3g} to {change.high:+.3g})"
+    if outcome.rms is None:
+        text += f" by the two values, which are exact on these tokens; {absent(question)}"
     if outcome.ground == rules.THIS_TEXT:
         text += f": beyond {percent(room)} on this very text, where it is exact"
-    if outcome.verdict is Verdict.UNUSABLE:
-        text += f": {change.count} windows, fewer than {FEWEST_WINDOWS}, cannot tell it from noise"
+    if outcome.ground == rules.TOKENS:
+        text += f"; a token moved by {outcome.rms:.3g} nat (root mean square), noise up to {outcome.rms_limit:.3g}"
     return replace(outcome, reason=text + blame(question, outcome.verdict), smallest=seen)
+
+
+def absent(question: Question) -> str:
+    """Which losses are not there to pair, and what mends it."""
+    recorded = f"{Path(getattr(question.before, 'file', '')).parent}/"
+    for place, side in ((recorded, question.before), ("this run's ", question.row)):
+        shas = [side.nll, *([side.detail.get("reference_nll", "")] if question.member.paired else [])]
+        for sha in shas:
+            if question.losses(sha) is None:
+                return f"{place}nll/{sha[:BRIEF]}*.npz is {ABSENT}" if sha else "no losses were kept: record again"
+    return "losses are not finite"
 
 
 def blame(question: Question, verdict: Verdict | None) -> str:
     """Whether the unquantized reference moved too: then it was not the quantizer; '' where nothing can be said."""
-    row, floor, room = question.row, question.floor, question.room
+    row = question.row
     if row.method == row.reference:
-        return f"; the unquantized reference itself moved: {MOVERS} did it, no quantizer" if verdict in MOVED else ""
-    moved = rules.reference_change(question)
-    if moved is None or rules.decide(moved, floor, 1, room) not in MOVED:
+        itself = f"; the unquantized reference itself moved: it was no quantizer{movers(question)}"
+        return itself if verdict in MOVED else ""
+    reference = rules.loss_change(question, of_reference=True)
+    if reference is None or rules.by_tokens(question, reference).verdict not in MOVED:
         return ""
-    text = f"; the unquantized reference itself moved by {signed(moved.value)}"
-    apart = rules.paired_change(question)
-    if apart is None or rules.decide(apart, floor, 1, room) in {*MOVED, Verdict.UNUSABLE}:
+    text = f"; the unquantized reference itself moved by {signed(reference.mean.value)}"
+    own = rules.loss_change(question)
+    if own is None or rules.by_tokens(question, own, reference).verdict in MOVED:
         return text
-    return f"{text} and the loss against it did not: {MOVERS} did it, not the quantizer"
+    return f"{text} and the loss against it did not: it was not the quantizer{movers(question)}"
+
+
+def movers(question: Question) -> str:
+    """What differs between the environments of record and row, and so may have moved the reference."""
+    before, now = getattr(question.before, "environment", None), question.environment
+    lines = difference(before, now) if isinstance(before, Environment) and now else []
+    names = ", ".join(line.partition(":")[0] for line in lines)
+    return f" (what differs: {names})" if names else ", and nothing that the environment records differs"
 
 
 def shown(value: float, unit: str) -> str:
@@ -336,14 +357,17 @@ def message(row: Row, recorded: Recorded | None, environment: Environment) -> st
     if recorded is not None:
         when = f", recorded {recorded.recorded}" if recorded.recorded else ""
         times = f", {recorded.repeats} repetitions" if recorded.repeats > 1 else ""
-        lines.append(("baseline", f"{shown(recorded.value, row.unit)} ({recorded.file}{when}{times})"))
+        marked = ", out of its bound then" if recorded.detail.get(OUT_OF_BOUND) else ""
+        lines.append(("baseline", f"{shown(recorded.value, row.unit)} ({recorded.file}{when}{times}{marked})"))
     if row.value is not None:
         lines.append(("measured", shown(row.value, row.unit)))
     change = row.detail.get("change")  # this and what follows as the judge left it in the row
     if isinstance(change, dict):
         value, low, high = (decode_number(change[name]) for name in ("value", "low", "high"))
         lines.append(("difference", f"{signed(value)}, 95% interval {low:+.3g} to {high:+.3g}"))
-        lines.append(("floor", f"{decode_number(change['floor']):.3g} nat"))
+        if change.get("rms") is not None:
+            rms, limit = decode_number(change["rms"]), decode_number(change["rms_limit"])
+            lines.append(("tokens", f"moved by {rms:.3g} nat (root mean square), noise up to {limit:.3g}"))
     elif recorded is not None and row.value is not None:
         plain = row.value - recorded.value
         lines.append(("difference", f"{plain:+,.0f} B" if row.unit == "B" else f"{plain:+.6g} {row.unit}"))
@@ -354,7 +378,7 @@ def message(row: Row, recorded: Recorded | None, environment: Environment) -> st
     if recorded is not None:
         changed = difference(recorded.environment, environment) or ["no difference to the record's"]
         lines += [("environment", changed[0]), *(("", text) for text in changed[1:])]
-    if row.verdict in (Verdict.WORSE, Verdict.UNRECORDED, Verdict.NOT_COMPARABLE):
+    if row.verdict in AGAIN:
         lines += [("measure", command(row)), ("record", command(row, "--regen-all"))]
     else:
         lines.append(("run", command(row)))

@@ -75,7 +75,8 @@ def as_argument(read: Callable[[str], Any], text: str) -> Any:
 
 def begin(config: pytest.Config) -> State:
     """Load the harness into this process: its marks, its options read once, and in the controller what keeps rows."""
-    from harness.plugin.state import State  # local, as all below: a session that does not use it pays for nothing
+    from harness.core import catalog  # local, as all below: a session that does not use it pays for nothing
+    from harness.plugin.state import State
 
     worker = getattr(config, "workerinput", None)
     register = config.pluginmanager.register
@@ -83,8 +84,10 @@ def begin(config: pytest.Config) -> State:
         config.addinivalue_line("markers", f"{name}: {meaning}")
     try:
         state = State(config)
-    except HarnessError as error:
+    except (HarnessError, OSError) as error:
         raise pytest.UsageError(str(error)) from error
+    for family in catalog.metrics().keys() - MARKS.keys():  # that the project declares or a package adds
+        config.addinivalue_line("markers", f"{family}: a metric of this project or an installed package")
     if worker is not None:
         from harness.plugin.xdist import CARD, Worker
 

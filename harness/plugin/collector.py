@@ -10,19 +10,19 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pluggy import HookimplMarker
 
-from harness import judge, published, report
+from harness import published, report
 from harness.core.errors import HarnessError
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import visible
-from harness.judge import baselines, rules
-from harness.plugin.state import ENVIRONMENT, ROW, UNWRITTEN
+from harness.judge import baselines, exact, rules
+from harness.plugin.ending import Ending
+from harness.plugin.state import ENVIRONMENT, ROW, UNWRITTEN, fails
 from harness.plugin.xdist import case_id
 from harness.published import beside, of_baselines, of_rows
 from harness.results.directory import MEASUREMENTS, PUBLISHED, REPORT, ReportDirectory, published_json, writing
@@ -65,11 +65,12 @@ class Collector:
         state, cases = self.state, self.state.selected
         if config.option.collectonly or not (cases or state.options.shard):
             return
+        config.pluginmanager.register(Ending(), "harness-ending")
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         say = reporter.write_line if reporter is not None else print
         try:
             state.session.open(cases, say, self.keep, state.workers)
-        except HarnessError as error:
+        except (HarnessError, OSError) as error:
             raise pytest.UsageError(str(error)) from error
         known = state.session.resumable
         self.rows = {case.id: known[case.id] for case in cases if case.id in known}
@@ -86,14 +87,13 @@ class Collector:
         left: dict[str, Any] = dict(report.user_properties)
         if ROW not in left:
             if report.failed and (name := case_id(report.nodeid)):
-                self.crashed[name] = str(report.longrepr).strip().splitlines()[-1] if report.longrepr else "crashed"
+                told = getattr(report.longrepr, "reprcrash", None)  # else xdist's words on a worker that is gone
+                lines = str(told.message if told else report.longrepr or "").strip().splitlines()
+                self.crashed[name] = lines[0 if told else -1] if lines else "crashed"
             return
         if UNWRITTEN in left:
             self.troubles.append(left[UNWRITTEN])
         row = Row.from_json(left[ROW])
-        if report.failed and row.value is not None and not self.fails(row):
-            reason = f"{row.reason}; exact facts differ from the record" if row.reason else "exact facts differ"
-            row = replace(row, verdict=Verdict.WORSE, reason=reason)
         self.rows[row.case.id] = row
         self.keep(row, left.get(ENVIRONMENT, {}))
 
@@ -118,11 +118,6 @@ class Collector:
         letter, word = (".", "PASSED") if report.passed else ("F", "FAILED")
         return report.outcome, letter, f"{word} {figure}"
 
-    def fails(self, row: Row) -> bool:
-        """Whether a row fails the session."""
-        options = self.state.options
-        return judge.fails(row, require_baselines=options.require_baselines, allow_missing=options.allow_missing)
-
     # the end
 
     @hookimpl(tryfirst=True)
@@ -142,9 +137,10 @@ class Collector:
         rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in state.selected]
         cases, bounds = state.whole or state.selected, state.session.bounds  # a shard has the error rate of the whole
         tests = rules.tests(cases, bounds, stop_early=state.options.stop_early)
-        rows = rules.settle(rows, tests)
+        rows = exact.settle(rules.settle(rows, tests))
         self.rows = {row.case.id: row for row in rows}
-        for step in (self._keep, self._record, self._publish):  # one that fails leaves the others standing
+        waits = state.session.directory.waits  # nothing was measured: an earlier report stays as it is
+        for step in () if waits else (self._keep, self._record, self._publish):  # each for itself
             try:
                 step(rows, tests, session)
             except HarnessError as error:
@@ -153,7 +149,7 @@ class Collector:
             session.exitstatus = FAILED
         if session.exitstatus == NO_TESTS and state.options.shard:
             session.exitstatus = 0  # more shards than groups: nothing to do is done
-        if session.exitstatus == 0 and any(self.fails(row) for row in rows):
+        if session.exitstatus == 0 and any(fails(row, state.options) for row in rows):
             session.exitstatus = FAILED
 
     def _keep(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
@@ -169,7 +165,12 @@ class Collector:
         if options.regenerate:
             with writing(options.baselines):
                 chosen = baselines.to_record(rows, options.regenerate)
-                baselines.record(options.baselines, chosen, directory.environments, directory.losses)
+                baselines.record(
+                    options.baselines, chosen, directory.environments, directory.losses, directory.identities
+                )
+                homes = {baselines.exact_path(options.baselines, row.case).parent for row in rows}
+                with baselines.recording(options.baselines):
+                    baselines.keep_identities(filter(Path.is_dir, homes), directory.identities)
 
     def _publish(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
         """The report and its plots."""
@@ -185,7 +186,8 @@ class Collector:
     @hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Planned, ran, missing, and where the report lies."""
-        if not (self.report_path or self.troubles):
+        waits = self.opened and self.state.session.directory.waits
+        if not (self.report_path or self.troubles or waits):
             return
         rows = list(self.rows.values())
         ran = [row for row in rows if row.value is not None]
@@ -202,6 +204,8 @@ class Collector:
         terminalreporter.write_line(", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict]))
         if self.report_path:
             terminalreporter.write_line(f"report: {self.report_path}")
+        elif waits:
+            terminalreporter.write_line(f"nothing was measured: {self.state.options.report_dir} stays as it was")
 
 
 class Publisher:
@@ -225,12 +229,13 @@ class Publisher:
         """Into the session's report; where nothing was measured, into the report that lies there, or one of its own."""
         if not self.entries:
             return
-        folder, claims = self.options.report_dir, self.options.baselines / "published"
+        folder, claims = self.options.report_dir, published.places(self.options.declared, self.options.baselines)
         try:
             measured = (self.directory.folder / MEASUREMENTS).is_file()
             ratios = of_rows(report.read_report(folder).rows) if measured else {}
-            listed = [self.entries[claim.id] for claim in published.read(claims) if claim.id in self.entries]
+            listed = [self.entries[claim.id] for claim in published.read(*claims) if claim.id in self.entries]
             entries = beside(listed, ratios or of_baselines(self.options.baselines))
+            self.directory.claim()
             self.directory.put({PUBLISHED: published_json(entries) + "\n"})
             if measured:
                 report.rewrite(folder)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +18,9 @@ from harness import judge
 from harness.core.files import rewritten
 from harness.core.options import SETTINGS, Options, build, read_declared
 from harness.core.records import Case, Row, Verdict
-from harness.judge import baselines
+from harness.core.values import sealed
+from harness.judge import baselines, exact
+from harness.results.directory import IDENTITIES, ReportDirectory
 from harness.run import measure
 from harness.run import plan as planning
 from harness.run.session import Session, check_engine, has_cuda
@@ -97,8 +100,12 @@ class State:
         if self._session is None:
             cases = self.whole or self.selected
             self._session = Session(self.options, planning.threads(), cases, cuda=self.cuda)
+            self._session.meant = self.selected
             if self.is_worker:  # held to what the controller's session found when it began
-                self._session.runner.inputs = self._session.directory.known_inputs()
+                inputs = self._session.directory.known_inputs()
+                self._session.runner.identities = json.loads(inputs.pop(IDENTITIES, "{}"))
+                self._session.runner.inputs = inputs
+                self._session.runner.say = lambda line: print(line, file=sys.__stderr__, flush=True)
         return self._session
 
     def close(self) -> None:
@@ -128,32 +135,45 @@ def check(request: pytest.FixtureRequest, state: State, case: Case) -> Row:
         if options.allow_missing:
             pytest.skip(f"missing: {row.reason}")
         pytest.fail(f"{case.id}: missing: {row.reason}", pytrace=False)
-    hold_facts(request, session, row)
+    if options.regenerate:
+        write_facts(request, session, row)
     if options.regenerate == "all" and row.verdict_reference is not Verdict.OUT_OF_BOUND:
         return row
     if options.regenerate == "force" and baselines.to_record([row], "force"):
         pytest.fail(f"{case.id}: recorded anew because of --force-regen; run again without it", pytrace=False)
-    if judge.fails(row, require_baselines=options.require_baselines, allow_missing=options.allow_missing):
+    if fails(row, options):
+        if exact.first_of(row) == case.id:
+            pytest.fail(exact.message(row), pytrace=False)
         world = session.environment(row)
-        pytest.fail(judge.message(row, session.baselines.find(case, world), world), pytrace=False)
+        recorded = session.baselines.find(case, world, baselines.token_limit(row.protocol_id))
+        pytest.fail(judge.message(row, recorded, world), pytrace=False)
     return row
 
 
-def hold_facts(request: pytest.FixtureRequest, session: Session, row: Row) -> None:
-    """Exact facts against `<method>.yaml` through pytest-regressions; nothing is written without its flags."""
+def fails(row: Row, options: Options) -> bool:
+    """Whether a row fails the session under its options."""
+    permitted = {"allow_changed_input": True} if options.allow_changed_input else {}
+    return judge.fails(
+        row, require_baselines=options.require_baselines, allow_missing=options.allow_missing, **permitted
+    )
+
+
+def write_facts(request: pytest.FixtureRequest, session: Session, row: Row) -> None:
+    """Exact facts that are new or other into `<method>.yaml`, through pytest-regressions and its flags."""
     __tracebackhide__ = True
-    regenerate, facts = session.options.regenerate, session.facts(row)
+    facts, folder = session.facts(row), session.options.baselines
     if not facts:
         return
-    path = baselines.exact_path(session.options.baselines, row.case)
-    recorded = baselines.read_exact(path)
-    held = baselines.holds(recorded, facts) and row.verdict_baseline is not Verdict.NOT_COMPARABLE
-    if not (regenerate or held):
-        return  # the judge says so, with the command that records it
-    document = baselines.exact_document(recorded, facts, baselines.provenance(session.world(row)))
+    path = baselines.exact_path(folder, row.case)
     try:  # the fixture writes in place: a kill or a full disk would leave half a file
-        with rewritten(path) if regenerate else contextlib.nullcontext(path) as draft:
-            request.getfixturevalue("data_regression").check(document, fullpath=draft)
+        with baselines.recording(folder):
+            recorded = baselines.read_exact(path)
+            told = baselines.provenance(session.world(row), row.identity)
+            document = baselines.exact_document(recorded, facts, told)
+            if document == recorded:
+                return
+            with rewritten(path) as draft:
+                request.getfixturevalue("data_regression").check(sealed(document), fullpath=draft)
     except OSError as error:
         request.node.user_properties.append((UNWRITTEN, f"{path} cannot be written ({error.strerror})"))
 
@@ -175,6 +195,7 @@ def measure_in(config: pytest.Config) -> Callable[..., list[Row]]:
             folder = quote(test, safe="")
             if len(folder) > LONGEST:
                 folder = f"{hashlib.sha256(folder.encode()).hexdigest()[:8]}-{folder[-LONGEST:]}"
+            ReportDirectory(start / home).claim()
             chosen["report_dir"] = start / home / "tests" / folder / str(number)
         return measure.measure(models, *arguments, **(chosen | options))
 

@@ -1,12 +1,14 @@
 """Claims of published reports as data: one TOML file a report, read and checked without torch.
 
-A file names its report, model and what the report leaves unsaid; each `[[claim]]` is one line of the report's tables
-and holds its figures by metric, as printed. A figure that follows from the architecture carries its *convention*:
-what was counted, at how many bits, in which unit.
+A file names its report, model, what its program did and what nobody says; each `[[claim]]` is one line of the report's
+tables and holds its figures by metric, as printed. A figure that follows from the architecture carries its
+*convention*: what was counted, at how many bits, in which unit. A perplexity has its *rule* and a time its *timing*
+(`origins`). docs/claims.md shows a file in full.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -14,19 +16,28 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from msgspec import field
+from msgspec.structs import replace
 
-from harness.core.errors import BadFile, MissingAsset
+from harness.core.errors import BadFile, MissingAsset, UnknownName
+from harness.core.options import Declared
 from harness.core.schema import Table, fit, read_toml
+from harness.published.origins import Clocking, Origin, OwnCodes, Scoring, Source
 
 UNITS: Mapping[str, int | Decimal] = {  # one unit in bytes, seconds or 1
-    "MiB": 2**20, "MB": 10**6, "GB": 10**9, "s": 1, "ms": Decimal("0.001"), "ppl": 1, "modules": 1, "elements": 1,
+    "MiB": 2**20, "MB": 10**6, "GiB": 2**30, "GB": 10**9,
+    "s": 1, "ms": Decimal("0.001"), "ppl": 1, "modules": 1, "elements": 1,
 }  # fmt: skip
-REMAINDERS = {"fp32": 4, "fp16": 2}  # bytes an element of what is not quantized
+REMAINDERS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes an element of what is not quantized
 Masks = Literal["none", "bool a position pair and an fp32 scalar a layer"]
-Rotary = Literal["none", "fp32 per layer"]
+Rotary = Literal["none", "fp32 per layer", "fp32 per layer and one more"]
+Head = Literal["shared", "copied at 8 bits", "copied at 32 bits"]
+Scales = Literal["none", "fp32 per output channel", "fp32 per output channel, one a vector", "fp32 per 64 and a table"]
+Only = Literal["", "int8", "fp32", "saved"]
+NOTHING_KNOWN = Origin()
 MASKS, ROTARY = get_args(Masks), get_args(Rotary)
-FOLDER = Path("baselines/published")
-CLONE = Path(__file__).resolve().parents[2]
+SHIPPED = Path(__file__).parent / "reports"  # in the package, so that they are there when it is installed
+FOLDER = Path("published")  # of a project, beside its baselines
+ANCHORS = "public-anchors"  # right figures of unquantized models
 
 
 class TensorGroup(Table, frozen=True):
@@ -41,12 +52,15 @@ class Convention(Table, frozen=True):
     """How a report counts bytes (or modules). `same_bytes` lists other tensors that would give the same figure."""
 
     quantized: tuple[TensorGroup, ...] = ()
-    remainder: Literal["fp32", "fp16"] = "fp32"
-    scales: Literal["none", "fp32 per output channel"] = "none"
-    head: Literal["shared", "copied at 8 bits"] = "shared"
+    remainder: Literal["fp32", "fp16", "bf16"] = "fp32"
+    scales: Scales = "none"
+    head: Head = "shared"
     masks: Masks = "none"
     rotary: Rotary = "none"
-    only: Literal["", "int8", "fp32"] = ""  # the bytes of one dtype alone
+    whole_tensors: bool = False  # at 1 and 4 bytes, nobody says which: every choice is tried
+    only: Only = ""  # the bytes of one dtype alone, or what fp32 takes beyond them
+    allocated: bool = False  # in the blocks that a card's allocator hands out
+    holds: tuple[int, int] | None = None  # of a spread model: these layers and the embedding alone, both inclusive
     same_bytes: tuple[tuple[str, ...], ...] = ()
     per_layer: int = 0  # modules a layer, of a class that older versions built otherwise
     more: int = 0  # modules outside the layers
@@ -55,15 +69,24 @@ class Convention(Table, frozen=True):
 
 @dataclass(frozen=True)
 class Publication:
-    """One report: its model, what it read and timed, and the facts it leaves unsaid by kind of figure."""
+    """One report: its model, what it read and timed, and the facts that nobody says by kind of figure."""
 
     name: str
     model: str
     text: str
     protocol: str
-    missing: Mapping[str, str]  # 'latency', 'perplexity', 'split' -> words
+    missing: Mapping[str, str]  # 'latency', 'perplexity' -> words
     timed: str = ""  # one forward pass, the generation of a text, or the whole evaluation
     timing: str = ""  # what the report says of how it timed, where that bears on its ratios
+    title: str = ""  # what it measured: model, text, year
+    provenance: Origin = NOTHING_KNOWN
+    architecture: str = ""  # the model's configuration as JSON, "" for a known name
+    told: str = ""  # what was claimed, computed and is right, for a reader
+
+    @property
+    def heading(self) -> str:
+        """Its title, and the name behind it."""
+        return f"{self.title} ({self.name})" if self.title else f"{self.name}: {self.model}"
 
 
 class Claim(Table, frozen=True):
@@ -83,9 +106,14 @@ class Claim(Table, frozen=True):
     passes: int = 1  # how many forward passes the report divides a time by
     dataset: str = ""  # with `text_protocol`, what settles a perplexity once the weights are there
     text_protocol: str = ""
-    tried: Literal["", "sentences", "cut texts"] = ""  # by weights, where text or protocol is not said (`settling`)
     reading: Literal["", "port"] = ""  # 'port': the source joins rows and begins windows in a way of its own
     slack: str = ""  # how far a measured figure may lie off, in the unit; "" is the printed precision
+    rule: Scoring | None = None  # of a perplexity
+    codes: OwnCodes | None = None  # weights that no method of ours makes
+    timing: Clocking | None = None  # of a time
+    seconds: str = ""  # what one `Clocking.each` took by other outputs of the same run
+    full: str = ""  # all digits that the program printed, where a table rounds them
+    source: Source = "report"  # of the convention
     verdict: str = ""  # the reviewed word, which the pytest case holds the computed one to
     beside: Mapping[str, str] = field(default_factory=dict)  # the other figures of the same line, by metric
 
@@ -123,27 +151,33 @@ class Claim(Table, frozen=True):
         return (Decimal(base) / UNITS[self.unit]).quantize(Decimal(1).scaleb(-self.digits))
 
 
-def default_folder(here: Path) -> Path:
-    """`baselines/published` under a folder, else that of the clone which this package is imported from."""
-    return next((path for path in (here / FOLDER, CLONE / FOLDER) if path.is_dir()), here / FOLDER)
+def places(declared: Declared, baselines: Path | None = None) -> tuple[Path, ...]:
+    """Where claims lie: what [tool.harness] claims names, else `published` beside a project's baselines, else ours."""
+    if declared.claims:
+        return tuple(declared.root / Path(name).expanduser() for name in declared.claims)
+    own = (baselines or declared.root / "baselines") / FOLDER
+    return (own,) if own.is_dir() else (SHIPPED,)
 
 
-def read(folder: Path) -> tuple[Claim, ...]:
-    """Every claim under a folder, by file name and then in the file's order.
+def read(*files: Path) -> tuple[Claim, ...]:
+    """Every claim of files, or of the TOML files of folders, by file name and then in the file's order.
 
     Raises:
         MissingAsset: no such files.
         BadFile: a file that does not read as claims; names file, claim and fix.
     """
-    files = sorted(folder.glob("*.toml"))
-    if not files:
-        raise MissingAsset(f"no claims under {folder}: run in a clone of the harness, or name the folder with --claims")
-    claims = tuple(claim for path in files for claim in read_file(path))
+    claims: list[Claim] = []
+    for place in files:
+        found = sorted(place.glob("*.toml")) if place.is_dir() else [place]
+        if not found or not found[0].is_file():
+            raise MissingAsset(f"no claims in {place}: name a .toml file of claims, or a folder of them, with --claims")
+        claims += (claim for path in found for claim in read_file(path))
     ids = [claim.id for claim in claims]
     for name in ids:
         if ids.count(name) > 1:
-            raise BadFile(f"{folder} holds the claim {name} twice: rename one of the methods")
-    return claims
+            where = ", ".join(map(str, files))
+            raise BadFile(f"{where} holds the claim {name} twice: rename one of the methods")
+    return tuple(claims)
 
 
 class Line(Table, frozen=True):
@@ -154,6 +188,9 @@ class Line(Table, frozen=True):
     specification: str = ""
     reference: str = ""
     remark: str = ""  # of its memory
+    rule: str = ""  # name of one of the file's rules; "" is the first
+    timing: str = ""  # the same of its timings
+    codes: OwnCodes | None = None  # of its perplexity
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -169,6 +206,12 @@ class File(Table, frozen=True):
     claim: tuple[Line, ...] = ()
     timed: Literal["", "forward", "generate", "evaluation"] = ""
     timing: str = ""
+    title: str = ""
+    told: str = ""
+    provenance: Origin = Origin()
+    rules: dict[str, Scoring] = field(default_factory=dict)
+    timings: dict[str, Clocking] = field(default_factory=dict)
+    architecture: dict[str, Any] = field(default_factory=dict)
 
 
 def read_file(path: Path) -> tuple[Claim, ...]:
@@ -176,13 +219,33 @@ def read_file(path: Path) -> tuple[Claim, ...]:
     file = read_toml(path, File)
     if file.report != path.stem:
         raise BadFile(f"{path} says report = {file.report!r}: write report = '{path.stem}'")
-    report = Publication(file.report, file.model, file.text, file.protocol, file.missing, file.timed, file.timing)
+    shape = json.dumps(file.architecture, sort_keys=True) if file.architecture else ""
+    report = Publication(
+        file.report, file.model, file.text, file.protocol, file.missing, file.timed, file.timing,
+        file.title, file.provenance, shape, file.told,
+    )  # fmt: skip
     claims = []
     for line in file.claim:
+        where = f"{path}: {line.part}, {line.method}"
+        known: dict[str, Any] = {
+            "rule": _named(file.rules, line.rule, f"{where}: rule"),
+            "timing": _named(file.timings, line.timing, f"{where}: timing"),
+            "codes": line.codes,
+        }
         shared = {"specification": line.specification, "reference": line.reference}
         for metric, figure in line.figures.items():
             beside = {name: str(other.get("published")) for name, other in line.figures.items() if name != metric}
             place = {"report": report, "part": line.part, "method": line.method, "metric": metric, "beside": beside}
+            kinds: tuple[str, ...] = {"perplexity": ("rule", "codes")}.get(metric.partition("_")[0], ())
+            kinds = ("timing",) if figure.get("unit") in ("s", "ms") else kinds
             whole = {**shared, "remark": line.remark if metric == "memory" else "", **figure, **place}
-            claims.append(fit(whole, Claim, f"{path}: {line.part}, {line.method}, {metric}"))
+            claim = fit(whole, Claim, f"{where}, {metric}")
+            claims.append(replace(claim, **{kind: known[kind] for kind in kinds if getattr(claim, kind) is None}))
     return tuple(claims)
+
+
+def _named(tables: Mapping[str, Any], name: str, where: str) -> Any:
+    """The table of that name, the first where none is named, None where there is none."""
+    if name and name not in tables:
+        raise BadFile(f"{where}: {UnknownName('table', name, tables)}")
+    return tables[name] if name else next(iter(tables.values()), None)

@@ -1,64 +1,78 @@
-"""Perplexities that weights settle: a claimed protocol run on the model, where its weights can be had.
+"""Perplexities that weights settle: a claimed rule run on the model, where its weights can be had.
 
-Where a report leaves its protocol or text unsaid, the model is read in every way that its words allow (`Claim.tried`).
-
-'sentences': the text is named and consists of sentences, the protocol is not said. Each sentence alone, without and
-with a leading token, averaged over tokens, over sentences' mean NLL or over sentences' perplexities; and all of them
-as one text in windows. A reading within `NEAR` of the figure reproduces it, else it is not derivable from these.
-
-'cut texts': the protocol is said (each text cut to its first characters, alone, sum / count), the articles are not.
-It runs on articles that can be had, beside ours: what a figure of that kind looks like, which settles nothing.
+A rule (`origins.Scoring`) runs as its program ran it, faults and all: pieces of text, windows, what is scored, how it
+is averaged, and codes written into the weights where no method of ours makes them. What it gives stands beside the
+right average of the same losses. The digits are theirs, the last bits of a sum are a machine's: within `NEAR` of the
+printed figure it is reproduced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import structs
 
 from harness.core import catalog
-from harness.core.errors import MissingAsset
+from harness.core.errors import BadFile, MissingAsset, TextTooShort
 from harness.core.options import Options
 from harness.core.specification import Specification, parse
-from harness.core.stats import spans
 from harness.inputs.models import names
 from harness.inputs.texts import corpora, protocols
-from harness.published.claims import Claim
+from harness.published import origins
+from harness.published.claims import Claim, TensorGroup
+from harness.published.counting import config_of, covers
 from harness.published.judging import Finding, Judgement
+from harness.published.origins import OwnCodes, Scoring
 
 if TYPE_CHECKING:
     from harness.core.contracts import Checkpoint, TokenPlan, Window
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 EMPTY_ROW = " \n"  # how the port reads an empty row; other rows keep their own line ends
-NEAR = 0.002  # relative: libraries and kernels move a perplexity in the fourth digit
-WIDTHS = (512, 1024, 2048)  # of windows over one text, as common recipes have them
-CHARACTERS = 512  # that a text is cut to
+NEAR = Decimal("1e-4")  # relative: libraries and kernels move a perplexity in the fifth digit
+FILES = (".txt", ".jsonl")  # of a text that a reader brings: a document a line, plain or as a JSON string
+INT8, UINT8 = 127, 255
 
 
 def weights_for(claim: Claim, options: Options) -> Specification | None:
     """The session's model that a claim speaks of: by its name, else by its architecture (a local copy, another name).
 
-    HarnessError where one is named as a folder or file that cannot be had.
+    HarnessError where one is named as a folder or file that cannot be had, or as another architecture.
     """
     wanted = claim.report.model
-    if any(str(model) == wanted for model in options.models):
-        return parse(wanted)
+    named = next((model for model in options.models if str(model) == wanted), None)
+    known = claim.report.architecture or wanted in names.ARCHITECTURES
+    if named is not None:
+        if named.source and known and shape_of(parse(named.source), options) != shape_claimed(claim):
+            raise MissingAsset(f"{wanted}={named.source} is another architecture: name a copy of {wanted}")
+        return named
+    if not known and not wanted.startswith("path:"):
+        return None
+    ours = shape_claimed(claim) if known else shape_of(parse(wanted), options)
     others = (model for model in options.models if str(model) not in names.KNOWN)
-    return next((model for model in others if shape_of(model, options) == shape_of(parse(wanted), options)), None)
+    return next((model for model in others if shape_of(model, options) == ours), None)
+
+
+def shape_claimed(claim: Claim) -> tuple[object, ...]:
+    """`shape_of` the model that a report speaks of."""
+    return _shape(config_of(claim.report.model, claim.report.architecture))
 
 
 def shape_of(model: Specification, options: Options) -> tuple[object, ...]:
     """What tells architectures apart: model type, widths, depth, vocabulary, positions."""
     from harness.inputs.models import checkpoints
 
-    if str(model) in names.KNOWN:
-        config: Any = names.config_of(str(model))
-    else:
-        config = checkpoints.read_config(_checkpoint(model, options))
+    if str(model) in names.ARCHITECTURES:
+        return _shape(names.config_of(str(model)))
+    return _shape(checkpoints.read_config(_checkpoint(model, options)))
+
+
+def _shape(config: Any) -> tuple[object, ...]:
     return config.model_type, *(getattr(config, name, None) for name in SHAPE)
 
 
@@ -81,7 +95,7 @@ class Reader:
         names.locate(weights, options.declared, **allowed)
         corpora.check(text, options.declared)
         checkpoint, wanted = _checkpoint(weights, options), parse(specification)
-        self.options, self.device = options, "cpu" if options.device == "auto" else options.device
+        self.device = "cpu" if options.device == "auto" else options.device
         self.tokenizer = checkpoints.tokenizer(checkpoint)
         self.context: int = checkpoints.read_config(checkpoint).max_position_embeddings  # tokens
         method = catalog.methods()[wanted.name]
@@ -90,9 +104,9 @@ class Reader:
         self.corpus = corpora.read(text, options.declared)
 
     def plan(self, corpus: corpora.Corpus, protocol: str) -> TokenPlan:
-        """The windows of a text under a protocol of ours."""
-        form, limit = protocols.parse(parse(protocol)), self.options.max_tokens
-        return protocols.plan(corpus, form, self.tokenizer, context=self.context, max_tokens=limit)
+        """The windows of a text under a protocol of ours: of all of it, whatever the session's --max-tokens."""
+        form = protocols.parse(parse(protocol))
+        return protocols.plan(corpus, form, self.tokenizer, context=self.context, max_tokens=None)
 
     def nll(self, windows: Sequence[Window], batch_size: int = 1) -> Any:
         """(tokens,) nats in float64."""
@@ -105,6 +119,8 @@ class Reader:
 def settle(judgement: Judgement, options: Options, weights: Specification) -> Judgement:
     """Measure a claim that needs weights (HarnessError as of `Reader`): reproduced or refuted, in its own reading."""
     claim = judgement.claim
+    if claim.rule is not None:
+        return by_rule(judgement, claim.rule, options, weights)
     text = Reader("fp32", options, weights, parse(claim.dataset))
 
     def value(corpus: corpora.Corpus, port: bool) -> float:
@@ -126,10 +142,120 @@ def settle(judgement: Judgement, options: Options, weights: Specification) -> Ju
 
 
 def within(claim: Claim, value: float) -> bool:
-    """Whether a measured value prints as the claim does, or lies within its stated slack."""
+    """Whether a value prints as the claim does, or lies within its slack or, by its own rule, within `NEAR` of it."""
+    off = abs(Decimal(value) - claim.value)
     if claim.slack:
-        return abs(Decimal(value) - claim.value) <= Decimal(claim.slack)
-    return claim.printed(Decimal(value)) == claim.value
+        return off <= Decimal(claim.slack)
+    near = claim.rule is not None and off <= NEAR * claim.value
+    return near or claim.printed(Decimal(value)) == claim.value
+
+
+def by_rule(judgement: Judgement, rule: Scoring, options: Options, weights: Specification) -> Judgement:
+    """Run a claim's own rule on weights and text: reproduced, or refuted with what the rule gives."""
+    claim = judgement.claim
+    method = "fp32" if claim.codes else claim.specification
+    if not method:
+        raise MissingAsset(f"{claim.id}: no method of ours makes its weights")
+    text = Reader(method, options, weights, text_of(claim, options))
+    if claim.codes:
+        write_codes(text.model, claim.codes)
+    theirs, right, count = figures(rule, text)
+    true = f", {right:.4f} averaged over the tokens scored" if abs(right / theirs - 1) > float(NEAR) else ""
+    note = f"measured {theirs:.6f} by its own rule{true}, {count:,} tokens"
+    finding = Finding.REPRODUCED if within(claim, theirs) else Finding.REFUTED
+    return replace(judgement, finding=finding, ours=Decimal(theirs), note=f"{note}; {judgement.note}")
+
+
+def figures(rule: Scoring, text: Reader) -> tuple[float, float, int]:
+    """What a rule prints of a model on a text, what right labels and the plain average give, and the tokens scored."""
+    pieces, width = ids_of(rule, text), min(rule.width or text.context, text.context)
+    tokens = sum(map(len, pieces))
+    if rule.unit == "document":  # what a program cuts off is not read
+        cut = [piece[:width] for piece in pieces]
+    else:
+        cut = [piece[start:end] for piece in pieces for start, end in origins.windows(rule, len(piece), width)]
+    fed = [ids for ids in cut if len(ids) > rule.labels]
+    found = [losses(text.model, ids, text.device, rule.labels) for ids in fed]
+    if not found:
+        raise TextTooShort(f"nothing of {rule.text} is left to score")
+    right = replace_rule(rule)
+    plain = found if rule.labels == 1 else [losses(text.model, ids, text.device) for ids in fed]
+    counts = [len(ids) for ids in fed]
+    theirs = origins.printed(rule, found, counts, tokens)
+    return theirs, origins.printed(right, plain, counts, tokens), sum(map(len, found))
+
+
+def replace_rule(rule: Scoring) -> Scoring:
+    """The same text and windows with the right labels, base and average."""
+    return structs.replace(rule, labels=1, base="e", average="tokens", batch=1)
+
+
+def ids_of(rule: Scoring, text: Reader) -> list[Any]:
+    """Token ids of each piece of text that a rule reads, (tokens,) each; no BOS, since no program here puts one."""
+    documents = [*text.corpus.documents] if text.corpus.layout != "file" else documents_of(text.corpus)
+    documents = documents[: rule.before or None]
+    if rule.strip:
+        documents = [document.strip() for document in documents]
+    if not rule.blank:
+        documents = [document for document in documents if document.strip()]
+    documents = [document for document in documents if len(document.split()) >= rule.least_words]
+    documents = [document[: rule.characters or None] for document in documents[: rule.first or None]]
+    if rule.unit == "text":
+        documents = ["\n".join(documents)]
+    ids = (protocols.encode(text.tokenizer, document) for document in documents)
+    return [one for one in ids if len(one)]
+
+
+def documents_of(corpus: corpora.Corpus) -> list[str]:
+    """The lines of a file, or of one of JSON strings what they hold."""
+    lines = "".join(corpus.documents).removesuffix("\n").split("\n")
+    if not corpus.name.endswith(".jsonl"):
+        return lines
+    try:
+        return [str(json.loads(line)) for line in lines]
+    except ValueError as error:
+        raise BadFile(f"{corpus.name}: a line is no JSON string ({error}): write one document a line") from error
+
+
+def losses(model: Any, ids: Any, device: str, ahead: int = 1) -> Any:
+    """(tokens - ahead,) nats in float64 of one window: each token under the logits `ahead` places before it."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    fed = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)  # (1, L)
+    with torch.inference_mode():
+        logits = model(input_ids=fed, use_cache=False).logits[0, : len(ids) - ahead].float()  # (L - ahead, V)
+        return cross_entropy(logits, fed[0, ahead:], reduction="none").double().cpu().numpy()
+
+
+def write_codes(model: Any, codes: OwnCodes) -> None:
+    """Put what a program's own codes stand for into the weights of an fp32 model, in place."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    if codes.untied:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    group, taken = TensorGroup(codes.tensors, 8, codes.layers), 0
+    for name, parameter in model.named_parameters():
+        if not covers(group, name):
+            continue
+        taken += 1
+        weight = parameter.detach().float()
+        across = 0 if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else 1  # what a row runs over
+        by_row = codes.step == "row" and weight.dim() == 2
+        low = weight.amin(dim=across, keepdim=True) if by_row else weight.min()
+        high = weight.amax(dim=across, keepdim=True) if by_row else weight.max()
+        spread = torch.maximum(high, -low) if codes.form == "absmax" else high - low
+        scale = (spread / (INT8 if codes.form == "absmax" else UINT8)).clamp(min=torch.finfo(torch.float32).tiny)
+        zero = (-low / scale).round().clamp(0, UINT8) if codes.form == "min-max" else torch.zeros_like(scale)
+        steps = weight / scale + zero
+        kept = steps.trunc() if codes.rounding == "toward zero" else steps.round()
+        least, most = (0, UINT8) if codes.form == "min-max" else (-INT8 - 1, INT8)
+        kept = kept.clamp(least, most) - zero
+        parameter.data.copy_(kept if codes.scale == "dropped" else kept * scale)
+    if not taken:
+        raise BadFile(f"no parameter is called {' or '.join(codes.tensors)}")
 
 
 def as_port(corpus: corpora.Corpus) -> corpora.Corpus:
@@ -144,66 +270,20 @@ def led_by(plan: TokenPlan, token: int) -> TokenPlan:
     return replace(plan, windows=tuple(windows))
 
 
-def tried(judgement: Judgement, options: Options, weights: Specification) -> Judgement:
-    """The judgement with what every reading gives (HarnessError as of `Reader`).
-
-    It is 'reproduced' or 'not derivable' where the text is named.
-    """
-    claim, text = judgement.claim, text_of(judgement.claim, options)
-    values = readings(claim.tried, Reader(claim.specification, options, weights, text))
-    listed = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-    if claim.tried == "cut texts":
-        return replace(judgement, note=f"on {text}, not the report's articles: {listed}; {judgement.note}")
-    name, value = min(values.items(), key=lambda item: abs(item[1] - float(claim.value)))
-    near = abs(value / float(claim.value) - 1) <= NEAR
-    finding = Finding.REPRODUCED if near else Finding.NOT_DERIVABLE
-    said = f"{name} gives {value:.3f}" if near else f"no reading gives it within {NEAR:.1%}"
-    return replace(judgement, finding=finding, ours=Decimal(value), note=f"{said}; read as: {listed}; {judgement.note}")
-
-
 def text_of(claim: Claim, options: Options) -> Specification:
-    """The session's own file where the claim's text has no source that can be fetched."""
-    if claim.dataset != "ptb":
-        return parse(claim.dataset)
-    given = next((dataset for dataset in options.datasets if dataset.name == "ptb"), None)
-    if given is None:
-        raise MissingAsset(f"{corpora.PTB_ADVICE} with --datasets")
-    return given
-
-
-def readings(tried: str, text: Reader) -> Mapping[str, float]:
-    """Perplexity by what was done, of a method on a text, in the ways of one word of `Claim.tried`."""
-
-    def whole(width: int) -> float:
-        return float(np.exp(text.nll(text.plan(text.corpus, f"chunk:{width}").windows).mean()))
-
-    if tried == "cut texts":
-        cut = text.nll(text.plan(cut_pages(text.corpus), "sentence").windows)
-        return {
-            f"its protocol (pages cut to {CHARACTERS} characters, alone)": float(np.exp(cut.mean())),
-            f"ours (chunk:{WIDTHS[0]})": whole(WIDTHS[0]),
-        }
-    sentences = text.plan(text.corpus, "sentence").windows
-    alone = [window for window in sentences if window.scored]
-    lead = np.array([protocols.prefix_token(text.tokenizer)])  # behind it all of a sentence's own tokens are scored
-    led = [replace(one, ids=np.concatenate([lead, one.ids]), scored=len(one.ids)) for one in sentences if len(one.ids)]
-    values = averages("each sentence alone", alone, text.nll(alone))
-    values |= averages("each sentence behind a leading token", led, text.nll(led))
-    return values | {f"one text, chunk:{width}": whole(width) for width in WIDTHS if width <= text.context}
-
-
-def averages(name: str, windows: Sequence[Window], nll: Any) -> dict[str, float]:
-    """The three averages over windows: (tokens,) nats -> perplexities."""
-    means = np.array([nll[span].mean() for span in spans(window.scored for window in windows)])  # (windows,)
-    return {
-        f"{name}, over tokens": float(np.exp(nll.mean())),
-        f"{name}, over mean losses": float(np.exp(means.mean())),
-        f"{name}, over perplexities": float(np.exp(means).mean()),
-    }
-
-
-def cut_pages(corpus: corpora.Corpus) -> corpora.Corpus:
-    """WikiText's pages, each cut to its first characters; other texts by their documents."""
-    pages = corpora.wikitext_pages(corpus.documents) if corpus.layout == "wikitext" else corpus.documents
-    cut = tuple(" ".join(page[:CHARACTERS].split()) for page in pages)
-    return replace(corpus, documents=("\n".join(cut),), layout="file")
+    """The session's own file where the claim's text has no source that can be fetched: ptb:FILE, or its name as TXT."""
+    name = claim.rule.dataset if claim.rule else claim.dataset
+    if not name:
+        raise MissingAsset(f"{claim.id}: its text is not at hand")
+    if name == "ptb":
+        given = next((dataset for dataset in options.datasets if dataset.name == "ptb"), None)
+        if given is None:
+            raise MissingAsset(f"{corpora.PTB_ADVICE} with --datasets")
+        return given
+    if name in corpora.DATASETS or ":" in name:
+        return parse(name)
+    wanted = {f"{name}{ending}" for ending in FILES}
+    for dataset in options.datasets:
+        if dataset.name == "text" and dataset.words[0].rpartition("/")[2] in wanted:
+            return dataset
+    raise MissingAsset(f"{claim.id}: its text is {name}: add --datasets text:DIR/{name}.jsonl, a document a line")

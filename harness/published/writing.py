@@ -24,6 +24,7 @@ from harness.core.specification import parse
 from harness.core.text import mib
 from harness.core.values import decode_number, encode
 from harness.judge import baselines
+from harness.published import origins
 from harness.published.counting import describe
 from harness.published.judging import Finding, Judgement
 
@@ -31,8 +32,8 @@ LINE_WIDTH = 160  # of a sentence in the terminal
 METHOD_WIDTH = 22  # of the terminal's second column
 NOTE_WIDTH = 72  # of the terminal's last column: the whole line stays under 200 characters
 FIGURES = 6  # significant digits of our number where the claim prints none
-HEADERS = ("part", "method", "metric", "published", "ours", "storage MiB", "verdict", "why")
-RULE = "|:--|:--|:--|--:|--:|--:|:--|:--|"
+HEADERS = ("part", "method", "metric", "published", "true", "ours", "storage MiB", "verdict", "why")
+RULE = "|:--|:--|:--|--:|--:|--:|--:|:--|:--|"
 RATIOS = ("report", "method", "published time", "ratio", "ours [95%]", "of", "why they differ")
 RATIO_RULE = "|:--|:--|--:|--:|--:|:--|:--|"
 EMBEDDED = "smollm2-135m"  # whose recorded figures stand beside published ones where no session is named
@@ -46,10 +47,14 @@ SIMILAR = 1.1  # two ratios within 10% are called alike: reports print no interv
 PAGE_HEADING = """\
 # Published figures, computed again
 
-Made by `python -m harness published --markdown > docs/published.md`, from the claims in `baselines/published`, the
-architectures, and the times recorded in `baselines` alone. *Reproduced* is to the last printed digit. *Storage* is
-every byte that the corresponding method of ours holds, quantization state included; the last column adds up the
-difference to the published figure.
+Made by `python -m harness published --markdown > docs/published.md`, from the claims that ship with the package, the
+architectures, and the times recorded in `baselines` alone. Where the reports do not say what they did, their programs
+do: each report is told first in words (what was claimed, what was computed, what the right figure is), then figure by
+figure. *Published* is as printed. *True* is the perplexity or the time that the printed figure stands for by the rule
+of its program, with its ratio to the true reference. *Ours* is what we computed; *reproduced* is to the last printed
+digit. *Storage* is every byte that the corresponding method of ours holds, quantization state included; the last column
+adds up the difference to the published figure. The faults by name are shown one by one in
+[studies/pitfalls.md](studies/pitfalls.md). Figures of your own go through the same mill: [claims.md](claims.md).
 """
 
 Entry = Mapping[str, Any]
@@ -78,6 +83,9 @@ def entry(judgement: Judgement) -> dict[str, Any]:
     given = {
         "id": claim.id,
         "report": claim.report.name,
+        "title": claim.report.heading,
+        "told": claim.report.told,
+        "known_from": known_from(claim.report.provenance),
         "model": claim.report.model,
         "text": claim.report.text,
         "protocol": claim.report.protocol,
@@ -98,9 +106,25 @@ def entry(judgement: Judgement) -> dict[str, Any]:
         "specification": claim.specification,
         "storage_bytes": judgement.storage,
         "published_ratio": None if judgement.ratio is None else float(judgement.ratio),
+        "true": None if judgement.true is None else float(judgement.true),
+        "true_ratio": None if judgement.true_ratio is None else float(judgement.true_ratio),
+        "true_unit": "s" if claim.unit in ("s", "ms") else claim.unit,
+        "rule": origins.words(claim.rule) if claim.rule else "",
     }
     encoded: dict[str, Any] = encode(given)
     return encoded
+
+
+def known_from(origin: origins.Origin) -> str:
+    """Where what is known of a report is known from, and what no source says; "" where nothing is."""
+    parts = [
+        f"Known from {origin.program}" if origin.program else "",
+        f"its outputs {origin.outputs}" if origin.outputs else "",
+        origin.libraries,
+        origin.device,
+        f"no source says: {', '.join(origin.open)}" if origin.open else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def of_rows(rows: Iterable[Row]) -> Measured:
@@ -139,23 +163,29 @@ def beside(entries: Sequence[Entry], measured: Measured) -> list[dict[str, Any]]
     for entry in entries:
         timed, name = entry.get("timed", ""), str(entry.get("specification", "")).partition(":")[0]
         ours = next((measured[name, metric] for metric in INSTEAD.get(timed, ()) if (name, metric) in measured), None)
-        if ours is None or entry.get("published_ratio") is None:
+        if ours is None or ratio_of(entry) is None:
             told.append({**entry, "our_ratio": None})
         else:
             told.append({**entry, "our_ratio": asdict(ours), "why_ratio": why(entry, ours, name)})
     return told
 
 
+def ratio_of(entry: Entry) -> float | None:
+    """A time's ratio to its reference: by the run's other outputs where they tell it, else as published."""
+    found = entry.get("true_ratio") if entry.get("true_ratio") is not None else entry.get("published_ratio")
+    return None if found is None else float(decode_number(found))
+
+
 def why(entry: Entry, ours: Ratio, name: str) -> str:
     """Whether the ratios are alike, and what is known to separate them."""
-    published, timed = entry["published_ratio"], entry["timed"]
+    published, timed = ratio_of(entry) or math.nan, entry["timed"]
     if ours.low <= published <= ours.high or max(published / ours.value, ours.value / published) <= SIMILAR:
         return "alike"
     here, there = ("faster" if ratio < 1 else "slower" for ratio in (ours.value, published))
     times = f"{here} in both, {ours.value / published:.2g} times the published ratio here"
     parts = [times if here == there else f"{there} there, {here} here"]
-    if entry.get("verdict") == "refuted":
-        parts.append("the published times break the hardware's arithmetic, so their ratio says nothing of it")
+    if entry.get("verdict") == "refuted" and entry.get("true_ratio") is None:
+        parts.append("the published times are none of what they are called, so their ratio says nothing of it")
     kernels = "bitsandbytes has kernels for cards that read its codes, and others for processors"
     others = "an implementation of its own there, ours here, on hardware that the report does not name"
     parts.append(kernels if name.startswith("bnb-") else others)
@@ -181,8 +211,9 @@ def summary(entries: Sequence[Entry]) -> str:
 def table(entries: Sequence[Entry]) -> str:
     """For a terminal: one line a figure, notes wrapped, reports apart; then the ratios of times."""
     parts = []
-    for name, group in groupby(entries, key=lambda entry: entry["report"]):
-        parts.append(f"{name}\n{_terminal(HEADERS, list(map(_cells, group)), RULE)}")
+    for _, group in groupby(entries, key=lambda entry: entry["report"]):
+        found = list(group)
+        parts.append(f"{_title(found[0])}\n{_terminal(HEADERS, list(map(_cells, found)), RULE)}")
     if timed := _timed(entries):
         written = _terminal(RATIOS, list(map(_ratio_cells, timed)), RATIO_RULE)
         parts.append(f"{textwrap.fill(_where(timed), LINE_WIDTH)}\n{written}")
@@ -205,12 +236,19 @@ def section(entries: Sequence[Entry]) -> str:
             _escape(_where(timed)),
             _markdown(RATIOS, map(_ratio_cells, timed), RATIO_RULE),
         ]
-    for name, group in groupby(entries, key=lambda entry: entry["report"]):
+    for _, group in groupby(entries, key=lambda entry: entry["report"]):
         found = list(group)
-        parts.append(f"### Report {_escape(name)}: {_escape(found[0]['model'])}")
+        parts.append(f"### {_escape(_title(found[0]))}")
+        told, known = (str(found[0].get(name) or "") for name in ("told", "known_from"))
+        parts += [_escape(" ".join(paragraph.split())) for paragraph in told.split("\n\n") if paragraph.strip()]
         parts.append(f"Text: {_escape(found[0]['text'])}. Protocol: {_escape(found[0]['protocol'])}.")
+        parts += [f"{_escape(known)}."] * bool(known)
         parts.append(_markdown(HEADERS, map(_cells, found), RULE))
     return "\n\n".join(parts) + "\n"
+
+
+def _title(entry: Entry) -> str:
+    return str(entry.get("title") or f"Report {entry['report']}: {entry['model']}")
 
 
 def _markdown(headers: Sequence[str], lines: Iterable[Sequence[str]], rule: str) -> str:
@@ -243,11 +281,29 @@ def _ratio_cells(entry: Entry) -> list[str]:
         entry["report"],
         f"{entry['method']} ({entry['part']})",
         f"{float(entry['printed']):.4g} {entry['unit']}",
-        f"{float(decode_number(entry['published_ratio'])):.3f}",
+        _ratio_cell(entry),
         f"{value:.3f} [{low:.3f}, {high:.3f}]",
         ours["metric"],
         entry["why_ratio"],
     ]
+
+
+def _ratio_cell(entry: Entry) -> str:
+    """The ratio, and the printed one where the run's other outputs tell another."""
+    ratio, printed = ratio_of(entry), entry.get("published_ratio")
+    other = f" (printed {float(decode_number(printed)):.3f})" if entry.get("true_ratio") is not None else ""
+    return f"{ratio:.3f}{other}"
+
+
+def _true_cell(entry: Entry) -> str:
+    """What the printed figure stands for, with its ratio."""
+    if entry.get("true") is None:
+        return ""
+    value = float(decode_number(entry["true"]))
+    unit = entry.get("true_unit", "")
+    shown = f"{value:.4f}" if unit == "ppl" else f"{value:.4g} {unit}"
+    ratio = entry.get("true_ratio")
+    return shown if ratio is None else f"{shown} (x{float(decode_number(ratio)):.4f})"
 
 
 def _cells(entry: Entry) -> list[str]:
@@ -257,6 +313,7 @@ def _cells(entry: Entry) -> list[str]:
         entry["method"],
         entry["metric"],
         f"{entry['printed']} {entry['unit']}",
+        _true_cell(entry),
         entry.get("ours_printed", ""),
         mib(storage) if storage is not None else "",
         entry["verdict"],

@@ -1,4 +1,4 @@
-"""What was planned, ran, is missing and why; which baselines served; under which protocols and in which environments.
+"""What was planned, ran, is missing and why; the answer in one sentence, and every verdict by itself.
 
 Every verdict by itself: both comparisons, the change, the smallest effect that could have been seen, the look-up.
 Rows and plan are sorted here into what tables and plots ask for: one section a model, device and reference.
@@ -11,44 +11,36 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from harness.core.environment import Environment
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import NOTHING, percent, plural
-from harness.core.values import decode_number, flatten
+from harness.core.values import decode_number
 from harness.judge.two_reports import INVARIANT, holds, seen
 from harness.report.markup import bullets, code, escape, table
 
-FAILING = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE)  # what a session fails on, whatever its options
-OPEN = (Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED)  # nothing could be decided
+# what a session fails on unless an option permits it
+FAILING = (Verdict.MISSING, Verdict.INPUT_CHANGED, Verdict.OUT_OF_BOUND, Verdict.WORSE)
+NO_RECORD = (Verdict.NOT_COMPARABLE, Verdict.UNRECORDED)  # there was nothing to compare with
+OPEN = (Verdict.UNUSABLE, *NO_RECORD)  # nothing could be decided
+# compared with a record; an invariant with its own limit
+SETTLED = (Verdict.WORSE, Verdict.BETTER, Verdict.WITHIN_NOISE, Verdict.SAME, Verdict.WITHIN_BOUND)
+KINDS = {"memory": "memory", "latency": "speed", INVARIANT: "behaviour"}  # of a metric family; the others are quality
+QUALITY, MEMORY, SPEED, BEHAVIOUR = "quality", "memory", "speed", "behaviour"
 METHOD_FILE = re.compile(r"(?<=/)[^/@\s]+(?=@\S*\.yaml\b|\.yaml\b)")  # the method in a baseline file's name
 NAMED = 20  # models, texts or metrics of the opening sentence
 SOME = 6  # of them that still fit a line
 NO_REASON = "no reason was given"
 SHOWN = 10  # lines of one list before it is cut; the account below the tables has them all
-LIMITS = """\
-*Against the record*: a change of the recorded figure, for losses and times in percent with its 95% interval, paired
-token by token; *smallest effect* is what nine of ten sessions with this spread would have called, and of an exact
-figure the smallest step. At most 5% of sessions in which nothing changed raise an alarm: every test has its share of
-it, and Holm's step-down settles the session. A perplexity against the reference is exact on this text: no test."""
 MOVED = (Verdict.WORSE, Verdict.BETTER)
 
 
 def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
-    """One paragraph on the outcome, then what failed; `rows` are complete."""
+    """One paragraph on the outcome, quality and memory before speed, then what failed; `rows` are complete."""
     mine = rows[: len(set(planned))]  # what answers the plan comes first
     if not mine:
-        return "**Nothing was measured: no case was planned.**"
-    ran, counts = measured(mine), Counter(row.verdict for row in mine)
-    harm = [f"{counts[verdict]:,} {verdict}" for verdict in FAILING if counts[verdict]]
-    opening = f"No harm: {ran:,} of {plural(len(mine), 'planned case')} ran, none is out of bound or worse."
-    if not ran:
-        opening = f"Nothing was measured: 0 of {plural(len(mine), 'planned case')} ran."
-    elif harm:
-        opening = f"Harm: {', '.join(harm)}."
-    tally = f"Planned {len(mine):,}, ran {ran:,}, missing {len(mine) - ran:,}."
+        return f"**{opening(mine)}**"
 
     def named(field: str) -> str:
         return some((getattr(case, field) for case in planned), NAMED)
@@ -58,12 +50,83 @@ def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     where = f" on {texts} under {named('protocol')}" if texts else ""
     against = f"{plural(len(methods), 'method')} against {named('reference')}"
     intended = f"Planned: {against} for {named('model')}{where}; {named('family')}; on {devices}."
-    lines = [f"**{opening}** {intended}", "", f"{tally} Verdicts: {words(counts)}."]
-    failed = [row for row in mine if row.verdict in FAILING and row.verdict is not Verdict.MISSING]
+    ran = measured(mine)
+    tally = f"Planned {len(mine):,}, ran {ran:,}, missing {len(mine) - ran:,}."
+    lines = [f"**{opening(mine)}** {intended} {tally}", "", *by_kind(mine)]
+    failed = [row for row in mine if failing(row) and row.verdict is not Verdict.MISSING]
     lines += ["", *failures(failed[:SHOWN])] if failed else []
     if len(failed) > SHOWN:
         lines.append(f"- … and {len(failed) - SHOWN:,} more, in the account below.")
     return "\n".join(lines)
+
+
+def failing(row: Row) -> bool:
+    """Whether a session fails on it, unless an option permits it."""
+    lost = row.verdict is Verdict.UNUSABLE and bool(row.detail.get("reference_non_finite"))
+    return lost or row.verdict in FAILING
+
+
+def opening(rows: Sequence[Row]) -> str:
+    """The outcome in one sentence: what failed; else what was compared, and what could not be; `rows` answer the plan.
+
+    A time belongs to its machine, so that it decides nothing here where anything else was measured.
+    """
+    ran, counts = measured(rows), Counter(row.verdict for row in rows)
+    if not rows:
+        return "Nothing was measured: no case was planned."
+    if not ran:
+        return f"Nothing was measured: 0 of {plural(len(rows), 'planned case')} ran."
+    harm = [f"{counts[verdict]:,} {verdict}" for verdict in FAILING if counts[verdict]]
+    if broken := sum(bool(row.detail.get("reference_non_finite")) for row in rows if row.verdict is Verdict.UNUSABLE):
+        harm.append(f"{broken:,} beside a reference that is not finite")
+    if harm:
+        return f"Harm: {', '.join(harm)}."
+    lasting = [row for row in rows if kind(row.case) != SPEED] or rows
+    records = Counter(against_record(row) for row in lasting)
+    compared, alone = (sum(records[verdict] for verdict in kinds) for kinds in (SETTLED, NO_RECORD))
+    bounded = sum(row.verdict_reference is Verdict.WITHIN_BOUND for row in lasting)
+    where = " on this machine" if records[Verdict.NOT_COMPARABLE] else ""
+    bounds = f"; within their bounds: {bounded:,}" if bounded else ""
+    if alone and not compared:
+        return f"Nothing to compare with: {plural(alone, 'case')} {_have(alone)} no record{where}{bounds}."
+    undecided = f" Undecided: {counts[Verdict.UNUSABLE]:,}." if counts[Verdict.UNUSABLE] else ""
+    if alone:
+        kept = f"No harm in the {plural(compared, 'case')} that {_have(compared)} a record"
+        return f"{kept}; {alone:,} {_have(alone)} none{where}{bounds}.{undecided}"
+    if not compared and not bounded:
+        return f"Nothing was decided: {plural(ran, 'case')} ran."
+    planned = plural(len(rows), "planned case")
+    return f"No harm: {ran:,} of {planned} ran, none is out of bound or worse.{undecided}"
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
+def kind(case: Case) -> str:
+    """What a figure speaks of: quality, memory, speed or behaviour."""
+    return KINDS.get(case.family, QUALITY)
+
+
+def against_record(row: Row) -> Verdict | None:
+    """The verdict against the record; of a row that does not hold both apart, its only one."""
+    return row.verdict_baseline or (row.verdict if row.verdict_reference is None else None)
+
+
+def by_kind(rows: Sequence[Row]) -> list[str]:
+    """One bullet for each of quality, memory, speed and behaviour: how many cases got which word, by comparison."""
+    groups = grouped(rows, lambda row: kind(row.case))
+    lines = []
+    for name in (QUALITY, MEMORY, SPEED, BEHAVIOUR):
+        if own := groups.get(name):
+            ran = [row for row in own if row.value is not None]
+            parts = [f"missing {len(own) - len(ran):,}"] if len(ran) < len(own) else []
+            if bounded := Counter(row.verdict_reference for row in ran if row.verdict_reference):
+                parts.append(f"against the reference {words(bounded)}")
+            if recorded := Counter(verdict for row in ran if (verdict := against_record(row))):
+                parts.append(f"against the record {words(recorded)}")
+            lines.append(f"- {name.capitalize()}, {plural(len(own), 'case')}: {'; '.join(parts)}.")
+    return lines
 
 
 def measured(rows: Iterable[Row]) -> int:
@@ -103,7 +166,7 @@ def failures(rows: Iterable[Row]) -> list[str]:
 
 
 def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
-    """Planned, ran, missing and why, then every row that failed and what stayed open; `rows` are complete."""
+    """Planned, ran, missing and why, then every row that failed and what stayed open; "" where nothing did."""
     mine = rows[: len(set(planned))]
     lines = []
     for (model, device), own in grouped(mine, lambda row: (row.model, row.device)).items():
@@ -111,10 +174,11 @@ def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
         numbers = [f"{count:,}" for count in (len(own), ran, len(own) - ran)]
         lines.append([code(model), escape(device), *numbers, words(Counter(row.verdict for row in own))])
     headers = ["model", "device", "planned", "ran", "missing", "verdicts"]
-    parts = [table(headers, lines, words=(0, 1, -1)) if mine else "No case was planned."]
+    parts = [table(headers, lines, words=(0, 1, -1))] if len(lines) > 1 else []  # of one the headline has told
     if missing := [row for row in mine if row.value is None]:
         parts.append("Missing, by reason:\n\n" + "\n".join(by_reason(missing)))
-    if failed := [row for row in mine if row.verdict in FAILING and row.value is not None]:
+    failed = [row for row in mine if failing(row) and row.value is not None]
+    if len(failed) > SHOWN:  # fewer stand at the top
         parts.append("Failed:\n\n" + "\n".join(failures(failed)))
     undecided = [row for row in mine if row.verdict in OPEN and row.value is not None]
     if unrecorded := [row for row in undecided if row.verdict is Verdict.UNRECORDED and not row.live]:
@@ -132,7 +196,7 @@ def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
 
 def by_reason(rows: Sequence[Row]) -> list[str]:
     """One bullet a verdict and reason (baseline files of all methods as one): how many cases, of which methods."""
-    groups = grouped(rows, lambda row: (row.verdict, METHOD_FILE.sub("*", row.reason)))
+    groups = grouped(rows, lambda row: (row.verdict, METHOD_FILE.sub("*", cause(row))))
     lines = []
     for (verdict, reason), own in sorted(groups.items(), key=lambda item: (item[0][0].severity, -len(item[1]))):
         methods, metrics = some(row.method for row in own), some(row.metric for row in own)
@@ -141,72 +205,24 @@ def by_reason(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def cause(row: Row) -> str:
+    """Why a row is what it is; of one that compares with nothing, not what its bound says too."""
+    return row.reason.partition("; ")[0] if row.verdict is Verdict.NOT_COMPARABLE else row.reason
+
+
 def baselines(rows: Sequence[Row]) -> str:
-    """Which recorded files served for which rows, methods folded to '*'."""
+    """Which recorded files served how many rows and with what verdicts, methods folded to '*'; bullets."""
     ran = [row for row in rows if row.value is not None]
     groups = grouped(ran, lambda row: METHOD_FILE.sub("*", row.baseline))
     none = len(groups.pop("", []))
-    parts = []
-    if groups:
-        lines = [
-            [
-                code(name),
-                f"{len({row.baseline for row in found}):,}",
-                f"{len(found):,}",
-                some(row.metric for row in found),
-                words(Counter(row.verdict_baseline for row in found if row.verdict_baseline)),
-            ]
-            for name, found in sorted(groups.items())
-        ]
-        headers = ["baseline files", "files", "rows", "metrics", "verdicts against it"]
-        parts.append(table(headers, lines, words=(0, 3, 4)))
-    if none:
-        parts.append(f"No baseline served {plural(none, 'row')}: judged against the reference only.")
-    return "\n\n".join(parts) or "Nothing was measured, so no baseline served."
-
-
-def protocols(rows: Sequence[Row], *, clashes_only: bool = False) -> str:
-    """Protocol ids and token hashes, then the weights' revisions or content hashes.
-
-    Two under one short name are said to be two (and, if asked, no other is said).
-    """
-    read = [row for row in rows if row.protocol_id or row.token_hash]
-    texts = grouped(read, lambda row: (row.model, row.dataset, row.protocol))
-    groups = {place: grouped(own, lambda row: (row.protocol_id, row.token_hash)) for place, own in texts.items()}
     lines = []
-    if clashes_only and (left := sum(len(found) == 1 for found in groups.values())):
-        told = "ids and token hashes in measurements.jsonl."
-        lines.append(f"- {plural(left, 'text')} of a model under a protocol: {told}")
-        groups = {place: found for place, found in groups.items() if len(found) > 1}
-    for (model, dataset, protocol), found in groups.items():
-        name = f"{code(dataset)} under {code(protocol)} for {code(model)}"
-        if len(found) > 1:
-            lines.append(f"- **{name} stands for {len(found)} different token plans, which do not compare:**")
-        for (protocol_id, token_hash), served in found.items():
-            tokens = next((row.detail["tokens"] for row in served if isinstance(row.detail.get("tokens"), int)), None)
-            count = f", {plural(tokens, 'token')}" if tokens is not None else ""
-            lines.append(f"- {name}: {escape(protocol_id)}; token ids sha256 {code(token_hash)}{count}")
-    parts = ["\n".join(lines) or "No text was read."]
-    if known := dict.fromkeys((row.model, row.revision) for row in rows if row.revision):
-        weights = [f"{code(model)}: {code(revision)}" for model, revision in known]
-        parts.append(bullets("Weights, by commit or content:", weights))
-    return "\n\n".join(parts)
-
-
-def environments(rows: Sequence[Row], known: Mapping[str, Mapping[str, Any]]) -> str:
-    """The worlds that the rows were measured in, side by side, one line a field."""
-    used = Counter(row.environment for row in rows if row.value is not None and row.environment)
-    if not used:
-        return "Nothing was measured, so no environment was recorded."
-    parts = [f"{code(name)} is not in environments.json." for name in used if name not in known]
-    if worlds := {name: flatten(known[name]) for name in used if name in known}:
-        order = [item.name for item in fields(Environment)]  # a file's keys come back sorted: the same order always
-        there = {name for world in worlds.values() for name in world}
-        names = [name for name in order if name in there] + sorted(there.difference(order))
-        lines = [[escape(name), *(escape(of.get(name, "")) or NOTHING for of in worlds.values())] for name in names]
-        headers = ["field", *(f"{code(name)} ({plural(used[name], 'row')})" for name in worlds)]
-        parts.insert(0, table(headers, lines, words=range(len(headers))))
-    return "\n\n".join(parts)
+    for name, found in sorted(groups.items()):
+        files = plural(len({row.baseline for row in found}), "file")
+        counts = words(Counter(row.verdict_baseline for row in found if row.verdict_baseline))
+        lines.append(f"- {code(name)} ({files}) served {plural(len(found), 'row')}: {counts}")
+    if none:
+        lines.append(f"- No record served {plural(none, 'row')}: judged against the reference only")
+    return "\n".join(lines)
 
 
 def verdicts(rows: Sequence[Row]) -> str:
@@ -229,7 +245,7 @@ def verdicts(rows: Sequence[Row]) -> str:
     ]
     headers = ["model", "method", "metric", "against the reference", "against the record"]
     headers += ["change [95%]", "smallest effect", "looked up in"]
-    parts = [LIMITS, table(headers, lines, words=(0, 1, 2, 3, 4, -1)), *stopped(found), *differences(found)]
+    parts = [table(headers, lines, words=(0, 1, 2, 3, 4, -1)), *stopped(found), *differences(found)]
     return "\n\n".join(parts)
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import NOTHING, exp, mib, milliseconds, number, percent, perplexity, plural, ratio
+from harness.judge.rules import in_turn
 from harness.judge.two_reports import HARM, INVARIANT, UNDECIDED, Comparison, Entry, holds, seen
-from harness.report.account import SHOWN, grouped, place, words
+from harness.report.account import BEHAVIOUR, MEMORY, NO_RECORD, QUALITY, SHOWN, SPEED, grouped, kind, place, words
 from harness.report.markup import bullets, code, code_block, escape, table
+from harness.report.tables import to_reference
 
 OUTCOME = {0: "No harm", 1: "Harm", 3: "Undecided"}
 HOW = """\
@@ -29,15 +31,7 @@ WORDS = {0: "does no harm that was measured", 1: "does harm", 3: "cannot be deci
 def render_comparison(comparison: Comparison) -> str:
     """The outcome, what needs a look, the environment difference, and one table a model, device and text."""
     entries = comparison.entries
-    counts = Counter(entry.verdict for entry in entries if entry.verdict is not None)
-    judged = sum(counts.values())
-    total = plural(judged, "case")
-    if shown := len(entries) - judged:
-        total += f" judged, {shown:,} only shown"
-    paired = f"{comparison.paired:,} compared token by token."
-    if not comparison.paired:
-        paired = "**Nothing was paired: values only.**"
-    parts = ["# A against B", f"**{OUTCOME[comparison.status]}**: {total}: {words(counts)}. {paired}"]
+    parts = ["# A against B", f"**{outcome(comparison)}**: {_counted(comparison)}", "\n".join(_by_kind(entries))]
     for verdicts in (HARM, UNDECIDED):
         if moved := [entry for entry in entries if entry.verdict in verdicts]:
             told = []
@@ -69,11 +63,41 @@ def render_comparison(comparison: Comparison) -> str:
     parts.append(
         "Change is B / A (B - A for metrics that are no ratio), with a 95% interval where one could be had: Student's "
         "t over windows for perplexity; for time, whose change is that of its ratio to the reference in the same "
-        "session, the two sessions' intervals combined. Each interval is of 95% by itself, not corrected for the "
-        "number of cases: of twenty that did not move, one may lie beyond its noise floor. Lower is better. MiB is "
-        "2^20 bytes."
+        "session, the two sessions' intervals combined. A time stands as that ratio; the reference's milliseconds were "
+        "taken at two moments. Each interval is of 95% by itself, not corrected for the number of cases: of twenty "
+        "that did not move, one may lie beyond its noise floor. Lower is better. MiB is 2^20 bytes."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def outcome(comparison: Comparison) -> str:
+    """The answer in a few words; no harm is said only where something was compared."""
+    verdicts = {entry.verdict for entry in comparison.entries} - {None}
+    if verdicts <= {*NO_RECORD}:
+        return "Nothing to compare with"
+    return "Same" if verdicts == {Verdict.SAME} else OUTCOME[comparison.status]
+
+
+def _counted(comparison: Comparison) -> str:
+    """How many cases got which verdict, and how many of them were compared token by token."""
+    counts = Counter(entry.verdict for entry in comparison.entries if entry.verdict is not None)
+    total = plural(counts.total(), "case")
+    if shown := len(comparison.entries) - counts.total():
+        total += f" judged, {shown:,} only shown"
+    paired = f"{comparison.paired:,} compared token by token."
+    if set(counts) == {Verdict.SAME}:
+        paired = "Every figure is equal."
+    elif not comparison.paired:
+        paired = "**Nothing was paired: values only.**"
+    return f"{total}: {words(counts)}. {paired}"
+
+
+def _by_kind(entries: Sequence[Entry]) -> list[str]:
+    """One bullet for each of quality, memory, speed and behaviour with its verdicts."""
+    groups = grouped(entries, lambda entry: kind(entry.case))
+    counts = {name: Counter(entry.verdict for entry in own if entry.verdict) for name, own in groups.items()}
+    order = (QUALITY, MEMORY, SPEED, BEHAVIOUR)
+    return [f"- {name.capitalize()}: {words(counts[name])}." for name in order if counts.get(name)]
 
 
 def _word(entry: Entry | None) -> str:
@@ -81,16 +105,18 @@ def _word(entry: Entry | None) -> str:
 
 
 def _values(entry: Entry) -> list[str]:
-    """A's value and B's with their unit."""
+    """A's value and B's with their unit; a time as its ratio to the reference that was timed in turn with it."""
     metric, family, unit = entry.case.metric, entry.case.family, entry.b.unit or entry.a.unit
     shown = []
-    for value in (entry.a.value, entry.b.value):
+    for row in (entry.a, entry.b):
+        value = row.value
         if value is None:
             shown.append(str(Verdict.MISSING))
         elif family == "memory":
             shown.append(f"{mib(value)} MiB")
         elif family == "latency":
-            shown.append(f"{milliseconds(value)} ms")
+            plain = entry.case.method == entry.case.reference or in_turn(entry.b, entry.a)
+            shown.append(f"{milliseconds(value)} ms" if plain else to_reference(row))
         elif metric == "perplexity":
             shown.append(perplexity(value))
         else:
@@ -291,7 +317,7 @@ def _interval(entry: Entry) -> str:
 
 def _quality(entries: Sequence[Entry]) -> str:
     parts = []
-    for verdict in (Verdict.WORSE, Verdict.UNUSABLE, Verdict.BETTER):
+    for verdict in (Verdict.INPUT_CHANGED, Verdict.WORSE, Verdict.UNUSABLE, Verdict.BETTER):
         moved = [e for e in entries if e.verdict is verdict]
         each = ", ".join(f"{code(e.case.method)} on {code(e.case.model)}{_interval(e)}" for e in moved)
         parts += [f"{verdict} for {each}"] if moved else []
@@ -331,7 +357,7 @@ def _speed(entries: Sequence[Entry]) -> list[str]:
                 if e.verdict is verdict and e.change is not None
             ]
             parts += [f"{word} for {', '.join(each)}"] if each else []
-        if rest := [entry for entry in timed if entry.verdict not in CERTAIN and entry.verdict is not Verdict.UNUSABLE]:
+        if rest := [entry for entry in timed if entry.verdict in (Verdict.WITHIN_NOISE, Verdict.SAME)]:
             parts.append(f"within noise for {_methods(rest)}")
         if wide := [entry for entry in timed if entry.verdict is Verdict.UNUSABLE]:
             parts.append(f"not decided for {_methods(wide)}")

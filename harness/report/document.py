@@ -16,26 +16,37 @@ from urllib.parse import quote
 from harness.core.errors import BadFile, HarnessError
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import NOTHING, mib, number, plural, ratio
+from harness.core.values import checksum
 from harness.judge import bounds, two_reports
 from harness.judge.two_reports import INVARIANT, Comparison
 from harness.report import account, tables
 from harness.report.account import FAILING, MOST_CASES, MOVED, NO_TEXT, Section, complete, finite, sections
 from harness.report.comparison import render_comparison
+from harness.report.conditions import conditions
 from harness.report.markup import code, code_block, escape
+from harness.report.page import page
 from harness.report.plots import MOST, Plot, drawn, plots_of, svgs
 from harness.results import directory
-from harness.results.directory import MEASUREMENTS, REPORT, ReportDirectory, SavedSession
+from harness.results.directory import MEASUREMENTS, PAGE, PUBLISHED_PAGE, REPORT, ReportDirectory, SavedSession
 
-READING = """\
-- Perplexity and every ratio: lower is better. Memory and time: lower is better. MiB is 2^20 bytes.
-- *Ratio to reference* is the method's figure over the unquantized reference's, on the same tokens or in the same run.
-- The interval of a perplexity ratio is a 95% Student t over windows: what to expect on *text like this*. On *this
-  text* the ratio itself is exact wherever a perplexity stands beside it: every planned token was read.
-- The interval of a time ratio is a 95% Hodges-Lehmann interval over interleaved blocks. p50, p90, p99 are percentiles
-  of single runs, IQR is the distance between their quartiles. A/A is the reference timed against itself.
-- *Storage* is every byte the model needs to run, quantization state included; *footprint* is parameters and buffers
-  as transformers counts them; *bits/weight* counts scales.
-- *Verdict* is the most severe over a line's cases, against the reference and against the recorded baseline."""
+READING = "\n".join(
+    (
+        "- Lower is better everywhere. MiB is 2^20 bytes; *storage* is every byte that the model needs to run, "
+        "*bits/weight* counts scales too.",
+        "- *Ratio to reference* is the method's perplexity over the unquantized reference's on the same tokens: exact "
+        "on *this text*, with a 95% Student t over windows for *text like this*.",
+        "- *Prefill, decode / reference* is the method's time over that of the reference, timed in turn with it "
+        "(Hodges-Lehmann, 95%); A/A is the reference against itself. Milliseconds of two lines were taken at different "
+        "moments and do not compare.",
+        "- *Quality, memory, speed* hold the most severe verdict of either comparison, with the reference and with "
+        "the record; in brackets, how many cases had no record that holds here.",
+        "- *Smallest effect* is what nine of ten sessions with this spread would have called. At most 5% of sessions "
+        "in which nothing changed raise an alarm.",
+    )
+)
+FOLD, UNFOLD = "<details><summary>{}</summary>", "</details>"  # as code hosts and browsers fold it
+IN_FULL = "In full: memory, latency, further metrics, what was quantized"
+VERDICTS = "Verdicts, case by case"
 LEFT_OUT = (
     "This report has {}, more than the {:,} up to which every figure has its line and every text its plots. One table "
     "a model follows; every figure is in measurements.jsonl, and `python -m harness report DIR --models NAME` prints "
@@ -87,6 +98,7 @@ def compare(a: Report, b: Report, *, baselines: str | Path = "baselines") -> Com
     before, after = opened(a), opened(b)
     # losses lie in a side's directory; those of rows without one, in the directories measured into here
     folders = [(side.folder,) if side.folder else tuple(_measured) for side in (before, after)]
+    known = {**before.identities, **after.identities}
     return two_reports.compare(
         before.rows,
         after.rows,
@@ -94,6 +106,7 @@ def compare(a: Report, b: Report, *, baselines: str | Path = "baselines") -> Com
         environments_a=before.environments,
         environments_b=after.environments,
         bounds=bounds.load(Path(baselines)),
+        identities=known.get,
         notes=[*(f"A: {note}" for note in before.notes), *(f"B: {note}" for note in after.notes)],
     )
 
@@ -143,7 +156,7 @@ def markdown(
     with_plots: bool = True,
     published_figures: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The whole report.
+    """The whole report: the main tables, under what they were taken, what failed or is open, then every figure folded.
 
     Args:
         rows: measurements in the order written; for one case the last stands.
@@ -152,77 +165,84 @@ def markdown(
         notes: lines that a reader must know before the figures.
         command: what made the report, for the section on reproducing it; "" derives one from the plan.
         with_plots: embed the images that `svgs` of the same rows gives.
-        published_figures: entries of `harness.published`, for a section of their own.
+        published_figures: entries of `harness.published`, which have a page of their own: one line tells of it.
     """
     found = complete(rows, planned)
     alone = bool(published_figures) and not found  # nothing was to be measured
     parts = ["# Quantization report"] + [account.headline(found, planned)] * (not alone)
     if notes:
         parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
-    if found:
-        parts += ["## How to read it", READING]
     every, large = sections([row for row in found if row.case.family != INVARIANT]), len(found) > MOST_CASES
-    parts += (
-        _figures(every, with_plots)
-        if not large
-        else [LEFT_OUT.format(plural(len(found), "case"), MOST_CASES), *map(_overview, every)]
-    )
+    images: Sequence[Sequence[Plot]] = drawn(every) if with_plots and not large else [()] * len(every)
+    if large:
+        parts += [LEFT_OUT.format(plural(len(found), "case"), MOST_CASES), *map(_overview, every)]
+    else:
+        parts += [part for section, own in zip(every, images, strict=True) for part in _main(section, own)]
+        if with_plots and not any(images) and (left := sum(len(plots_of(section)) for section in every)):
+            parts.append(f"No plots: there would be {left:,}, more than the {MOST} of one report; merge fewer models.")
+    if under := list(filter(None, conditions(found, environments, clashes_only=large))):
+        parts += ["## Environment and protocol", *under]
     if behaved := account.invariants(found):
         parts += ["## Invariants", behaved]
-    if not alone:
-        parts += ["## Planned, ran, missing", account.account(found, planned)]
-        if listed := _verdicts_that_matter(found) if large else account.verdicts(found):
-            parts += ["## Verdicts, case by case", listed]
-        parts += ["## Baselines", account.baselines(found)]
-        parts += ["## Protocols, tokens, weights", account.protocols(found, clashes_only=large)]
-    if published_figures:
-        from harness import published  # few reports have any
-
-        parts += ["## Published figures, computed again", published.section(published_figures).rstrip()]
-    if not alone:
-        parts += ["## Environment", account.environments(found, environments)]
+    if told := account.account(found, planned):
+        parts += ["## Planned, ran, missing", told]
+    if not large:
+        parts += [part for section, own in zip(every, images, strict=True) for part in _in_full(section, own)]
+    parts += [*_every_verdict(found, large), _published(published_figures)]
+    if found:
+        parts += ["## How to read it", READING]
     if command or planned:
         parts += ["## To reproduce", code_block(command or _derived_command(planned))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _figures(every: Sequence[Section], with_plots: bool) -> list[str]:
-    parts, images = [], drawn(every)
-    if with_plots and not any(images) and (left := sum(len(plots_of(section)) for section in every)):
-        parts.append(
-            f"No plots: there would be {left:,}, more than the {MOST} of one report; merge fewer models for some."
-        )
-    for section, pictures in zip(every, images, strict=True):
-        parts += _section(section, pictures if with_plots else ())
-    return parts
+def _every_verdict(found: Sequence[Row], large: bool) -> list[str]:
+    """Case by case, folded, with the records that served; of very many cases those that matter."""
+    listed = _verdicts_that_matter(found) if large else account.verdicts(found)
+    return [FOLD.format(VERDICTS), listed, account.baselines(found), UNFOLD] if listed else []
 
 
-def _section(section: Section, images: Sequence[Plot]) -> list[str]:
+def _published(figures: Sequence[Mapping[str, Any]]) -> str:
+    """One line on published figures, which have a page of their own; "" without any."""
+    if not figures:
+        return ""
+    from harness import published  # few reports have any
+
+    summary = escape(published.summary(figures))
+    return f"Published figures, computed again: {summary} See [{PUBLISHED_PAGE}]({PUBLISHED_PAGE})."
+
+
+def _main(section: Section, images: Sequence[Plot]) -> list[str]:
+    """The tables that a reader looks at first, one a text."""
     parts = [f"## {code(section.model)} on {escape(section.device)}"]
     parts += [f"> {escape(note)}" for note in section.notes()]
     for text in section.texts or (NO_TEXT,):
         if text != NO_TEXT:
             parts.append(f"### {code(section.model)}: {code(text[0])}, {code(text[1])}")
         parts += [tables.main(section, text), "\n".join(tables.footnotes(section, text))]
-        parts += [_image(plot) for plot in images if plot.text == text]
+        parts += [_image(plot) for plot in images if plot.text == text and plot.kind == "quality"]
+    return parts
+
+
+def _in_full(section: Section, images: Sequence[Plot]) -> list[str]:
+    """Everything else of a section, folded: further metrics, memory, latency, what was quantized."""
+    parts = []
+    for text in (*section.texts, NO_TEXT):
         if further := tables.others(section, text):
-            parts += [f"Further metrics on {code(text[0])}, {code(text[1])}:" if text != NO_TEXT else "", further]
-    if section.texts and (further := tables.others(section, NO_TEXT)):
-        parts += [f"### {code(section.model)}: further metrics", further]
+            where = f" on {code(text[0])}, {code(text[1])}" if text != NO_TEXT else ""
+            parts += [f"### {code(section.model)}: further metrics{where}", further]
     if memory := tables.memory(section):
-        parts += [f"### {code(section.model)}: memory"]
-        parts += [_image(plot) for plot in images if plot.kind == "memory"]
+        parts += [f"### {code(section.model)}: memory", *(_image(plot) for plot in images if plot.kind == "memory")]
         parts += [memory]
     timed = [(text, name) for text in (NO_TEXT, *section.texts) for name in section.metrics(text, "latency")]
-    if timed:
-        parts += [f"### {code(section.model)}: latency"]
-        parts += [_image(plot) for plot in images if plot.kind == "latency"]
     for text, name in timed:
-        where = f" ({code(text[0])}, {code(text[1])})" if text != NO_TEXT else ""
-        parts += [f"{code(name)}{where}:", tables.latency(section, name, text), tables.ratio_note(section, name, text)]
+        where = f" on {code(text[0])}, {code(text[1])}" if text != NO_TEXT else ""
+        parts += [f"### {code(section.model)}: {code(name)}{where}", tables.latency(section, name, text)]
+        parts.append(tables.ratio_note(section, name, text))
+    parts += [_image(plot) for plot in images if plot.kind == "latency"]
     if quantized := tables.census(section):
         parts += [f"### {code(section.model)}: what was quantized", quantized]
-    return parts
+    return [FOLD.format(IN_FULL), *parts, UNFOLD] if parts else []
 
 
 def _image(plot: Plot) -> str:
@@ -286,26 +306,33 @@ def write(
     notes: Sequence[str] = (),
     command: str = "",
 ) -> Path:
-    """Write report.md and its plots, each file whole or not at all; returns the report's path.
+    """Write report.md with its plots and report.html, each file whole or not at all; returns the report's path.
 
     `notes` and `command` are kept in session.json, so that `rewrite` gives the same report later; the published figures
     are those that the directory keeps.
     """
     if notes or command:
-        ReportDirectory(folder).keep_session(command=command, notes=list(notes))
+        digests = {"plan": checksum([case.told() for case in planned]), "environments": checksum(environments)}
+        ReportDirectory(folder).keep_session(command=command, notes=list(notes), **digests)
     return _put(folder, SavedSession(tuple(rows), tuple(planned), environments, tuple(notes), command))
 
 
 def _put(folder: Path, told: SavedSession) -> Path:
     parts = told.rows, told.planned, told.environments
     figures = directory.published_of(folder)
-    text = markdown(*parts, notes=told.notes, command=told.command, published_figures=figures)
-    ReportDirectory(folder).put({**svgs(told.rows, told.planned), REPORT: text})
+    texts = {**svgs(told.rows, told.planned)}
+    if figures:
+        from harness import published
+
+        texts[PUBLISHED_PAGE] = f"# Published figures, computed again\n\n{published.section(figures)}"
+    texts[REPORT] = markdown(*parts, notes=told.notes, command=told.command, published_figures=figures)
+    texts[PAGE] = page(*parts, notes=told.notes, command=told.command, published_figures=figures)
+    ReportDirectory(folder).put(texts)
     return folder / REPORT
 
 
 def rewrite(folder: Path) -> Path:
-    """Make report.md and the plots anew from a report directory's measurements."""
+    """Make report.md, the plots and report.html anew from a report directory's measurements."""
     if not folder.is_dir():
         raise BadFile(f"{folder} is no report directory: name the folder that holds {MEASUREMENTS}")
     return _put(folder, read_report(folder))

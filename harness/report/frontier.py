@@ -22,15 +22,17 @@ from harness.core.errors import HarnessError
 from harness.core.files import replace_text
 from harness.core.records import Row
 from harness.core.stats import paired_delta
-from harness.core.text import MIB, NOTHING, mib, milliseconds
+from harness.core.text import MIB, NOTHING, exp, mib, milliseconds, ratio
+from harness.core.values import digest
 from harness.judge.rules import log_ratio
 from harness.report.account import Section, Text, complete, sections
 from harness.report.markup import code, table
 from harness.report.plots import BLUE, GREY, STORAGE_LABEL, VERMILION, canvas_of, label, legend, plain, style, svg_text
-from harness.results.directory import Nll, nll_reader, read_report
+from harness.results.directory import Nll, ReportDirectory, nll_reader, read_report
 
 SPEED = "latency.decode"
 FEWEST = 2  # methods that can be compared
+LONGEST = 150  # characters of what tells plots apart in a file name
 KINDS = {  # in which a method can stand, with its colour and its words in a plot
     "front": (BLUE, "front: no other dominates it"),
     "undecided": (VERMILION, "undecided: the data cannot separate it from a better one"),
@@ -66,6 +68,7 @@ class Point:
     seconds: float | None
     slowdown: Span | None  # interval of the log of its time over the reference's
     row: Row | None  # the quality row
+    log_time: float | None = None  # of its time over the reference's; pages made before it was kept have none
 
 
 @dataclass
@@ -121,10 +124,10 @@ def points(section: Section, text: Text) -> list[Point]:
             found.append(Point(method, 0.0, CENTRE, storage, seconds, None if seconds is None else CENTRE, own))
         elif quality is not None and quality.value is not None and math.isfinite(quality.value):
             time = log_ratio(speed.detail) if speed is not None else None
-            slowdown = None if time is None else (time.low, time.high)
+            slowdown, log_time = (None, None) if time is None else ((time.low, time.high), time.value)
             ends = quality.interval or (-math.inf, math.inf)
             span = ends if all(map(math.isfinite, ends)) else None
-            found.append(Point(method, quality.value, span, storage, seconds, slowdown, quality))
+            found.append(Point(method, quality.value, span, storage, seconds, slowdown, quality, log_time))
     return found
 
 
@@ -200,21 +203,31 @@ def render(head: Heading, places: Sequence[Standing]) -> str:
                 f"{best}" if best == worst else f"{best}–{worst}",
                 f"{point.delta:+.4f}{span}",
                 mib(point.bytes),
-                milliseconds(point.seconds),
+                pace(point, head.reference),
                 place.words,
             ]
         )
-    headers = ["method", "rank", "Δ ln PPL, nat [95%]", "storage MiB", "decode ms", "standing"]
+    headers = ["method", "rank", "Δ ln PPL, nat [95%]", "storage MiB", "decode / reference [95%]", "standing"]
     kept = [index for index in range(len(headers)) if index in (0, 2, 5) or any(row[index] != NOTHING for row in rows)]
     shown = table([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
     notes = [f"Device {head.device}; text {code(head.text[0])}, protocol {code(head.text[1])}."]
-    if all(place.point.seconds is None for place in places):
+    if all(place.point.slowdown is None for place in places if place.point.method != head.reference):
         notes.append(f"No speeds: `{SPEED}` was not measured, so the front is of quality and bytes.")
     if any(place.point.method in head.aligned for place in places):
         notes.append("† Its codes can represent the grid on which the model's weights were stored before.")
     by_kind = {kind: [code(place.point.method) for place in places if place.kind == kind] for kind in KINDS}
     summary = "\n".join(f"- {kind} ({len(names)}): {', '.join(names)}" for kind, names in by_kind.items() if names)
     return "\n\n".join([f"## {code(head.model)}", " ".join(notes), summary, shown])
+
+
+def pace(point: Point, reference: str) -> str:
+    """A method's time over that of the reference timed in turn with it; the reference's own milliseconds."""
+    if point.method == reference:
+        return NOTHING if point.seconds is None else f"1 ({milliseconds(point.seconds)} ms)"
+    if point.slowdown is None:
+        return NOTHING
+    low, high = map(exp, point.slowdown)
+    return ratio(exp(point.log_time), low, high) if point.log_time is not None else f"[{ratio(low)}, {ratio(high)}]"
 
 
 def write(folders: Sequence[Path], output: Path) -> str:
@@ -233,7 +246,11 @@ def write(folders: Sequence[Path], output: Path) -> str:
                 continue
             places, head = standings(here, nll), heading(section, text)
             name = re.sub(r"[^A-Za-z0-9]+", "-", "-".join((section.model, section.device, *text))).strip("-").lower()
-            path = (output if output.is_dir() else output.parent) / f"frontier-{name}.svg"
+            if len(name) > LONGEST:
+                name = f"{name[:LONGEST]}-{digest([section.model, section.device, *text])[:8]}"
+            home = output.parent if output.is_file() else output
+            ReportDirectory(home).claim("-o ")
+            path = home / f"frontier-{name}.svg"
             replace_text(path, svg(head.title, places))
             parts.append(f"{render(head, places)}\n\nPlot: {path}\n\n")
     if not parts:

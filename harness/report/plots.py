@@ -9,17 +9,16 @@ import io
 import itertools
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.core.records import Case, Row
-from harness.core.text import MIB, NOTHING, exp, mib, milliseconds, perplexity, visible
+from harness.core.text import MIB, NOTHING, exp, mib, ratio, visible
 from harness.core.values import digest
 from harness.report.account import MOST_CASES, NO_TEXT, Section, Text, complete, finite, sections
-from harness.report.tables import interval, quality_ratio
+from harness.report.tables import TIMED, interval, quality_ratio, time_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 MOST = 60  # plots of one report: a page with more is not read, and drawing them takes longer than writing it
 LONGEST = 160  # characters of a file name's stem; file systems allow 255 bytes with the suffix
 SIZED = ("memory.storage", "memory.load_peak")
-TIMED = ("latency.prefill", "latency.decode", "latency.forward", "latency.generate", "latency.evaluation")
 # Okabe and Ito's palette (2008), told apart by readers with any colour vision; shapes and labels say the same again
 BLUE, VERMILION, DARK, GREY = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 WIDTH_INCHES, DPI = 9.0, 100  # 900 pixels, the width of a page on a code host
@@ -48,12 +46,18 @@ MISLEADING = 1.0  # square pixels of overlap that a label nearer to another poin
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225, 20, 160, 340, 200, 70, 110, 250, 290)  # degrees, the readable first
 
 
-Panel = tuple[str, Text, float, Callable[[float | None], str], str]  # metric, text, scale, figures as text, title
+class Panel(NamedTuple):
+    """Bars of one metric side by side."""
+
+    metric: str
+    read: Callable[[Row], tuple[float, float, float]]  # a row's length of bar with the ends of its whisker
+    write: Callable[[float], str]  # that length as text
+    title: str
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot to be drawn: `kind` is 'quality', 'combined', 'memory' or 'latency'; `text` None for a whole section."""
+    """One plot to be drawn: `kind` is 'quality', 'memory' or 'latency'; `text` None for a whole section."""
 
     kind: str
     section: Section
@@ -63,7 +67,7 @@ class Plot:
 
 
 def plots_of(section: Section) -> tuple[Plot, ...]:
-    """The plots for which a section has data: quality against memory and the combined one a text, the others once."""
+    """The plots for which a section has data: quality against memory once a text, the others once."""
     found = []
 
     def add(kind: str, text: Text | None, caption: str) -> None:
@@ -74,12 +78,10 @@ def plots_of(section: Section) -> tuple[Plot, ...]:
     for text in section.texts:
         if sum(drawable(section, method, text) for method in section.methods) > 1:  # one point compares with nothing
             add("quality", text, "Loss of quality against memory")
-        if any(finite(section.value(method, "perplexity", text)) for method in section.methods):
-            add("combined", text, "Perplexity, memory and latency by method (lower is better)")
     if sized(section):
         add("memory", None, "Memory by method (lower is better)")
     if timed(section):
-        add("latency", None, "Latency by method (median, quartiles; lower is better)")
+        add("latency", None, "Time over the reference's, timed in turn, by method (95%; lower is better)")
     return tuple(found)
 
 
@@ -102,7 +104,7 @@ def sized(section: Section) -> tuple[str, ...]:
 
 def timed(section: Section) -> tuple[str, ...]:
     """The two timed measures worth a panel: prefill and decode where they are, else what there is."""
-    measured = [name for name in TIMED if any(finite(section.value(method, name)) for method in section.methods)]
+    measured = [name for name in TIMED if any(time_ratio(section.row(method, name)) for method in section.methods)]
     return tuple(measured[:2])
 
 
@@ -262,76 +264,75 @@ def label(
 
 
 def _bars(plot: Plot) -> Figure:
-    """Panels of bars side by side, one of the text's perplexity, of bytes or of times each."""
-    section, text = plot.section, plot.text or NO_TEXT
+    """Panels of bars side by side, one of bytes or of times each."""
+    section = plot.section
     panels: list[Panel] = []
-    if plot.kind == "combined":
-        panels.append(("perplexity", text, 1, perplexity, "perplexity"))
-        if any(finite(section.value(method, "memory.storage")) for method in section.methods):
-            panels.append(("memory.storage", NO_TEXT, 1 / MIB, mib, "storage, MiB"))
-        for metric in timed(section)[-1:]:  # decode where it is: what a reader of generated text waits for
-            panels.append((metric, NO_TEXT, 1000, milliseconds, f"{metric.partition('.')[2]} latency, ms"))
     if plot.kind == "memory":
         for metric in sized(section):
             name = metric.partition(".")[2].replace("_", " ")
-            panels.append((metric, NO_TEXT, 1 / MIB, mib, f"{name}, MiB (2^20 bytes)"))
+            panels.append(Panel(metric, in_mib, mebibytes, f"{name}, MiB (2^20 bytes)"))
     if plot.kind == "latency":
         for metric in timed(section):
-            panels.append((metric, NO_TEXT, 1000, milliseconds, f"{metric.partition('.')[2]}, ms"))
+            panels.append(Panel(metric, over_reference, ratio, f"{metric.partition('.')[2]} / reference"))
     canvas, drawn = canvas_of(1.3 + BAR_INCHES * len(section.methods), plot.caption, len(panels), sharey=True)
     for axes, panel in zip(drawn, panels, strict=True):
         _panel(axes, section, panel)
     return canvas
 
 
+def in_mib(row: Row) -> tuple[float, float, float]:
+    """Bytes in MiB."""
+    value = (row.value if row.value is not None else math.nan) / MIB
+    return value, value, value
+
+
+def mebibytes(value: float) -> str:
+    """What `in_mib` gives as text."""
+    return mib(value * MIB)
+
+
+def over_reference(row: Row) -> tuple[float, float, float]:
+    """A time over that of the reference which was timed in turn with it; no whisker where its interval is unusable."""
+    found = time_ratio(row)
+    if found is None:
+        return math.nan, math.nan, math.nan
+    value, low, high = (exp(end) or math.nan for end in (found.value, found.low, found.high))
+    return (value, low, high) if found.usable else (value, value, value)
+
+
 def _panel(axes: Axes, section: Section, panel: Panel) -> None:
-    """One horizontal bar a method with its figure at the end; a word where there is none; quartiles as whiskers."""
-    metric, text, scale, write, title = panel
-    axes.set_xlabel(title, fontsize=8.5)
-    rows = [section.row(method, metric, text) for method in section.methods]
-    values = [row.value * scale if row is not None and row.value is not None else math.nan for row in rows]
-    drawn = [value for value in values if math.isfinite(value) and value > 0]
+    """One horizontal bar a method with its figure at the end; a word where there is none; an interval as whiskers."""
+    axes.set_xlabel(panel.title, fontsize=8.5)
+    rows = [section.row(method, panel.metric) for method in section.methods]
+    bars = [panel.read(row) if row is not None else (math.nan,) * 3 for row in rows]
+    drawn = [value for value, _, _ in bars if math.isfinite(value) and value > 0]
     wide = bool(drawn) and max(drawn) > WIDE_BARS * min(drawn)
     base = min(drawn) / 2 if wide else 0.0  # a logarithmic axis has no zero to start from
-    for index, (row, value, method) in enumerate(zip(rows, values, section.methods, strict=True)):
+    for index, (row, (value, low, high), method) in enumerate(zip(rows, bars, section.methods, strict=True)):
         end = base
         if math.isfinite(value):
             colour = DARK if method == section.reference else BLUE
             axes.barh(index, value - base, left=base, height=0.62, color=colour)
-            low, high = quartiles(row, scale) if row is not None else (value, value)
             end = max(value, high)
             if high > low:
                 ends = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 axes.errorbar(value, index, xerr=ends, fmt="none", ecolor=VERMILION, lw=1.4, capsize=3)
-        word = NOTHING if row is None else "missing" if row.value is None else write(row.value)
+        word = NOTHING if row is None else "missing" if row.value is None else panel.write(value)
         axes.annotate(
             word, (end, index), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, bbox=PAPER
         )
     if wide:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axes.set_xlabel(f"{title}, logarithmic", fontsize=8.5)
-    reference = section.value(section.reference, metric, text)
-    if finite(reference) and reference is not None:
-        axes.axvline(reference * scale, color=GREY, ls="--", lw=1, zorder=0.5)
-    top = max([*drawn, *(quartiles(row, scale)[1] for row in rows if row is not None and finite(row.value))], default=1)
+        axes.set_xlabel(f"{panel.title}, logarithmic", fontsize=8.5)
+    reference = bars[section.methods.index(section.reference)][0] if section.reference in section.methods else math.nan
+    if math.isfinite(reference):
+        axes.axvline(reference, color=GREY, ls="--", lw=1, zorder=0.5)
+    top = max([*drawn, *(high for _, _, high in bars if math.isfinite(high))], default=1)
     axes.set_xlim(base if wide else 0, top * (top / base) ** 0.4 if wide else top * 1.34)  # room for the figures
     axes.set_yticks(range(len(section.methods)), [plain(method) for method in section.methods])
     axes.set_ylim(len(section.methods) - 0.4, -0.6)  # the reference on top
     axes.grid(axis="y", visible=False)
-
-
-def quartiles(row: Row, scale: float) -> tuple[float, float]:
-    """First and third quartile of the samples; without samples the value with half its spread to either side."""
-    value = row.value or 0.0
-    if row.case.family != "latency":
-        return value * scale, value * scale
-    samples = sorted(sample for sample in row.samples if math.isfinite(sample))
-    if len(samples) > 3:  # fewer have no quartiles
-        first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
-        return first * scale, third * scale
-    half = (row.spread or 0.0) / 2 if row.spread is None or math.isfinite(row.spread) else 0.0
-    return (value - half) * scale, (value + half) * scale
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The tables of one section: a main one per text, then perplexity's relatives, memory, latency and census in full.
 
+A time belongs to its moment: of two methods only their ratios to the reference compare, each timed in turn with it.
+
 Ratios of times: to the reference, and to the unquantized model in the dtype in which a method itself runs.
 
 On a card methods run in fp16 beside a reference in fp32, so that a ratio of their times holds dtype and quantization
@@ -20,13 +22,15 @@ from harness.core.stats import Estimate
 from harness.core.text import NOTHING, exp, mib, milliseconds, number, perplexity, ratio
 from harness.core.values import decode_number
 from harness.judge.rules import log_ratio
-from harness.report.account import NO_TEXT, Section, Text
+from harness.report.account import MEMORY, NO_TEXT, QUALITY, SPEED, Section, Text, kind
+from harness.report.decision import decide
 from harness.report.markup import code, escape, table
 
 MISSING = "missing"
 ALIGNED, NO_INTERVAL = "†", "‡"  # footnote marks
-MEMORY = ("parameters", "footprint", "storage", "storage_after", "load_peak", "run_peak", "file")
+SIZES = ("parameters", "footprint", "storage", "storage_after", "load_peak", "run_peak", "file")
 IN_MAIN = ("perplexity", "perplexity.delta")  # shown in the main table, not among the others
+TIMED = ("latency.prefill", "latency.decode", "latency.forward", "latency.generate", "latency.evaluation")
 
 Cell = Callable[[str], str]  # of a method
 Column = tuple[str, Cell]  # with its header
@@ -34,18 +38,39 @@ DTYPE = re.compile(r":dtype=(\w+)")  # as a method id writes it
 
 
 def main(section: Section, text: Text) -> str:
-    """Method, perplexity, ratio to the reference, bits per weight, footprint, storage, prefill, decode, verdict."""
+    """Quality, memory, speed: perplexity and its ratio, bits and MiB, paired ratios of times; a verdict for each."""
+
+    def judged_on(name: str) -> Cell:
+        return lambda method: judged([row for row in section.rows(method, (text, NO_TEXT)) if kind(row.case) == name])
+
+    size = next((name for name in ("memory.storage", "memory.footprint") if name in section.metrics(NO_TEXT)), "")
     columns: list[Column] = [
         ("perplexity", _values(section, "perplexity", text, perplexity)),
         ("ratio to reference [95%]", lambda method: quality(section, method, text)),
         ("bits/weight", lambda method: number(bits(section, method))),
-        ("footprint MiB", _values(section, "memory.footprint", NO_TEXT, mib)),
-        ("storage MiB", _values(section, "memory.storage", NO_TEXT, mib)),
-        ("prefill ms", _values(section, "latency.prefill", NO_TEXT, milliseconds)),
-        ("decode ms", _values(section, "latency.decode", NO_TEXT, milliseconds)),
-        ("verdict", lambda method: verdict(section.rows(method, (text, NO_TEXT)))),
+        (f"{size.partition('.')[2]} MiB", _values(section, size, NO_TEXT, mib)),
+        *((f"{name.partition('.')[2]} / reference [95%]", speed(section, name)) for name in timed(section)),
+        *((name, judged_on(name)) for name in (QUALITY, MEMORY, SPEED)),
     ]
-    return by_method(section, columns)
+    return by_method(section, columns, verdicts=3)
+
+
+def timed(section: Section) -> tuple[str, ...]:
+    """The two timed measures worth a column: prefill and decode where they are, else what there is."""
+    measured = [name for name in TIMED if any(section.row(method, name) for method in section.methods)]
+    return tuple(measured[:2])
+
+
+def speed(section: Section, metric: str) -> Cell:
+    """A method's time over that of the reference beside it; the reference's own milliseconds stand this once."""
+
+    def cell(method: str) -> str:
+        row = section.row(method, metric)
+        if row is None or row.value is None:
+            return shown(row, milliseconds)
+        return f"1 ({milliseconds(row.value)} ms)" if method == section.reference else to_reference(row)
+
+    return cell
 
 
 def _cells(section: Section, metric: str, text: Text, write: Callable[[Row | None], str]) -> Cell:
@@ -58,16 +83,17 @@ def _values(section: Section, metric: str, text: Text, write: Callable[[float | 
     return _cells(section, metric, text, lambda row: shown(row, write))
 
 
-def by_method(section: Section, columns: Sequence[Column]) -> str:
-    """One line a method that has anything to show; so with columns, but the last (a verdict) always stays."""
+def by_method(section: Section, columns: Sequence[Column], *, verdicts: int = 1) -> str:
+    """One line a method that has anything to show, and so with columns; the last of them hold `verdicts`."""
     filled = [(header, [cell(method) for method in section.methods]) for header, cell in columns]
-    kept = [item for item in filled if item is filled[-1] or any(text != NOTHING for text in item[1])]
+    kept = [item for item in filled if any(text != NOTHING for text in item[1])]
     rows = [
         [label(section, method), *(cells[index] for _, cells in kept)]
         for index, method in enumerate(section.methods)
         if any(cells[index] != NOTHING for _, cells in kept)
     ]
-    return table(["method", *(header for header, _ in kept)], rows)
+    worded = sum(item in filled[-verdicts:] for item in kept)
+    return table(["method", *(header for header, _ in kept)], rows, words=(0, *range(-worded, 0)))
 
 
 def label(section: Section, method: str) -> str:
@@ -127,6 +153,14 @@ def verdict(rows: Sequence[Row], *, by_metric: bool = False) -> str:
     return str(worst) if len(found) == len(rows) else f"{worst} ({escape(', '.join(names))})"
 
 
+def judged(rows: Sequence[Row]) -> str:
+    """The most severe verdict of both comparisons; behind it how many cases had no record to be compared with."""
+    found = decide(rows)
+    if found is None:
+        return NOTHING
+    return str(found.verdict) + (f" ({found.aside})" if found.aside else "")
+
+
 def footnotes(section: Section, text: Text) -> list[str]:
     """What the marks of the main table mean, and what is known of the model; bullets."""
     lines = []
@@ -137,6 +171,8 @@ def footnotes(section: Section, text: Text) -> list[str]:
         )
     if any(quality(section, method, text).endswith(NO_INTERVAL) for method in section.methods):
         lines.append(f"- {NO_INTERVAL} No interval: not paired, fewer than 8 windows, or a value that is not finite.")
+    notes = (ratio_note(section, metric, NO_TEXT) for metric in timed(section))
+    lines += [f"- {note}" for note in dict.fromkeys(notes) if note]
     return lines
 
 
@@ -145,7 +181,7 @@ def memory(section: Section) -> str:
     present = section.metrics(NO_TEXT, "memory")
     if not present:
         return ""
-    names = [f"memory.{name}" for name in MEMORY if f"memory.{name}" in present]
+    names = [f"memory.{name}" for name in SIZES if f"memory.{name}" in present]
     names += [name for name in present if name not in names]
 
     def share(method: str) -> str:
@@ -163,7 +199,7 @@ def memory(section: Section) -> str:
 
 
 def latency(section: Section, metric: str, text: Text) -> str:
-    """One timed measure: p50, p90, p99 and IQR in ms, runs, ratios with their intervals, verdict."""
+    """One timed measure: ratios with intervals, then p50, its reference's, p90, p99 and IQR in ms, runs, verdict."""
 
     def cells(write: Callable[[Row | None], str]) -> Cell:
         return _cells(section, metric, text, write)
@@ -177,14 +213,15 @@ def latency(section: Section, metric: str, text: Text) -> str:
     mixed, plain = other_dtypes(section, metric, text)
     window = any(detail(section.row(method, metric, text), "device_tokens") for method in section.methods)
     columns: list[Column] = [
+        (f"ratio to {escape(section.reference) if mixed else 'reference'} [95%]", cells(to_reference)),
+        *((f"ratio to {name} [95%]", within(name)) for name in plain),
         ("p50 ms", _values(section, metric, text, milliseconds)),
+        ("p50 ms of the reference beside it", seconds("reference_p50")),
         ("p90 ms", seconds("p90")),
         ("p99 ms", seconds("p99")),
         ("IQR ms", cells(lambda row: milliseconds(row.spread if row else None))),
         ("device ms of a window" if window else "device ms", seconds("device_seconds")),
         ("runs", cells(lambda row: str(row.count) if row and row.value is not None else NOTHING)),
-        (f"ratio to {escape(section.reference) if mixed else 'reference'} [95%]", cells(to_reference)),
-        *((f"ratio to {name} [95%]", within(name)) for name in plain),
         # where a cluster timed it; of a session on one machine nothing is said
         ("node", cells(lambda row: escape(str(row.detail["node"])) if row and row.detail.get("node") else NOTHING)),
         ("verdict", cells(lambda row: verdict([row] if row else []))),

@@ -16,6 +16,7 @@ from harness.core.files import replace_bytes
 from harness.core.values import digest
 
 SHA = re.compile(r"[0-9a-f]{64}")  # a row is a file's word: no other path than this may come of it
+POINTER = b"version https://git-lfs"  # how a file of Git LFS begins that was not fetched
 LARGEST = 2**30  # bytes of one text's losses: a quarter of a billion tokens
 
 
@@ -43,7 +44,7 @@ def holds(folder: Path, sha: str) -> bool:
 
 
 def load(folder: Path, sha: str) -> NDArray[np.float32] | None:
-    """(tokens,) nats, None where there is no such file; BadFile where its bytes do not hash to its name.
+    """(tokens,) nats, None where there is no such file or Git LFS did not fetch it; BadFile where it is another's.
 
     A name that is no sha256 has no file, wherever it points: it may be a stranger's word.
     """
@@ -51,7 +52,10 @@ def load(folder: Path, sha: str) -> NDArray[np.float32] | None:
     if not SHA.fullmatch(sha) or not path.is_file():
         return None
     try:
-        nll = _values(path.read_bytes())
+        data = path.read_bytes()
+        if data.startswith(POINTER):
+            return None
+        nll = _values(data)
     except Exception as error:  # zipfile, zlib and numpy each have their own ways to say that bytes are wrong
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(f"{path} cannot be read ({detail}): delete it and measure again") from error

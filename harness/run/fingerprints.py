@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
+from harness.core.identity import identity_of
 from harness.inputs.models import folder
 
 STAMPS = "files of"  # entries that hold on one machine: sizes, times and inodes
@@ -39,13 +40,14 @@ class StartInputs:
             raise HarnessError(f"the {what} changed while the session ran: go on with --resume")
 
     def checkpoint(self, materialise: Callable[[], Checkpoint]) -> Checkpoint:
-        """The model's folder, held to the weights that the session began with."""
+        """The model's folder, held to what the session began with."""
         checkpoint = materialise()
         name = files(checkpoint.specification)
         self.seen[name] = folder.stamp(checkpoint.directory)
         if self.began.get(name) != self.seen[name]:
             checkpoint = materialise()  # hashed anew: the files may have changed while they were hashed
         self.hold(f"weights of {checkpoint.specification}", checkpoint.revision)
+        self.hold(f"config, tokenizer or code of {checkpoint.specification}", identity_of(checkpoint))
         return checkpoint
 
     def untouched(self, checkpoint: Checkpoint) -> None:

@@ -9,7 +9,6 @@ one layer, where no model is loaded. What needs no group is answered too: making
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import re
@@ -28,10 +27,11 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # this, the next and tiny: so that the fork server imports them, once
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from harness.core import catalog, environment, errors, gpus
+from harness.core import catalog, environment, errors, gpus, progress
 from harness.core.contracts import Arguments, Checkpoint, Method, TokenPlan, Window
 from harness.core.errors import HarnessError, MissingPackage
-from harness.core.files import locked, replace_text, sha256_file
+from harness.core.files import locked, replace_text
+from harness.core.identity import identity_of
 from harness.core.options import Options
 from harness.core.records import Case, Figure, Row
 from harness.core.specification import parse
@@ -44,9 +44,10 @@ from harness.metrics.measuring import census, engine, sequential
 from harness.metrics.measuring.checks import LAYER
 from harness.metrics.measuring.devices import open_device
 from harness.results import losses
-from harness.results.directory import LOSSES
+from harness.results.directory import IDENTITIES, LOSSES
 from harness.run.fingerprints import StartInputs, files
-from harness.run.messages import Job, Reply, Stop
+from harness.run.lifetime import end_with_controller
+from harness.run.messages import Job, Reply, ReplyLine, Stop
 from harness.run.plan import method_of, missing_packages, open_to, packages
 from harness.run.upgrade import interleaved
 
@@ -73,12 +74,12 @@ class Group:
     def __init__(
         self,
         job: Job,
-        connection: Connection | None,
+        line: ReplyLine | None,
         methods: Mapping[str, Method] | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Of the catalogue's methods and the job's checkpoint, unless others are given (`live`)."""
-        self.job, self.connection, options = job, connection, job.options
+        self.job, self.line, options = job, line, job.options
         open_to(options.declared)
         known = catalog.methods() if methods is None else methods
         batch = options.batch_size
@@ -115,10 +116,10 @@ class Group:
 
     @functools.cached_property
     def world(self) -> tuple[str, ...]:
-        """What a number depends on beside weights, method and tokens: a hit under equal worlds is never stale."""
-        here, config = self.environment, sha256_file(self.checkpoint.directory / "config.json")
+        """What a number depends on beside model, method and tokens: a hit under equal worlds is never stale."""
+        here = self.environment
         chip = here.gpu or here.machine  # losses are shared by equal cards, wherever they are
-        return config, here.environment_class, chip, str(here.threads), CODE
+        return here.environment_class, chip, str(here.threads), CODE
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  the group lives as long as its process
     def plan_of(self, dataset: str, protocol: str) -> TokenPlan:
@@ -147,10 +148,11 @@ class Group:
                 raise MissingPackage(name, f"the method '{self.job.method}'")
             predicted = sizes.predict(self.config, self.method, self.arguments)
             self.predicted = {name: int(value) for name, value in predicted.items() if name.startswith("memory.")}
-            if self.connection is not None:
-                self.connection.send(Reply("predicted", data=self.predicted))
+            if self.line is not None:
+                self.line.send(Reply("predicted", data=self.predicted))
             original = checkpoints.modules(self.checkpoint, self.config, self.arguments.dtype)
             self.device.reset_peak()
+            progress.note(f"loading {self.job.model} under {self.job.method}")
             model = self.method.load(self.checkpoint, self.arguments, self.job.device)
             self.examine(model, original)
             self._model = model
@@ -173,6 +175,7 @@ class Group:
     def reference(self) -> nn.Module:
         """The unquantized model, loaded apart: it shares nothing mutable with the candidate."""
         if self._reference is None:
+            progress.note(f"loading {self.job.model} under {self.job.reference}")
             self._reference = self.reference_method.load(self.checkpoint, self.reference_arguments, self.job.device)
         return self._reference
 
@@ -193,7 +196,7 @@ class Group:
     def reference_nll(self) -> NDArray[np.float32]:
         """The reference's, once a session: the first process to need it computes it, the others wait and read."""
         plan = (self.plan.protocol_id, self.plan.token_hash)
-        key = digest([self.checkpoint.revision, self.reference_id, *plan, *self.world])
+        key = digest([identity_of(self.checkpoint), self.reference_id, *plan, *self.world])
         folder = self.job.options.report_dir / LOSSES
         index = folder / f"reference-{key[:32]}"
         with locked(folder / f".{key[:32]}.lock"):
@@ -224,7 +227,7 @@ class Group:
         plan = (self.plan.protocol_id, self.plan.token_hash) if case.dataset else ()
         early = asdict(stop) if stop else {}  # an early-stopped delta is another figure than that of every token
         code = (catalog.outside_code(), self.libraries)
-        known = [self.checkpoint.revision, self.method_id, *plan, *self.world, *code, early]
+        known = [identity_of(self.checkpoint), self.method_id, *plan, *self.world, *code, early]
         here = self.environment
         waiting = here.wait_policy, here.spin_count, here.thread_library
         timed = [self.repetitions, here.machine, *waiting] if catalog.member_of(case).timed else []
@@ -270,6 +273,7 @@ class Group:
         return Row.of(
             case,
             revision=self.checkpoint.revision,
+            identity=identity_of(self.checkpoint),
             method_id=self.method_id,
             value=float(figure.value),
             detail=detail,
@@ -374,35 +378,37 @@ class LayerGroup:
         )
 
 
-def prepare(job: Job, cases: list[Case], connection: Connection) -> dict[str, str]:
+def prepare(job: Job, cases: list[Case], line: ReplyLine) -> dict[str, Any]:
     """Make every checkpoint and token plan that the cases need, so that what cannot be is said before measuring.
 
-    Returns what identifies each: a group that reads something else later refuses to measure.
+    Returns what identifies each (a group that reads something else later refuses to measure) and, as `IDENTITIES`, the
+    facts behind the models' digests.
     """
 
-    def say(line: str) -> None:
-        connection.send(Reply("said", text=line))
+    def say(text: str) -> None:
+        line.send(Reply("said", text=text))
 
-    options, inputs = job.options, dict[str, str]()
+    options, inputs, identities = job.options, dict[str, str](), dict[str, Mapping[str, str]]()
     for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
         checkpoint = checkpoints.of_session(model, options, say, verify=True)
         seen = stamp(checkpoint.directory)  # before the group hashes them
         first = next(case for case in cases if case.model == model)
-        group = Group(Job(options, model, first.method, "cpu", job.reference, job.threads, job.log), connection)
+        group = Group(Job(options, model, first.method, "cpu", job.reference, job.threads, job.log), line)
         for dataset, protocol in dict.fromkeys((case.dataset, case.protocol) for case in cases if case.dataset):
             group.plan_of(dataset, protocol)
         inputs |= {**group.inputs.seen, files(model): seen}
-    return inputs
+        identities[identity_of(checkpoint)] = checkpoint.identity
+    return {**inputs, IDENTITIES: identities}
 
 
-def begun(job: Job, connection: Connection) -> Group | LayerGroup:
+def begun(job: Job, line: ReplyLine) -> Group | LayerGroup:
     """The group; HarnessError where this process was forked from one that had started CUDA, which it then cannot."""
     if job.device == "cuda" and torch.cuda._is_in_bad_fork() and gpus.cuda_devices():
         raise HarnessError(
             "CUDA was initialised before this process was forked: something that every Python of this environment "
             "imports at its start (sitecustomize, a .pth file) asks for a card; take it out"
         )
-    return LayerGroup(job) if job.model == LAYER else Group(job, connection)
+    return LayerGroup(job) if job.model == LAYER else Group(job, line)
 
 
 def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
@@ -422,39 +428,41 @@ def answered(group: Group | LayerGroup, verb: str, argument: Any) -> Reply:
 
 
 def serve(job: Job, connection: Connection) -> None:
-    """The process's main loop: (verb, argument) in, `Reply` out, until 'close' or the other end is gone.
+    """The process's main loop: a request in, a `Reply` out, until 'close' or the other end is gone.
 
     Behind a device error it ends: its context is dead, and the controller starts another process for what is left.
     """
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the fork server
+    end_with_controller(connection)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
     with job.log.open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
+    line = ReplyLine(connection)
+    progress.tell_to(line.at)
     group: Group | LayerGroup | None = None
     with bnb.quiet():
         while True:
             try:
-                verb, argument = connection.recv()
-            except EOFError:
+                verb, argument = line.receive()
+            except (EOFError, OSError):  # a controller that was killed resets it
                 return
             if verb == "close":
                 return
             try:
                 if verb == "prepare":
-                    reply = Reply("done", data=prepare(job, argument, connection))
+                    reply = Reply("done", data=prepare(job, argument, line))
                 elif verb == "needs":
                     reply = Reply("needs", data=needs(job.options, argument))
                 elif verb == "code":
                     reply = Reply("code", text=CODE)
                 else:
-                    group = group or begun(job, connection)
+                    group = group or begun(job, line)
                     reply = answered(group, verb, argument)
             except Exception as error:
                 reply = failure(error)
-            connection.send(reply)
+            line.send(reply)
             if reply.blamed == errors.DEVICE:
                 return
 
@@ -469,6 +477,8 @@ def failure(error: Exception) -> Reply:
     if no_room(error):
         text = str(error).partition("\n")[0]
         return Reply("error", text=f"a disk is full or cannot be written ({text}): make room, then --resume")
+    if text := errors.refused(error):
+        return Reply("error", text=text)
     return Reply("bug", text="".join(traceback.format_exception(error)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,12 @@ from torch import nn
 
 from harness.core.contracts import Arguments, Checkpoint, Method, QuantizedWeight
 from harness.core.errors import BadSpecification, HarnessError
+from harness.core.identity import identity_digest
 from harness.core.options import Options
 from harness.core.records import Case, Row
 from harness.core.specification import NAME, Specification, parse
-from harness.inputs.models import sizes
+from harness.core.values import parse_json, sha256_text
+from harness.inputs.models import identity_facts, sizes
 from harness.inputs.texts import corpora
 from harness.methods.quantizing import bnb
 from harness.methods.quantizing.stored import weight_owners
@@ -172,6 +175,21 @@ def changed_weights(original: nn.Module, module: nn.Module) -> Iterator[Quantize
         yield QuantizedWeight(name, type(old).__name__, elements, fresh, _not_loaded)
 
 
+def facts_of(live: Live, weights: str) -> dict[str, str]:
+    """The identity of the unquantized module: its tensors, configuration and tokenizer, and code of its own."""
+    kind = type(live.original)
+    own = not kind.__module__.startswith("transformers.models.")
+    stated: dict[str, Any] = getattr(getattr(live.original, "config", None), "to_dict", dict)()
+    facts = {"weights": weights, **identity_facts.config_facts(stated, own_code=own)}
+    if own:
+        try:
+            facts[f"code.{kind.__qualname__}"] = sha256_text(inspect.getsource(kind))
+        except (OSError, TypeError):  # typed at a prompt: there is no source to be had
+            facts[f"code.{kind.__qualname__}"] = kind.__module__
+    backend = getattr(live.tokenizer, "backend_tokenizer", None)
+    return facts | (identity_facts.tokenizer_parts(parse_json(backend.to_str())) if backend is not None else {})
+
+
 @contextlib.contextmanager
 def evaluating(live: Live) -> Iterator[None]:
     """The modules in eval mode, and the switches of a card's precision put back at the end, which opening it sets."""
@@ -204,6 +222,7 @@ class LiveRunner(Runner):
         for tensor in sizes.held(live.original):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self.revision = digest.hexdigest()
+        self.identity = facts_of(live, self.revision)
         self.groups: dict[str, LiveGroup] = {}
 
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
@@ -212,6 +231,7 @@ class LiveRunner(Runner):
             corpora.check(parse(dataset), self.options.declared)
         for dataset, protocol in dict.fromkeys((case.dataset, case.protocol) for case in cases if case.dataset):
             self._group_of(cases[0]).plan_of(dataset, protocol)
+        self.identities = {identity_digest(self.identity): self.identity}
         return {}
 
     def _process_for(self, case: Case) -> InThisProcess:
@@ -221,7 +241,7 @@ class LiveRunner(Runner):
         if case.method not in self.groups:
             asked = (case.model, case.method, case.device, case.reference)
             job = Job(self.options, *asked, self.threads, self._logs / "unused")
-            self.groups[case.method] = LiveGroup(job, self.live, self.revision)
+            self.groups[case.method] = LiveGroup(job, self.live, self.revision, self.identity)
         return self.groups[case.method]
 
 
@@ -245,9 +265,9 @@ class InThisProcess(Process):
 class LiveGroup(Group):
     """A caller's module as the subject of metrics."""
 
-    def __init__(self, job: Job, live: Live, revision: str) -> None:
+    def __init__(self, job: Job, live: Live, revision: str, identity: Mapping[str, str]) -> None:
         note = "a live module, measured in its caller's process"
-        checkpoint = Checkpoint(job.model, Path(), revision, note)
+        checkpoint = Checkpoint(job.model, Path(), revision, note, identity=identity)
         super().__init__(job, None, methods_of(live), checkpoint)
         self.live = live
 

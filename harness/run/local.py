@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,14 @@ from harness.core import gpus
 from harness.core.catalog import member, member_of
 from harness.core.errors import DEVICE, HarnessError
 from harness.core.files import locked
+from harness.core.progress import WAITING
 from harness.core.records import Case, Row, Verdict
 from harness.core.specification import parse
 from harness.inputs.models import names
 from harness.inputs.texts import corpora
+from harness.methods.quantizing import compiled
 from harness.metrics.measuring.checks import LAYER
+from harness.results.directory import IDENTITIES
 from harness.run.messages import Asked, Job, Reply, Stop
 
 if TYPE_CHECKING:
@@ -37,11 +42,12 @@ if TYPE_CHECKING:
 
 WORKERS = "PYTEST_XDIST_WORKER_COUNT"  # pytest-xdist's, which share the cores
 DEATHS = 2  # a group whose process died this often is given up: the machine cannot carry it
+ENDING_SECONDS = 5  # for a process to end once it is told to
 Arrived = Callable[[Row, Mapping[str, Any]], None]
 
 
 class Died(Exception):
-    """The group's process ended without an answer."""
+    """The group's process ended without an answer, or was ended because none came."""
 
 
 @dataclass
@@ -51,24 +57,46 @@ class Process:
     process: BaseProcess
     connection: Any
     log: Path
+    patience: float | None = None  # seconds without a step forward until it counts as hung; None waits for ever
     predicted: Mapping[str, int] = field(default_factory=dict)
-    ended: bool = False  # by itself, behind its last answer
+    ended: bool = False  # by itself, behind its last answer, or by us
+    asked: int = 0  # requests so far: the number of the last
 
     def ask(self, verb: str, argument: Any, say: Callable[[str], None] = lambda line: None) -> Reply:
-        """Send a request and wait for its answer; `Died` when the process ends instead."""
+        """Send a request and wait for its answer; `Died` when the process ends instead, or hangs.
+
+        Whatever else ends the waiting (Ctrl-C, somebody's timeout) ends the process with it: its answer would be taken
+        for the next request's.
+        """
+        self.asked += 1
         try:
-            self.connection.send((verb, argument))
-            while True:
-                reply: Reply = self.connection.recv()
-                if reply.kind == "predicted":
-                    self.predicted = dict(reply.data or {})
-                elif reply.kind == "said":
-                    say(reply.text)
-                else:
-                    self.ended = reply.blamed == DEVICE
-                    return reply
+            self.connection.send((self.asked, verb, argument))
+            return self._answer(say)
         except (EOFError, OSError) as error:
             raise Died(self.obituary()) from error
+        except BaseException:
+            self.kill()
+            raise
+
+    def _answer(self, say: Callable[[str], None]) -> Reply:
+        step = "its beginning"
+        while self.connection.poll(self.patience):
+            number, reply = self.connection.recv()
+            if reply.kind == "at":
+                if reply.text.startswith(WAITING) and reply.text != step:
+                    say(reply.text)
+                step = reply.text
+            elif reply.kind == "predicted":
+                self.predicted = dict(reply.data or {})
+            elif reply.kind == "said":
+                say(reply.text)
+            elif number != self.asked:
+                raise Died(f"the group's process answered request {number} where {self.asked} was asked")
+            else:
+                self.ended = reply.blamed == DEVICE
+                return reply  # type: ignore[no-any-return]
+        minutes = f"{(self.patience or 0) / 60:g} minutes"
+        raise Died(f"the group's process hung at {step}: no step in {minutes} (--progress-timeout), so it was ended")
 
     @property
     def need(self) -> str:
@@ -92,12 +120,38 @@ class Process:
     def close(self) -> None:
         """End the process, gently first."""
         with contextlib.suppress(OSError):
-            self.connection.send(("close", None))
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+            self.connection.send((0, "close", None))
+        self.process.join(ENDING_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process now; it answers nothing more."""
+        self.ended = True
+        for end in (self.process.kill, kill_server):  # a fork server that is stopped tells of no death
+            if self.process.is_alive():
+                end()
+                self.process.join(ENDING_SECONDS)
         self.connection.close()
+
+
+def kill_server() -> None:
+    """End this process's fork server; the next process starts another."""
+    pid = vars(forkserver._forkserver)["_forkserver_pid"]
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """A fork server that starts no process in that time is ended, so that whoever waits for it hears of it."""
+    timer = threading.Timer(seconds, kill_server)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Runner:
@@ -107,7 +161,9 @@ class Runner:
         self.options, self.threads, self.lock = options, threads, lock
         self.environments: dict[str, dict[str, Any]] = {}
         self.inputs: Mapping[str, str] = {}  # what weights and texts were when the session began, where that is known
+        self.identities: Mapping[str, Mapping[str, str]] = {}  # facts of the prepared models by their digest
         self.arrived: Arrived = lambda row, world: None  # told of rows that were measured ahead
+        self.say: Callable[[str], None] = lambda line: None  # gets a line where a lock is waited for
         self.crowded = int(os.environ.get(WORKERS) or 1) > 1  # others measure on these cores at the same time
         self._group = ("", "")  # and how its threads wait
         self._process: Process | None = None
@@ -124,7 +180,12 @@ class Runner:
             HarnessError: what is the user's to act on, before anything ran.
         """
         self.check_assets(cases)
-        self.inputs = self.consult("prepare", cases, say).data or {}
+        _, note = compiled.kept_in()
+        if note and importlib.util.find_spec("numba"):
+            say(note)
+        told = dict(self.consult("prepare", cases, say).data or {})
+        self.identities = told.pop(IDENTITIES, {})
+        self.inputs = told
         return self.inputs
 
     def check_assets(self, cases: Sequence[Case]) -> None:
@@ -141,6 +202,7 @@ class Runner:
         for tries in range(DEATHS):
             try:
                 process = self._start(cases[0], {})
+                process.patience = None  # a download or a conversion takes its time and tells no steps
                 try:
                     reply = process.ask(verb, list(cases), say)
                 finally:
@@ -167,7 +229,7 @@ class Runner:
         deaths = self._deaths.setdefault(case.group, [])
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.lock, shared=not member_of(case).timed))
+                stack.enter_context(locked(self.lock, shared=not member_of(case).timed, say=self.say))
             except OSError as error:
                 fix = "make room, or set HARNESS_CACHE to a folder with more"
                 return missing(case, f"the lock {self.lock} cannot be written ({error.strerror}): {fix}"), ""
@@ -178,11 +240,11 @@ class Runner:
                 process = self._process_for(case)
                 before = resumable.get(case.id)
                 if before is not None:
-                    key = process.ask("key", (case, stop))
+                    key = process.ask("key", (case, stop), self.say)
                     if key.kind == "key" and key.text == before.key:
                         return before, ""
                     process = self._process_for(case)  # another where the asked one ended
-                reply = process.ask("measure", (case, stop))
+                reply = process.ask("measure", (case, stop), self.say)
             except Died as error:
                 deaths.append(f"{error}{process.need if process else ''}")
                 self.close()
@@ -197,7 +259,7 @@ class Runner:
     def ask(self, case: Case, verb: str, argument: Any) -> Reply:
         """One request to the process of the case's group, started if need be; `Died` when it ends instead."""
         try:
-            return self._process_for(case).ask(verb, argument)
+            return self._process_for(case).ask(verb, argument, self.say)
         except Died:
             self.close()
             raise
@@ -225,6 +287,7 @@ class Runner:
         asked = (case.model, case.method, case.device, case.reference)
         shown = os.environ.get(gpus.VISIBLE) if case.device == "cuda" else ""  # a case on the processor sees no card
         job = Job(self.options, *asked, self.threads, self._logs / "child.log", inputs, shown)
+        patience = 60.0 * self.options.progress_timeout
         beside = {"HARNESS_BESIDE_CARD": "1"} if gpus.beside_card() else {}  # which the server must not ask about
         usual, variables = (
             server_environment(self.threads, waiting) | beside for waiting in (self.waiting(), self.waiting(case))
@@ -234,10 +297,10 @@ class Runner:
                 context = forking(usual) if variables == usual else multiprocessing.get_context("spawn")
                 here, there = context.Pipe()
                 process: BaseProcess = context.Process(target=run_group, args=(job, there), daemon=True)  # type: ignore[attr-defined]
-                with environment_variables(variables), without_main():
+                with environment_variables(variables), without_main(), deadline(patience):
                     process.start()
                 there.close()
-                return Process(process, here, job.log)
+                return Process(process, here, job.log, patience)
             except (OSError, EOFError) as error:
                 if tries + 1 == DEATHS:
                     fix = ": set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""

@@ -21,7 +21,7 @@ from harness import report
 from harness.core.errors import HarnessError, UnknownName
 from harness.core.options import SETTINGS, Options, build, read_declared
 from harness.core.records import Case, Row
-from harness.judge import baselines, rules
+from harness.judge import baselines, exact, rules
 from harness.report.document import command_of, measured_into
 from harness.run import merge
 from harness.run import plan as planning
@@ -29,9 +29,10 @@ from harness.run.session import Session, check_engine, has_cuda
 
 Say = Callable[[str], None]
 Call = TypeVar("Call", bound=Callable[..., Any])
-PER_SESSION = {"require_baselines"}  # what decides over a session's exit status, which a call has none of
+PER_SESSION = {"require_baselines", "allow_changed_input"}  # what decides over an exit status, which a call has not
 OF_NAMED_MODELS = {  # options that say how a named model is found, quantized or distributed
-    "methods", "shard", "engine", "ray_address", "wait_policy", "resume", "allow_pickle", "trust_remote_code",
+    "methods", "shard", "engine", "ray_address", "wait_policy", "progress_timeout", "resume", "allow_pickle",
+    "trust_remote_code",
 }  # fmt: skip
 
 
@@ -184,12 +185,15 @@ def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say
             directory.append(row, session.world(row) if row.environment else {})
             rows.append(row)
             say(f"{case.id}: {f'{row.value:.6g} {row.unit}' if row.value is not None else row.reason} ({row.verdict})")
-        rows = rules.settle(rows, session.tests)
-        directory.keep(rows)
-        if options.shard:
-            merge.write_shard(directory.folder, options.shard, whole, session.tests)
-        if kept:
-            report.write(directory.folder, rows, cases, directory.environments, command=command_of(rows))
+        rows = exact.settle(rules.settle(rows, session.tests))
+        if directory.waits:
+            say(f"nothing was measured: {directory.folder} stays as it was")
+        else:
+            directory.keep(rows)
+            if options.shard:
+                merge.write_shard(directory.folder, options.shard, whole, session.tests)
+            if kept:
+                report.write(directory.folder, rows, cases, directory.environments, command=command_of(rows))
         measured_into(directory.folder, directory.environments)
     finally:
         session.close()

@@ -21,6 +21,7 @@ from harness.core.files import replace_bytes
 from harness.core.options import Shard
 from harness.core.records import Case, Row
 from harness.core.schema import read_json
+from harness.core.values import sealed
 from harness.judge import rules
 from harness.results.directory import (
     LOSSES,
@@ -77,7 +78,7 @@ def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -
     """Say beside a report which part of which plan it is, and how many statistical tests the whole plan makes."""
     cases = [case.told() for case in whole]
     facts = {"index": shard.index, "count": shard.count, "plan": plan_digest(whole), "tests": tests, "cases": cases}
-    ReportDirectory(folder).put({SHARD: json.dumps(facts) + "\n"})
+    ReportDirectory(folder).put({SHARD: json.dumps(sealed(facts)) + "\n"})
 
 
 def read_part(folder: Path) -> Part:
@@ -97,10 +98,12 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
 
     Raises:
         BadFile: shards of different plans, two rows of a case that disagree, or a file that cannot be used.
+        HarnessError: `out` is a folder of the user's own.
     """
     if (out / MEASUREMENTS).exists():
         raise BadFile(f"{out} holds measurements already: name a new directory with -o")
     parts = [read_part(folder) for folder in folders]
+    command = merged_command([part.session.command for part in parts], out)
     whole, absent = plan_of(parts)
     rows = joined(parts, whole)
     if parts[0].tests:
@@ -109,11 +112,12 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
         cut = partition(whole, shard.count)
         gone = {case: f"shard {index}/{shard.count} never came" for index in absent for case in cut[index - 1]}
         rows = [missing(row.case, gone[row.case]) if row.value is None and row.case in gone else row for row in rows]
+    ReportDirectory(out).claim("-o ")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         used = {row.environment for row in rows}
         worlds = {name: world for part in parts for name, world in part.session.environments.items() if name in used}
         worlds = dict(sorted(worlds.items()))
+        identities = {name: facts for part in parts for name, facts in part.session.identities.items()}
         (out / LOSSES).mkdir(exist_ok=True)
         for sha in {sha for row in rows for sha in (row.nll, row.detail.get("reference_nll")) if sha}:
             homes = (part.folder / LOSSES for part in parts if isinstance(sha, str) and SHA.fullmatch(sha))
@@ -125,10 +129,9 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
                 except OSError:  # another file system
                     replace_bytes(target, source.read_bytes())
         ReportDirectory(out).keep_plan(whole)
-        ReportDirectory(out).keep(rows, worlds)
+        ReportDirectory(out).keep(rows, worlds, identities)
     except OSError as error:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
-    command = merged_command([part.session.command for part in parts], out)
     notes = tuple(dict.fromkeys(note for part in parts for note in part.session.notes))
     path = report.write(out, rows, whole, worlds, notes=notes, command=command)
     return Merged(path, tuple(rows), absent)
@@ -178,6 +181,7 @@ def agree(first: tuple[Row, Path], second: tuple[Row, Path]) -> None:
     ours, theirs = one.told(), two.told()
     for name in ours:
         same = ours[name] == theirs[name] or repr(ours[name]) == repr(theirs[name])  # NaN equals itself
+        same |= name == "identity" and not (ours[name] and theirs[name])  # one is of before it was noted
         if not same and name not in FREE:
             raise BadFile(
                 f"{first[1]} and {second[1]} disagree on {one.case.id}, {name}: {_short(ours[name])} and "
@@ -193,7 +197,11 @@ def _short(value: Any) -> str:
 def merged_command(commands: Sequence[str], out: Path) -> str:
     """The first shard's command as one run would have been: no --shard, its --report-dir the merged one."""
     kept: list[str] = []
-    words = iter(shlex.split(next(filter(None, commands), "")))
+    command = next(filter(None, commands), "")
+    try:
+        words = iter(shlex.split(command))
+    except ValueError as error:  # not as any session wrote it
+        raise BadFile(f"the command in a session.json is none ({error}): {command[:80]!r}; take it out") from error
     for word in words:
         option, equals, _ = word.partition("=")
         if option in DROPPED:

@@ -1,7 +1,11 @@
-"""What the controller and a group's process say to each other: picklable, no torch."""
+"""What the controller and a group's process say to each other: picklable, no torch.
+
+A request is (number, verb, argument), and every reply comes as (number, `Reply`): the number of what it answers.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,9 +63,33 @@ class Repetition:
 class Reply:
     """One answer: a row, a key, predicted bytes, or why there is none."""
 
-    # what `data` or `text` holds: 'row', 'key', 'seconds', 'done', ...; 'error' (one line), 'bug' (traceback)
+    # what `data` or `text` holds: 'row', 'key', 'seconds', 'done', ...; 'error' (one line), 'bug' (traceback);
+    # and before an answer 'at' (the step that it is at), 'said' (a line for the user), 'predicted' (bytes)
     kind: str
     row: Row | None = None
     text: str = ""
     data: Mapping[str, Any] | None = None
     blamed: str = ""  # what of the machine failed (`errors`): behind a device error the process ends
+
+
+class ReplyLine:
+    """The answering end of the pipe."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._number = 0  # of the request in hand
+        self._one_at_a_time = threading.Lock()  # steps are told by several threads
+
+    def receive(self) -> tuple[str, Any]:
+        """The next request's verb and argument; EOFError where nobody asks any more."""
+        self._number, verb, argument = self._connection.recv()
+        return verb, argument
+
+    def send(self, reply: Reply) -> None:
+        """One reply to the request in hand."""
+        with self._one_at_a_time:
+            self._connection.send((self._number, reply))
+
+    def at(self, step: str) -> None:
+        """Say which step the answer has come to."""
+        self.send(Reply("at", text=step))

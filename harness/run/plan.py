@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from harness.core import catalog, gpus
 from harness.core.contracts import Member, Method
+from harness.core.environment import usable_cores
 from harness.core.errors import BadSpecification, HarnessError, UnknownName
 from harness.core.options import Declared, Options
 from harness.core.records import Case
@@ -78,7 +78,7 @@ def check_cards(cases: Sequence[Case], options: Options, usable: bool, workers: 
 
 def threads() -> int:
     """One thread a core that this process may use: the same whatever -n says."""
-    return len(os.sched_getaffinity(0))
+    return len(usable_cores())
 
 
 def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:

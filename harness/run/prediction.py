@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core import catalog, specification
 from harness.core.contracts import Arguments, Method
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, MissingPackage, UnknownName
+from harness.core.files import read_plain
 from harness.core.options import read_declared
 from harness.core.text import MIB
 from harness.inputs import hub
@@ -118,7 +119,7 @@ def find_config(text: str) -> PretrainedConfig:
         return read_config(path / "config.json" if path.is_dir() else path)
     if text.endswith(".json") or "/" in text.partition(":")[0]:
         raise MissingAsset(f"{text} is not there: name a model, a folder with a config.json, or that file")
-    parsed = specification.parse(text)
+    parsed = specification.parse_model(text)
     declared = read_declared(Path.cwd())[1]
     source = names.declared_source(parsed, declared)
     if source.name == "hub":
@@ -139,10 +140,10 @@ def find_config(text: str) -> PretrainedConfig:
 def read_config(path: Path) -> PretrainedConfig:
     """Read a config.json; refuses one of a model that is quantized already."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_plain(path))
     except FileNotFoundError as error:
         raise MissingAsset(f"{path} is not there: name a model, a folder with a config.json, or that file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadFile(f"{path} is no readable config.json: {error}") from error
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise BadFile(f"{path} names no model_type: a config.json of transformers does")

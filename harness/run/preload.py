@@ -18,6 +18,8 @@ try:
         bnb.preload()
     int8.preload()
     from harness.run import group, local  # noqa: F401
-finally:  # the fork server goes on where an import fails, and its children tell why
+except Exception as error:  # the fork server goes on where an import fails, and its children tell why
+    raise ImportError(f"{type(error).__name__}: {error}") from error
+finally:
     gc.freeze()
     gc.enable()

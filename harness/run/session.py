@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,14 @@ from harness import judge
 from harness.core import gpus
 from harness.core.catalog import member_of
 from harness.core.environment import Environment, capture
-from harness.core.errors import HarnessError
+from harness.core.errors import HarnessError, refused
 from harness.core.files import timing_lock
-from harness.core.records import Case, Row
-from harness.judge import baselines, bounds, known_faults, rules
-from harness.judge.baselines import changes, exact_facts
+from harness.core.records import Case, Row, Verdict
+from harness.judge import baselines, bounds, exact, known_faults, rules
+from harness.judge.baselines import changes, exact_facts, token_limit
 from harness.metrics.measuring import sequential
 from harness.results import losses
-from harness.results.directory import ReportDirectory
+from harness.results.directory import IDENTITIES, ReportDirectory
 from harness.run import plan
 from harness.run.local import Arrived, Runner, missing
 from harness.run.messages import Asked, Stop
@@ -43,6 +44,9 @@ class Session:
         `cuda` says whether a case can run on a CUDA device. `runner` makes what measures: by default, the engine.
         """
         self.options, self.cuda = options, cuda
+        self.meant = tuple(cases)  # in plan order; of a shard's, its own alone once they are prepared
+        self._gone: set[Case] = set()  # of those, without a figure
+        self._failing: dict[str, Case] = {}  # by group: the case that fails for changed exact facts
         self.directory = ReportDirectory(options.report_dir)
         self.bounds = bounds.load(options.baselines)
         self.faults = known_faults.load(options.baselines)
@@ -75,16 +79,22 @@ class Session:
             self.directory.own()
             if self.options.resume:
                 self.resumable = self.directory.resumable(say)
-            self.runner.arrived = arrived
+            self.runner.arrived, self.runner.say = arrived, say
             runnable = [case for case in cases if not self.absent(case)]
             inputs = self.prepare(runnable, say) if runnable else {}
             self.directory.open(keep=self.options.resume)
-            if workers:
-                self.directory.keep_inputs(inputs)
+            self.directory.keep_identities(self.runner.identities)
+            if lacking := self.baselines.unidentified(runnable):
+                say(f"harness: {lacking}")
             self.directory.keep_plan(cases)
+            if workers:
+                self.directory.keep_inputs({**inputs, IDENTITIES: json.dumps(dict(self.runner.identities))})
         except HarnessError:
             self.directory.release()
             raise
+        except OSError as error:
+            self.directory.release()
+            raise HarnessError(refused(error) or str(error)) from error
 
     def absent(self, case: Case) -> str:
         """Why a case cannot run here at all; '' when it can."""
@@ -92,6 +102,7 @@ class Session:
 
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Make what the cases need; returns what identifies it, to be held to for the whole session."""
+        self.meant = tuple(cases)
         inputs = self.runner.prepare(cases, say)
         self.runner.begin(cases, lambda case: Asked(case, self.resumable.get(case.id), self.stop(case)))
         return inputs
@@ -102,9 +113,12 @@ class Session:
             return missing(case, reason), ""
         try:
             row, trouble = self.runner.measure(case, self.resumable, self.stop(case))
-            return (row if row.value is None else self.judged(row)), trouble
-        except HarnessError as error:  # a baseline or a loss file that became unreadable under the session
-            return missing(case, f"not judged: {error}"), ""
+            row = row if row.value is None else self.judged(row)
+        except (HarnessError, OSError) as error:  # a baseline or a loss file that became unreadable under the session
+            row, trouble = missing(case, f"not judged: {error}"), ""
+        if row.value is None:
+            self._gone.add(case)
+        return row, trouble
 
     def ahead(self) -> list[Row]:
         """Judged rows that an engine measured ahead and that no test asked for: the session ended before."""
@@ -115,7 +129,9 @@ class Session:
         if not self.options.stop_early or case.metric != "perplexity.delta":
             return None
         rule = self.bounds.against_reference(case)
-        recorded = self.baselines.find(case, capture(case.device, self.runner.threads))
+        world, most = capture(case.device, self.runner.threads), self.options.max_tokens
+        limits = (f"first {most}", "all") if most else ("all",)
+        recorded = next(filter(None, (self.baselines.find(case, world, limit) for limit in limits)), None)
         known = recorded if recorded and recorded.carries else None
         variance = sequential.variance_bound(known.interval, known.count) if known else None
         alpha = rules.level(self.tests) if rule else rules.ALPHA  # without a bound nothing is tested
@@ -126,7 +142,7 @@ class Session:
         world = self.environment(row)
         if row.case.family == "invariant":
             return known_faults.judge(row, self.faults, world)
-        recorded = self.baselines.find(row.case, world)
+        recorded = self.baselines.find(row.case, world, token_limit(row.protocol_id))
         kept = self.options.baselines  # losses are those of this report, or recorded ones of any model
         judged = judge.judge(
             row,
@@ -136,9 +152,28 @@ class Session:
             environment=world,
             nll=lambda sha: losses.find((self.directory.losses, *sorted(kept.glob("*/nll"))), sha),
             tests=self.tests,
+            identities=self.identities,
         )
-        changed = () if self.options.regenerate else changes(self.baselines.facts(row.case), self.facts(judged))
-        return judge.hold(judged, changed)
+        if self.options.regenerate:
+            return judged
+        document = self.baselines.facts(row.case)
+        lines = changes(document, self.facts(judged))
+        texts = [line for line in lines if line.startswith(("token_hash ", "tokens "))]
+        known = document.get("provenance", {}).get("identity")  # facts of another model: the verdict says so
+        other = judged.verdict_baseline is Verdict.INPUT_CHANGED or bool(known and row.identity not in ("", known))
+        weights = [] if other else [line for line in lines if line not in texts]
+        first = self._first(row.case, weights)
+        held = judge.hold(judged, texts)
+        return exact.hold(held, weights, baselines.whence(document, row.case), first)
+
+    def _first(self, case: Case, lines: Sequence[str]) -> Case:
+        """The case that fails for changed exact facts: of a census, which every case of a group meets, the first one
+        in plan order that is not known to have no figure; of bytes, the first here that met any.
+        """
+        if any(line.startswith("census ") for line in lines):
+            group = (one for one in self.meant if one.group == case.group and one.family != "invariant")
+            return next((one for one in group if one not in self._gone), case)
+        return self._failing.setdefault(case.group, case) if lines else case
 
     def environment(self, row: Row) -> Environment:
         """The environment a row was measured in."""
@@ -148,6 +183,11 @@ class Session:
         """The same as JSON: of this process's measurements, or of the report that is being resumed."""
         here = self.runner.environments.get(row.environment)
         return here or self.directory.known_environments().get(row.environment, {})
+
+    def identities(self, name: str) -> Mapping[str, str] | None:
+        """The facts behind a digest that a row or a record names; None where nobody has them."""
+        here = self.runner.identities.get(name) or self.directory.known_identities().get(name)
+        return here or self.baselines.identity(name)
 
     def facts(self, row: Row) -> dict[str, Any]:
         """The exact facts a row brings, to be held with pytest-regressions."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import yaml
 
 from harness.core.contracts import Window
 from harness.core.records import Verdict
@@ -26,8 +29,10 @@ from harness.methods.quantizing.codes import Functions, Recipe, divide
 from harness.metrics import perplexity
 from harness.metrics.measuring import engine
 from harness.run import group
-from studies.gate import small
+from studies.gate import silence, small
+from studies.gate.small import Bench
 
+QUIET = frozenset({Verdict.SAME, Verdict.WITHIN_NOISE, Verdict.WITHIN_BOUND})
 Switch = Callable[[], contextlib.AbstractContextManager[Any]]
 OURS = ("absmax-int8", "nf4")
 ALL = ("fp32", *OURS)
@@ -48,6 +53,9 @@ class Fault:
         words: in its reason.
         model: the tiny model.
         before: switches something on while the right session is recorded.
+        files: what is done to the files of the bench between the two sessions; its model and text then lie there.
+        first: the same before the right session.
+        formerly: what the rules of before said of it, where they are known to have said something else.
     """
 
     name: str
@@ -62,6 +70,14 @@ class Fault:
     setup: tuple[tuple[str, Any], ...] = ()  # of both sessions' options
     changes: tuple[tuple[str, Any], ...] = ()  # of the faulty session's alone
     before: Switch | None = None
+    files: Callable[[Bench], None] | None = None
+    first: Callable[[Bench], None] | None = None
+    formerly: str = ""
+
+    @property
+    def silent(self) -> bool:
+        """Whether it is no fault at all: nothing may fail."""
+        return self.verdict in QUIET
 
     @property
     def culprits(self) -> tuple[str, ...]:
@@ -418,8 +434,91 @@ def instead(function: Any) -> Callable[[Any], Any]:
     return lambda right: function
 
 
+def heavier(method: str, ratio: float) -> Switch:
+    """Every token of a method loses more, by a ratio of perplexities."""
+
+    def make(right: Any) -> Any:
+        def score(self: Any, model: Any, kind: Any, *rest: Any, **more: Any) -> Any:
+            nll = right(self, model, kind, *rest, **more)
+            return nll + np.float32(math.log(ratio) * (kind.name == method))
+
+        return score
+
+    return wrong(group.Group, "score", make)
+
+
+def losses_lost(bench: Bench) -> None:
+    """The recorded losses are not there: ignored by git, pointers of LFS, or deleted."""
+    for path in bench.options.baselines.glob("*/nll/*.npz"):
+        path.unlink()
+
+
+def value_edited(method: str, ratio: float) -> Callable[[Bench], None]:
+    """A recorded perplexity of a method edited by hand."""
+
+    def act(bench: Bench) -> None:
+        for path in bench.options.baselines.glob(f"*/{method}@*.yaml"):
+            document = yaml.safe_load(path.read_text())
+            for entry in document["entries"]:
+                entry["value"] *= ratio if entry["metric"] == "perplexity" else 1
+            path.write_text(yaml.safe_dump(document, sort_keys=False))
+
+    return act
+
+
+def config_edited(name: str, factor: float) -> Callable[[Bench], None]:
+    """A number in the model's config.json, wherever it stands there."""
+
+    def walk(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item * factor if key == name else walk(item) for key, item in value.items()}
+
+    def act(bench: Bench) -> None:
+        for path in bench.folder.glob("small-*/config.json"):
+            path.write_text(json.dumps(walk(json.loads(path.read_text()))))
+
+    return act
+
+
+def files_rewritten(bench: Bench) -> None:
+    """config.json and tokenizer.json as another release would write them."""
+    for path in bench.folder.glob("small-*"):
+        silence.rewrite(path)
+
+
+def both(*acts: Callable[[Bench], None]) -> Callable[[Bench], None]:
+    """One after another."""
+
+    def act(bench: Bench) -> None:
+        for one in acts:
+            one(bench)
+
+    return act
+
+
+def words_changed(change: Callable[[str], str]) -> Callable[[Bench], None]:
+    """The text's file written anew."""
+
+    def act(bench: Bench) -> None:
+        path = bench.folder / "words.txt"
+        path.write_bytes(change(path.read_bytes().decode()).encode())
+
+    return act
+
+
+def word_lost(bench: Bench) -> None:
+    """A word leaves the tokenizer's vocabulary: where the text has it, it is unknown."""
+    for path in bench.folder.glob("small-*/tokenizer.json"):
+        document = json.loads(path.read_text())
+        words = document["model"]["vocab"]
+        lost = next(iter(words))
+        words[f"{lost}-lost"] = words.pop(lost)
+        path.write_text(json.dumps(document))
+
+
 INT8 = "absmax-int8"
-WORSE, OUT, OTHER, MISSING = Verdict.WORSE, Verdict.OUT_OF_BOUND, Verdict.NOT_COMPARABLE, Verdict.MISSING
+WORSE, OUT, OTHER, MISSING = Verdict.WORSE, Verdict.OUT_OF_BOUND, Verdict.INPUT_CHANGED, Verdict.MISSING
 BOTH, PAIR = ("nf4", INT8), (INT8, "fp16")
 FP32_TOO: dict[str, Any] = {"guilty": ALL}
 QUANTIZERS = (
@@ -466,7 +565,7 @@ SHAPES = (
           "memory.storage", WORSE, "memory.storage on cpu"),
     Fault("one layer skipped", wrong(stored, "apply", skipping), PAIR, "perplexity", MISSING,
           "left 1 of 8 modules unquantized: transformer.h.0.attn.c_attn"),
-    Fault("one layer skipped, and the selection with it", silently_fewer, PAIR, "memory.storage", WORSE,
+    Fault("one layer skipped, and the selection with it", silently_fewer, PAIR, "memory.parameters", WORSE,
           "census on cpu, quantized_modules: 8 -> 7"),
     Fault("lm_head quantized by mistake", wrong(stored, "apply", and_head), PAIR, "perplexity", MISSING,
           "quantized 1 modules it was not asked to: lm_head", model="tiny-olmo"),
@@ -488,7 +587,7 @@ TEXTS = (
     Fault("BOS lost", bos(None), ALL, "perplexity", OTHER, "bos=", before=bos(63), **FP32_TOO),
     Fault("wrong split", wrong(corpora.Corpus, "joined", another_split), ALL, "perplexity", OTHER, "token hash",
           **FP32_TOO),
-    Fault("text cut short by a token", contextlib.nullcontext, ALL, "perplexity", OTHER, "the first 2047",
+    Fault("text cut short by a token", contextlib.nullcontext, ALL, "perplexity", Verdict.UNRECORDED, "no record",
           changes=(("max_tokens", 2047),), **FP32_TOO),
     Fault("a token a window scored fewer", wrong(protocols, "all_but_first", instead(fewer)), ALL, "perplexity", OTHER,
           "count of tokens scored: 2040 -> 2032", **FP32_TOO),
@@ -496,7 +595,7 @@ TEXTS = (
 MOVER = "the unquantized reference itself moved"
 SCORING = (
     Fault("labels off by one", wrong(engine, "batch_nll", shifted_labels), ALL, "perplexity", WORSE, MOVER, **FP32_TOO),
-    Fault("padding scored", wrong(engine, "batch_nll", scored_padding), ALL, "perplexity", WORSE, "on this very text",
+    Fault("padding scored", wrong(engine, "batch_nll", scored_padding), ALL, "perplexity", WORSE, "",
           setup=(("max_tokens", 2100),), changes=(("batch_size", 9),), **FP32_TOO),
     Fault("context of strided windows lost", wrong(protocols, "stride", overlap_lost), ALL, "perplexity", WORSE, MOVER,
           protocol="stride:64:8", setup=(("max_tokens", 512),), **FP32_TOO),
@@ -506,11 +605,40 @@ SCORING = (
           ALL, "perplexity", Verdict.BETTER, "from losses bit-identical to the record", **FP32_TOO),
     Fault("stale cached reference", wrong(group.Group, "reference_nll", rolled), BOTH, "perplexity.delta", WORSE, MOVER,
           **FP32_TOO),
-    Fault("positions lost", opened(positions_lost), ALL, "perplexity", WORSE, "did it, no quantizer",
+    Fault("positions lost", opened(positions_lost), ALL, "perplexity", WORSE, "it was no quantizer",
           **FP32_TOO),
     Fault("weights through bf16 on the way", opened(half_weights), BOTH[::-1], "divergence.kl", WORSE, "", **FP32_TOO),
 )  # fmt: skip
-FAULTS = (*QUANTIZERS, *SHAPES, *TEXTS, *SCORING)
+NOTHING = contextlib.nullcontext
+RECORDS = (
+    Fault("13.9% worse, recorded losses gone", heavier("nf4", 1.139), BOTH, "perplexity", WORSE, files=losses_lost,
+          formerly="unusable, and the session passed"),
+    Fault("13.9% worse, recorded losses gone and value edited", heavier("nf4", 1.139), BOTH, "perplexity", WORSE,
+          files=both(losses_lost, value_edited("nf4", 1.139))),
+    Fault("recorded value edited by 13.9%", NOTHING, BOTH, "perplexity", WORSE, files=value_edited("nf4", 1.139),
+          formerly="better, and the session passed"),
+)  # fmt: skip
+INPUTS = (
+    Fault("rope_theta a tenth lower", NOTHING, ALL, "perplexity", OTHER, "rope_theta", model="tiny-olmo",
+          files=config_edited("rope_theta", 0.9), formerly="within noise, and the session passed", **FP32_TOO),
+    Fault("epsilon 1e-4 for 1e-5", NOTHING, ALL, "perplexity", OTHER, "layer_norm_epsilon",
+          files=config_edited("layer_norm_epsilon", 10.0), formerly="within noise, and the session passed", **FP32_TOO),
+    Fault("text shifted by a word", NOTHING, ALL, "perplexity", OTHER, "",
+          files=words_changed(lambda text: text.partition(" ")[2]), formerly="not comparable", **FP32_TOO),
+    Fault("line ends of another system", NOTHING, ALL, "perplexity", OTHER, "",
+          files=words_changed(lambda text: text.replace("\n", "\r\n")), formerly="not comparable", **FP32_TOO),
+    Fault("text in lower case", NOTHING, ALL, "perplexity", OTHER, "", first=words_changed(str.title),
+          files=words_changed(str.lower), formerly="not comparable", **FP32_TOO),
+    Fault("a word lost from the tokenizer", NOTHING, ALL, "perplexity", OTHER, "", files=word_lost,
+          formerly="not comparable", **FP32_TOO),
+)  # fmt: skip
+HARMLESS = (
+    Fault("eager attention: no fault", lambda: patch.object(checkpoints, "ATTENTION", "eager"),
+          ("bnb-int8", "bf16"), "perplexity", Verdict.WITHIN_NOISE, guilty=("bnb-int8", "bf16", "fp32")),
+    Fault("config.json rewritten: no fault", NOTHING, BOTH, "perplexity", Verdict.SAME,
+          files=files_rewritten),
+)  # fmt: skip
+FAULTS = (*QUANTIZERS, *SHAPES, *TEXTS, *SCORING, *RECORDS, *INPUTS, *HARMLESS)
 
 
 @dataclass(frozen=True)
@@ -525,7 +653,7 @@ class Found:
 
     def right(self, fault: Fault) -> bool:
         """Whether the right case gives it away with the right verdict and words, and nobody else is blamed."""
-        seen = self.fails or fault.verdict is Verdict.BETTER
+        seen = self.fails is not fault.silent or fault.verdict is Verdict.BETTER
         return self.verdict is fault.verdict and fault.words in self.reason and seen and not self.innocent
 
 
@@ -534,8 +662,15 @@ def run(fault: Fault) -> Found:
     setup = {"max_tokens": TOKENS, **dict(fault.setup)}
     chosen = {"models": (fault.model,), "methods": fault.methods, "protocols": (fault.protocol,), **setup}
     with small.bench(**chosen) as bench:
+        if fault.files:
+            chosen["models"] = (fault.model.replace("tiny", "small"),)
+            bench = silence.laid_out(bench.folder, **chosen)
+        if fault.first:
+            fault.first(bench)
         with fault.before() if fault.before else contextlib.nullcontext():
             bench.record(check=False)
+        if fault.files:
+            fault.files(bench)
         with fault.on():
             outcome = bench.session(**dict(fault.changes))
     case = next(row for row in outcome.rows if row.method == fault.methods[0] and row.metric == fault.metric)

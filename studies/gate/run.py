@@ -2,7 +2,9 @@
 
 `--parts coverage,power` measures those alone and keeps the others as they lie in docs/studies/data/gate.json. Of
 `silence` each harmless change is kept as it ends, in gate.partial.jsonl beside it; called again, the script measures
-those that are not there, and with `--minutes M` it starts none later.
+those that are not there, and with `--minutes M` it starts none later. `noise` and `bounds` read real texts:
+`--texts lee,wikitext-2=text:FILE,ptb=ptb:FILE`; the losses that they measure lie in the harness's cache, and what lies
+there is not measured again (with `--minutes 0` it is all there is). `kernels` judges them.
 """
 
 from __future__ import annotations
@@ -18,15 +20,21 @@ from typing import Any
 
 from harness.core.errors import BadSpecification, UnknownName
 from studies import pages
+from studies.gate.noise import read_texts
 
 PARTS = {  # module beside this file, and heading
     "coverage": ("simulation", "Coverage by simulation"),
     "sensitivity": ("sensitivity", "Sensitivity: seeded faults"),
     "power": ("power", "Power: the smallest scale error seen"),
     "silence": ("silence", "Silence: harmless changes"),
+    "noise": ("noise", "Noise: what other kernels move"),
+    "kernels": ("other_kernels", "Silence, power and coverage under other kernels"),
+    "bounds": ("tolerable", "Bounds: what methods lose on real texts"),
     "latency": ("clocks", "Latency: what noise hides"),
     "saving": ("stopping", "What stopping early saves"),
 }
+BOUNDED = frozenset({"silence", "noise", "bounds"})  # can be stopped: `--minutes`
+OF_TEXTS = frozenset({"noise", "bounds"})  # read real texts
 DATA = Path(__file__).parents[2] / "docs" / "studies" / "data" / "gate.json"
 INTRODUCTION = """\
 A gate that cries wolf gets deleted, one that sleeps is worse. Here its error rates are simulated, faults are seeded,
@@ -40,15 +48,19 @@ def part(name: str) -> Any:
     return importlib.import_module(f"studies.gate.{PARTS[name][0]}")
 
 
-def measure(names: Sequence[str], minutes: float | None = None) -> dict[str, Any]:
+def measure(
+    names: Sequence[str], minutes: float | None = None, texts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The parts named, with when and where; the others as they were kept."""
     found = dict(pages.read(DATA)["results"]) if names and DATA.is_file() else {}
     for name in names or PARTS:
         if name not in PARTS:
             raise UnknownName("part", name, PARTS)
         start = time.monotonic()
-        bounded = {"minutes": minutes} if name == "silence" and minutes is not None else {}
-        results = part(name).measure(**bounded)
+        timed = name in BOUNDED and minutes is not None
+        given: dict[str, Any] = {"minutes": minutes} if timed else {}
+        given |= {"texts": texts or {"lee": "lee"}} if name in OF_TEXTS else {}
+        results = part(name).measure(**given)
         found[name] = {"world": pages.world(time.monotonic() - start), "found": results}
     return {name: found[name] for name in PARTS if name in found}
 
@@ -63,7 +75,8 @@ def render(results: Mapping[str, Any]) -> str:
                 f"Measured on {made['date']} in {made['minutes']} minutes on {pages.machine(made)}; "
                 f"`--parts {name}` measures it alone."
             )
-            sections += [f"## {heading}", when, part(name).render(results[name]["found"])]
+            note = [results[name]["note"]] if results[name].get("note") else []
+            sections += [f"## {heading}", when, *note, part(name).render(results[name]["found"])]
     return "\n\n".join(sections)
 
 
@@ -82,15 +95,18 @@ DOCUMENT = pages.Document(
 
 
 def main(words: Sequence[str]) -> int:
-    """`--parts` and `--minutes` are this script's own; the rest is every page's."""
+    """`--parts`, `--minutes` and `--texts` are this script's own; the rest is every page's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--parts")
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--texts", type=read_texts)
     if "--parts" in words[-1:]:
         raise BadSpecification(f"--parts names nothing: write --parts {','.join(PARTS)}")
     own, rest = parser.parse_known_args(words)
     chosen = own.parts.split(",") if own.parts else ()
-    status = pages.run(dataclasses.replace(DOCUMENT, measure=lambda names: measure(chosen, own.minutes)), rest)
+    status = pages.run(
+        dataclasses.replace(DOCUMENT, measure=lambda names: measure(chosen, own.minutes, own.texts)), rest
+    )
     kept = pages.read(DATA)["results"].get("silence", {}).get("found", {}) if DATA.is_file() else {}
     partial = part("silence").PARTIAL
     if partial.is_file() and kept.get("left") == 0 and "-o" in rest:

@@ -31,6 +31,8 @@ def measure(names: Sequence[str] = ()) -> dict[str, Any]:
             "fails": seen.fails,
             "innocent": list(seen.innocent),
             "others": len(seen.others),
+            "silent": fault.silent,
+            "formerly": fault.formerly,
         }
         print(f"sensitivity: {'right' if entry['right'] else 'WRONG'}: {entry}", file=sys.stderr)
         found.append(entry)
@@ -58,9 +60,18 @@ def lines(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             entry["verdict"] + ("" if entry["right"] else f" (**wrong**, wanted {entry['wanted']})"),
             markup.escape(short(entry["reason"])),
             f"{entry['others']}" if "others" in entry else NOTHING,
+            entry.get("formerly") or NOTHING,
         ]
         for entry in entries
     ]
+
+
+def quietly(harmless: Sequence[Mapping[str, Any]], headers: Sequence[str]) -> list[str]:
+    """What is no fault; nothing where none was measured."""
+    if not harmless:
+        return []
+    told = f"No faults, and judged so: {sum(entry['right'] for entry in harmless)} of {len(harmless)}."
+    return [told, markup.table(headers[:4], [line[:4] for line in lines(harmless)], words=(0, 1, 2, 3))]
 
 
 def short(reason: str) -> str:
@@ -70,18 +81,26 @@ def short(reason: str) -> str:
 
 def render(found: Mapping[str, Any]) -> str:
     """The section."""
-    entries, devices, quiet = found["faults"], found["devices"], found["quiet"]
+    devices, quiet = found["devices"], found["quiet"]
+    entries = [entry for entry in found["faults"] if not entry.get("silent")]
+    harmless = [entry for entry in found["faults"] if entry.get("silent")]
     right = sum(entry["right"] for entry in entries)
     blamed = sum(len(entry["innocent"]) for entry in entries)
     headers = ["fault", "case that gives it away", "verdict", "reason", "further cases moved"]
+    asked = any("formerly" in entry for entry in entries)  # data of before has none
+    headers += ["before"] * asked
+    shown = [line[: len(headers)] for line in lines(entries)]
     return "\n\n".join(
         (
             f"{len(entries)} seeded faults on the tiny models, each against a right session recorded before it "
             f"(perplexity, delta, exact bytes, divergence): **{right} of {len(entries)} end in the right verdict on "
             f"the right case**; {blamed} cases of other methods moved. *Further cases* are those of the methods that "
             "the fault meets. A fault that makes a figure better is seen as `better`, which does not fail a session; "
-            "every other one here fails it as CI runs it.",
-            markup.table(headers, lines(entries), words=(0, 1, 2, 3)),
+            "every other one here fails it as CI runs it."
+            + " *Before*: what the rules before these said, where it was another verdict."
+            * asked,
+            markup.table(headers, shown, words=(0, 1, 2, 3, 5)[: 4 + asked]),
+            *quietly(harmless, headers),
             f"On a simulated accelerator, counted apart (no real one has been seen): "
             f"{sum(entry['right'] for entry in devices)} of {len(devices)} faults, and "
             f"{sum(entry['right'] for entry in quiet)} of {len(quiet)} harmless changes judged rightly.",

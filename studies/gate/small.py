@@ -39,7 +39,15 @@ from harness.run.messages import Job, Stop
 from harness.run.session import Session
 
 MODELS = ("tiny-gpt2", "tiny-olmo")
-MOVED = (Verdict.MISSING, Verdict.OUT_OF_BOUND, Verdict.WORSE, Verdict.UNUSABLE, Verdict.NOT_COMPARABLE, Verdict.BETTER)
+MOVED = (
+    Verdict.MISSING,
+    Verdict.INPUT_CHANGED,
+    Verdict.OUT_OF_BOUND,
+    Verdict.WORSE,
+    Verdict.UNUSABLE,
+    Verdict.NOT_COMPARABLE,
+    Verdict.BETTER,
+)
 Order = Callable[[Sequence[Case]], Sequence[Case]]
 
 
@@ -192,3 +200,22 @@ def share_of(count: int, runs: int) -> tuple[float, float]:
     part = count / runs
     spread = z / (1 + z * z / runs) * math.sqrt(part * (1 - part) / runs + z * z / (4 * runs * runs))
     return part, spread
+
+
+def upper_limit(count: int, runs: int, confidence: float = 0.95) -> float:
+    """The largest rate under which so few of so many runs would still be seen with a chance of 1 - confidence.
+
+    Clopper and Pearson's upper limit, one-sided: P(at most `count` of `runs`) = 1 - confidence, by bisection.
+    """
+    if count >= runs:
+        return 1.0
+    low, high = count / runs, 1.0
+    for _ in range(60):
+        rate = (low + high) / 2
+        terms = [
+            math.lgamma(runs + 1) - math.lgamma(seen + 1) - math.lgamma(runs - seen + 1)
+            + seen * math.log(rate) + (runs - seen) * math.log1p(-rate)
+            for seen in range(count + 1)
+        ]  # fmt: skip
+        low, high = (rate, high) if sum(map(math.exp, terms)) > 1 - confidence else (low, rate)
+    return (low + high) / 2

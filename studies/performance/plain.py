@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -41,7 +42,7 @@ def peak() -> int:
     return int(kilobytes.split()[1]) * 1024
 
 
-def load() -> torch.nn.Module:
+def load() -> Any:
     """As the documentation shows it."""
     options = {"quantization_config": CONFIGS[method], "device_map": "cpu"} if method in CONFIGS else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(method, torch.float32), **options).eval()

@@ -97,12 +97,12 @@ def session(folder: Path, method: str, wanted: Sequence[str], *more: str) -> dic
     """Figures of one session of the harness, by name."""
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, "-m", "harness", "run", "--models", f"path:{folder}", "--methods", method]
-        command += ["--metrics", ",".join(wanted), "--device", "cpu", "--report-dir", home]
+        command += ["--metrics", ",".join(wanted), "--device", "cpu", "--report-dir", "report"]
         command += ["--repetitions", str(REPETITIONS), *more]
         (Path(home) / "frozen.py").write_text(FROZEN)
         (Path(home) / "pyproject.toml").write_text('[tool.harness]\nmethods = ["frozen.py"]\n')
         subprocess.run(command, stdout=subprocess.DEVNULL, check=False, cwd=home)
-        rows = harness.read_report(home).rows
+        rows = harness.read_report(Path(home) / "report").rows
     found = {row.metric.partition(".")[2]: row.value or math.nan for row in rows if row.method == method}
     crowded = any(row.detail.get("crowded") for row in rows)
     return {**found, "crowded": crowded}

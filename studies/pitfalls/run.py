@@ -74,7 +74,8 @@ def section(control: Control, results: Mapping[str, Any]) -> str:
         f"## {control.pitfall.title}",
         f"`{control.name}`" + (f". Reported: {control.pitfall.reported}." * bool(control.pitfall.reported)),
     ]
-    parts += [inspect.cleandoc(control.run.__doc__ or ""), f"The mark: {control.pitfall.mark}."]
+    marks = f"The mark: {control.pitfall.mark}. In somebody's table: {control.pitfall.tell}."
+    parts += [inspect.cleandoc(control.run.__doc__ or ""), marks]
     for model, shown in results.items():
         pair = shown["fault"], shown["right"]
         words = ["yes" if control.pitfall.symptom(figures) else "no" for figures in pair]

@@ -19,9 +19,10 @@ from transformers import OlmoForCausalLM
 from harness.core.contracts import Checkpoint
 from harness.core.options import Declared
 from harness.core.specification import parse
-from harness.inputs.models import checkpoints, tiny
+from harness.inputs.models import checkpoints
 from harness.inputs.texts import corpora, protocols
 from harness.published.pitfalls import perplexity
+from studies import tiny
 from studies.pitfalls.bench import Bench, Shown, mean
 
 WIDTH = 64  # tokens a window: the head's slowest rotation has then turned by 0.7 of a radian

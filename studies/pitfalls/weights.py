@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -260,4 +260,90 @@ def tied_head_twice(bench: Bench) -> Shown:
         {"bytes counted": counted_twice, "bytes held": held},
         {"bytes counted": sum(parameter.nbytes for parameter in model.parameters()), "bytes held": held},
         beside,
+    )
+
+
+def truncated(weight: Tensor, scale: Tensor) -> Tensor:
+    """Codes by a cast: the fraction is dropped, so every weight moves towards 0."""
+    return divide(weight, scale).to(torch.int8).float()
+
+
+def rounded(weight: Tensor, scale: Tensor) -> Tensor:
+    """Codes by rounding to the nearest."""
+    return divide(weight, scale).round_()
+
+
+def truncated_codes(bench: Bench) -> Shown:
+    """Codes are made by casting w / scale to int8, which drops the fraction.
+
+    Rounding is off by half a step at most and by nothing on average; a cast is off by up to a whole step, always
+    towards 0, so every weight shrinks and the shrinkage adds up from layer to layer.
+    """
+
+    def run(code: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+        model = bench.open()
+        worst, before, after = 0.0, 0.0, 0.0
+        for name in arguments.select(model, Scope()):
+            module: Any = model.get_submodule(name)
+            by_row = 1 if isinstance(module, nn.Linear) else 0  # GPT-2 keeps (in, out)
+            weight = module.weight.detach()
+            scale = weight.abs().amax(dim=by_row, keepdim=True) / 127
+            back = code(weight, scale) * scale
+            worst = max(worst, float(divide((weight - back).abs(), scale).max()))
+            before, after = before + float(weight.abs().sum()), after + float(back.abs().sum())
+            module.weight.data.copy_(back)
+        return {
+            "perplexity": perplexity(bench.nll(model)),
+            "largest error, steps": worst,
+            "sum of magnitudes, %": 100 * after / before,
+            "reference perplexity": perplexity(bench.reference_nll),
+        }
+
+    return Shown(run(truncated), run(rounded), note="int8, one scale an output row")
+
+
+def declared_not_stored(bench: Bench) -> Shown:
+    """Codes are written into the fp32 tensors that held the weights, and memory is added up by name: a byte each.
+
+    Nothing is ever stored in 8 bits. Scales are not counted, products are those of fp32, and so is their time. A twin
+    of the fault computes the codes and never puts them into the model.
+    """
+    model = bench.open()
+    names = {f"{name}.weight" for name in arguments.select(model, Scope())}
+    printed = sum(each.numel() * (1 if name in names else 4) for name, each in model.named_parameters())
+    stored_as_codes = sizes.storage_bytes(bench.open("absmax-int8"))
+    held = sizes.storage_bytes(model)
+    return Shown(
+        {"bytes printed": printed, "bytes held": held},
+        {"bytes printed": stored_as_codes, "bytes held": stored_as_codes},
+        {"scales that the declared figure leaves out, bytes": stored_as_codes - printed},
+    )
+
+
+def packed_halved_again(bench: Bench) -> Shown:
+    """Two 4-bit codes lie in a byte, and the elements of that storage are counted at half a byte each.
+
+    The library's tensor has half as many elements as the weight had: its bytes are its elements.
+    """
+    codes = [store.get_buffer("codes") for store in stores(bench.open("nf4"))]
+    held = sum(each.nbytes for each in codes)
+    halved = sum(each.numel() // 2 for each in codes)
+    return Shown({"bytes printed": halved, "bytes held": held}, {"bytes printed": held, "bytes held": held})
+
+
+def one_card_of_several(bench: Bench) -> Shown:
+    """A model is spread over cards, and the allocator of the current card alone is asked.
+
+    Which card is current says nothing of where the layers lie. The right version adds up all cards; here the shares
+    are counted, since the model needs no card: the embedding and half of the layers on the first.
+    """
+    model: Any = bench.open("nf4")
+    prefix, layers = arguments.decoder_layers(model)
+    whole = sizes.storage_bytes(model)
+    beyond = [model.get_submodule(f"{prefix}.{index}") for index in range(layers // 2, layers)]
+    elsewhere = sizes.bytes_of(tensor for module in beyond for tensor in sizes.held(module))
+    return Shown(
+        {"bytes printed": whole - elsewhere, "bytes held": whole},
+        {"bytes printed": whole, "bytes held": whole},
+        note=f"`nf4`, {layers // 2} of {layers} layers on the current card",
     )

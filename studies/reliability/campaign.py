@@ -7,6 +7,7 @@ import fcntl
 import importlib.util
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,13 +20,16 @@ from harness.core.errors import HarnessError
 from harness.core.records import Row
 from harness.judge import baselines
 from harness.run import merge
-from studies.reliability.disturbances import FAULTS, Fault, Impossible, Stage, small_disk
+from studies.reliability.disturbances import EVERYBODY, FAULTS, SIGNALS, Fault, Impossible, Stage, small_disk
 from studies.reliability.scene import LIMIT_SECONDS, SETTLE_SECONDS, Scene, Session, Template
 from studies.scale import ray_cluster
 
-USAGE, KILLED = 4, -9  # pytest's exit status for a refusal, and of a killed process
-ALLOWED = (0, 1, USAGE)  # of a session that ended by itself
+USAGE = 4  # pytest's exit status for a refusal; a signal that nobody handled gives a negative one
+ALLOWED = (0, 1, USAGE, -signal.SIGKILL)  # of a session that ended by itself or was killed
+ENDED = (2, 129, 143)  # of one that a signal ended, with a report
+SIGNALLED_ENDS = (*ALLOWED, *ENDED, *(-number for number in SIGNALS))
 JUDGED = ("verdict", "verdict_reference", "verdict_baseline", "reason")
+START, TAKEN = -1, -2  # moments before the first row
 POLL_SECONDS = 0.02
 TRACES = ("Traceback (most recent call last)", "INTERNALERROR")
 TEMPORARY = ("report/.*", "report/nll/.*", "cache/checkpoints/.*", "baselines/.*", "baselines/*/.*")
@@ -51,12 +55,9 @@ class Trial:
 def run(number: int, seed: int, fault: Fault, template: Template, home: Path) -> Trial:
     """One trial; equal numbers and seeds draw equal moments and places."""
     draw, started = random.Random(f"{seed}/{number}"), time.monotonic()
-    after, delay = (
-        draw.randrange(0 if fault.begun else -1, len(template.rows)),
-        round(draw.uniform(0, 3 if draw.random() < 0.4 else 0.4), 3),
-    )
-    moment = f"{delay} s after " + ("the start" if after < 0 else f"row {after}" if after else "the plan")
-    trial = Trial(number, fault.name, moment)
+    after, delay = drawn_moment(draw, fault, len(template.rows))
+    awaited = {TAKEN: "the report directory was taken", START: "the start", 0: "the plan"}
+    trial = Trial(number, fault.name, f"{delay} s after {awaited.get(after, f'row {after}')}")
     cache = draw.random() < 0.5 if fault.cache is None else fault.cache
     with template.copy(home / f"trial-{number}", with_cache=cache) as scene, contextlib.ExitStack() as stack:
         try:
@@ -69,13 +70,24 @@ def run(number: int, seed: int, fault: Fault, template: Template, home: Path) ->
         stage = Stage(scene, scene.start(*arguments), draw, node=node)
         await_moment(stage, after, delay)
         trial.note = fault.act(stage)
-        disturbed(trial, stage, template, judged="baseline" not in fault.name)
+        disturbed(trial, stage, template, judged="baseline" not in fault.name, phase=fault.phase)
         resumed(trial, stage, template, fault, arguments)
         trial.exits = [session.process.returncode for session in scene.sessions]
         if trial.wrong:
             keep_logs(scene, home / "failed" / f"trial-{number}")
     trial.seconds = round(time.monotonic() - started, 1)
     return trial
+
+
+def drawn_moment(draw: random.Random, fault: Fault, rows: int) -> tuple[int, float]:
+    """Behind how many rows (or START, TAKEN, 0: the plan) a fault comes, and how many seconds later."""
+    if not fault.phase:
+        after, longest = draw.randrange(0 if fault.begun else START, rows), 3 if draw.random() < 0.4 else 0.4
+    elif fault.phase == "measuring":
+        after, longest = draw.randrange(rows - 1), 1.0
+    else:
+        after, longest = {"starting": (START, 2.0), "preparing": (TAKEN, 4.0), "writing": (rows, 0.6)}[fault.phase]
+    return after, round(draw.uniform(0, longest), 3)
 
 
 @contextlib.contextmanager
@@ -92,11 +104,14 @@ def ray_of(fault: Fault, scene: Scene) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def await_moment(stage: Stage, after: int, delay: float) -> None:
     """Wait until so many rows are written (0: the plan is) and a little longer, or the session is over."""
-    plan, path = stage.scene.report / "plan.json", stage.scene.report / "measurements.jsonl"
+    report = stage.scene.report
+    plan, path = report / "plan.json", report / "measurements.jsonl"
 
     def reached() -> bool:
+        if after == TAKEN:
+            return (report / ".session.lock").is_file()
         if after <= 0:
-            return after < 0 or plan.is_file()
+            return after == START or plan.is_file()
         return path.is_file() and path.read_bytes().count(b"\n") >= after
 
     polls = int(LIMIT_SECONDS / POLL_SECONDS)
@@ -106,23 +121,28 @@ def await_moment(stage: Stage, after: int, delay: float) -> None:
     time.sleep(delay)
 
 
-def disturbed(trial: Trial, stage: Stage, template: Template, *, judged: bool) -> None:
+def disturbed(trial: Trial, stage: Stage, template: Template, *, judged: bool, phase: str) -> None:
     """Let every session end and hold what they left to what must be true of a disturbed session.
 
-    `judged`: verdicts must be the undisturbed ones too, which they cannot be under another baseline.
+    `judged`: verdicts must be the undisturbed ones too, which they cannot be under another baseline. `phase`: of the
+    signal, where one came; before handlers stand it ends the session as it ends any program.
     """
     sessions = [stage.session, *stage.others]
     statuses = [session.wait() for session in sessions]
     for session, status in zip(sessions, statuses, strict=True):
-        over(trial, session, status)
+        over(trial, session, status, SIGNALLED_ENDS if phase else ALLOWED)
     rows = stage.scene.rows()
     trial.first = {
         "measured": sum(row.value is not None for row in rows.values()),
         "missing": sum(row.value is None for row in rows.values()),
     }
     compare(trial, rows, template, "the disturbed session", judged=judged)
-    if KILLED in statuses or all(status == USAGE for status in statuses):
-        return  # killed, or refused before it measured anything: the user resumes
+    trial.wrong += [wrong for check in stage.checks if (wrong := check())]
+    begun = (stage.scene.report / "plan.json").is_file()
+    if min(statuses) < 0 or all(status == USAGE for status in statuses) or (phase and not begun):
+        return  # killed, or over before it measured anything: the user resumes
+    if statuses[0] in ENDED and not (stage.scene.report / "report.md").is_file():
+        trial.wrong.append(f"status {statuses[0]} and no report")
     told = "could not be written" in stage.session.output or "cannot be written" in stage.session.output
     absent = template.rows.keys() - rows.keys()
     # the file was damaged behind the last writing of it: the session told of every case, --resume measures again
@@ -134,17 +154,18 @@ def disturbed(trial: Trial, stage: Stage, template: Template, *, judged: bool) -
     ]
 
 
-def over(trial: Trial, session: Session, status: int) -> None:
+def over(trial: Trial, session: Session, status: int, allowed: Sequence[int] = ALLOWED) -> None:
     """How a session may end: by itself, in time, without a traceback, leaving no process."""
     name = session.log.stem
     if session.hung:
         trial.wrong.append(f"{name} hung")
         return
-    if status not in ALLOWED and status != KILLED:
+    if status not in allowed:
         trial.wrong.append(f"{name} ended with status {status}")
     if status == USAGE and "ERROR: " not in session.output:
         trial.wrong.append(f"{name} refused without a line")
-    trial.wrong += [f"{name} printed {text!r}" for text in TRACES if text in session.output]
+    if EVERYBODY not in trial.note and "starting" not in trial.fault:  # Python and execnet tell where they were
+        trial.wrong += [f"{name} printed {text!r}" for text in TRACES if text in session.output]
     tries = 10 * SETTLE_SECONDS
     while (left := alive(session.process.pid)) and tries:
         time.sleep(0.1)
@@ -197,7 +218,7 @@ def resumed(trial: Trial, stage: Stage, template: Template, fault: Fault, argume
     trial.repeated = len(repeated)
     if repeated and not fault.name.endswith("damaged"):
         trial.wrong.append(f"--resume measured {len(repeated)} finished cases again: {repeated[0]}")
-    killed = "controller" in fault.name or "worker" in fault.name
+    killed = "controller" in fault.name or "worker" in fault.name or bool(fault.phase)
     trial.wrong += [f"left behind: {path}" for path in leftovers(scene, TEMPORARY if killed else (*TEMPORARY, SCRATCH))]
     trial.wrong += [
         f"still locked: {path.name}" for path in scene.folder.rglob("*lock*") if path.is_file() and held(path)
@@ -248,9 +269,9 @@ def keep_logs(scene: Scene, folder: Path) -> None:
         (folder / session.log.name).write_text(session.output)
 
 
-def order(trials: int, seed: int) -> list[Fault]:
+def order(trials: int, seed: int, kinds: Sequence[Fault] = FAULTS) -> list[Fault]:
     """Every kind equally often, in a drawn order."""
-    faults = [FAULTS[number % len(FAULTS)] for number in range(trials)]
+    faults = [kinds[number % len(kinds)] for number in range(trials)]
     random.Random(seed).shuffle(faults)
     return faults
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +28,10 @@ MIB = 2**20
 DISK = 8 * MIB  # bytes of the small file systems: what a whole session writes takes a quarter of it
 FORK_SERVER = "multiprocessing.forkserver"  # in its command line, which its children inherit
 CLOCK_JUMPS = (-86400 * 365, -3600, -61, 61, 3600, 86400 * 365)  # seconds
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+EVERYBODY = "the whole session"
+PHASES = ("starting", "preparing", "measuring", "writing")  # when signals come: `campaign.drawn_moment`
+ENGINES = {"one process": (), "two workers": ("-n", "2"), "Ray": ("--engine", "ray")}  # name: arguments
 
 
 class Impossible(Exception):
@@ -42,6 +48,7 @@ class Stage:
     undo: list[Callable[[], object]] = field(default_factory=list)  # what the user repairs before --resume
     others: list[Session] = field(default_factory=list)  # sessions beside the first
     node: Any = None  # the second node of a Ray cluster
+    checks: list[Callable[[], str]] = field(default_factory=list)  # of what the sessions left: '' or what is wrong
     spoiled: set[str] = field(default_factory=set)  # cases whose finished rows must not be kept
 
 
@@ -56,6 +63,7 @@ class Fault:
         arguments: of the session, beside the scene's own.
         disk: the folder that lies on a small file system of its own, '' for none.
         begun: whether the session has looked at its inputs before: what changes earlier is simply what it measures.
+        phase: of the session, in which it comes; '' for any time.
         ray: "own" (the session starts a Ray of its own), "cluster" (of two nodes), "" without Ray.
         cache: False: the session starts without the trained model; None: either, drawn.
     """
@@ -67,6 +75,7 @@ class Fault:
     disk: str = ""
     begun: bool = False
     ray: str = ""
+    phase: str = ""
     cache: bool | None = True
 
 
@@ -132,6 +141,30 @@ def killing(name: str, find: Callable[[Session], list[psutil.Process]]) -> Calla
         return f"a {name} killed"
 
     return act
+
+
+def stopping(name: str, find: Callable[[Session], list[psutil.Process]]) -> Callable[[Stage], str]:
+    """SIGSTOP to one of the processes found, drawn: it answers nothing more and does not end."""
+
+    def act(stage: Stage) -> str:
+        found = find(stage.session)
+        if not found:
+            return f"no {name} was alive"
+        with contextlib.suppress(psutil.Error):
+            stage.draw.choice(found).suspend()
+        return f"a {name} stopped"
+
+    return act
+
+
+def send_signal(stage: Stage) -> str:
+    """One of SIGNALS to the controller alone or, as a terminal and a batch system do it, to every process."""
+    number, alone = stage.draw.choice(SIGNALS), stage.draw.random() < 0.5
+    if stage.session.process.poll() is not None:
+        return "no session was left"
+    with contextlib.suppress(ProcessLookupError):
+        (os.kill if alone else os.killpg)(stage.session.process.pid, number)
+    return f"{number.name} to {'the controller' if alone else EVERYBODY}"
 
 
 def kill_controller(stage: Stage) -> str:
@@ -271,6 +304,26 @@ def second_cache_user(stage: Stage) -> str:
     return "a second session on the same cache"
 
 
+def second_recorder(stage: Stage) -> str:
+    """Another session that records, into the same files of baselines, figures under another protocol."""
+    stage.others.append(stage.scene.start("--report-dir", "report-2", "--regen-all", "--protocols", "chunk:128"))
+    stage.checks.append(lambda: unrecorded(stage.scene.baselines))
+    return "a second session that records"
+
+
+def unrecorded(baselines: Path) -> str:
+    """What two recorders lost: entries of either protocol, or losses that an entry names; '' where nothing is lost."""
+    for path in sorted(baselines.glob("*/*@*.yaml")):
+        text = path.read_text()
+        for protocol in ("chunk:128", "chunk:256"):
+            if "perplexity" in text and protocol not in text:
+                return f"{path.name} lost what was recorded under {protocol}"
+        for sha in re.findall(r"\b[0-9a-f]{64}\b", " ".join(re.findall(r"nll: .*", text))):
+            if not (path.parent / "nll" / f"{sha}.npz").is_file():
+                return f"{path.name} names losses {sha[:12]} that are gone"
+    return ""
+
+
 def jump(stage: Stage) -> str:
     seconds = stage.draw.choice(CLOCK_JUMPS)
     stage.scene.clock.write_text(str(seconds))
@@ -289,7 +342,7 @@ FAULTS = (
     Fault("the disk under the report fills up", fill("report"), disk="report"),
     Fault("the disk under the cache fills up", fill("cache"), disk="cache", cache=None),
     Fault("the disk under the baselines fills up", fill("baselines"), arguments=("--regen-all",), disk="baselines"),
-    Fault("a cached checkpoint is damaged", damaging("cache/checkpoints/tiny-*/*")),
+    Fault("a cached checkpoint is damaged", damaging("cache/checkpoints/gguf-*/*")),
     Fault("an NLL file is damaged", damaging("report/nll/*.npz", "report/nll/reference-*")),
     Fault("a baseline is damaged", damaging("baselines/*/*.yaml", "baselines/*/nll/*.npz", repaired=True)),
     Fault("a measurements line is damaged", damaging("report/measurements.jsonl")),
@@ -299,4 +352,22 @@ FAULTS = (
     Fault("the clock jumps", jump),
     Fault("the text changes under a session", change_text, variant="own", begun=True),
     Fault("the weights change under a session", change_weights, variant="own", begun=True),
+)
+LATER = (  # kinds that joined after the campaign's numbers were given out
+    Fault("a group's process hangs", stopping("group's process", groups), arguments=("--progress-timeout", "1")),
+    Fault("the fork server hangs", stopping("fork server", fork_servers), arguments=("--progress-timeout", "1")),
+    Fault("a cached loop is damaged", damaging("cache/numba/*/*")),
+    Fault("two sessions record baselines at once", second_recorder, arguments=("--regen-all",)),
+)
+SIGNALLED = tuple(
+    Fault(
+        f"{phase}, {engine}",
+        send_signal,
+        arguments=arguments,
+        ray="own" if engine == "Ray" else "",
+        phase=phase,
+        cache=phase != "preparing",  # without it a model is trained
+    )
+    for engine, arguments in ENGINES.items()
+    for phase in PHASES
 )

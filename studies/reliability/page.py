@@ -9,6 +9,7 @@ from harness.core.text import plural
 from harness.report.markup import escape, table
 from studies import pages
 from studies.reliability import fuzz
+from studies.reliability.scene import SETTLE_SECONDS
 
 CAMPAIGN = """\
 A session of the tiny model (reference and `absmax-int8`, perplexity and memory) is disturbed at a drawn moment, left to
@@ -27,6 +28,16 @@ overwritten weights are brought back. *Measured* and *missing* count the rows of
 has fewer. Disks are small file systems of their own (`mount -t tmpfs`, which needs root; without it those trials are
 not possible, and counted as such). Ray's trials need Ray (`pip install ray`): a worker of a Ray that the session
 started is killed, or every process of one of two nodes of a cluster at once."""
+LATER = """\
+The same for kinds that joined later: a process is stopped (`SIGSTOP`), so that it answers nothing and does not end, and
+the session is told to wait a minute (`--progress-timeout 1`); a compiled loop of the cache is damaged; and two sessions
+record into the same baselines at once, under another protocol each, of which nothing may be lost."""
+SIGNALS = """\
+`SIGINT`, `SIGTERM`, `SIGHUP` or `SIGKILL`, drawn, reaches the controller alone or every process of the session, drawn,
+in one of four phases: while it starts, while it makes ready (a model is trained meanwhile), while it measures, and when
+the last case is measured. The same must hold, and beside it: once a plan is written the first three leave a report in
+which every planned case stands, and nothing outlives its controller by more than {settle} s. Before that a signal ends
+the session as it ends any program."""
 FUZZ = """\
 Whatever a stranger's file or name holds, it is read, or refused in one line that is harmless in a terminal: no other
 exception, no hang (20 s a call), no more than 600 MiB beside what the process had, no path outside the named folder,
@@ -44,7 +55,15 @@ def render(results: Mapping[str, Any]) -> str:
     """Below the heading."""
     parts = []
     if "campaign" in results:
-        parts += ["## Faults", *campaign(results["campaign"]["found"], results["campaign"]["world"])]
+        found = results["campaign"]["found"]
+        told = CAMPAIGN.format(seconds=found["undisturbed"])
+        parts += ["## Faults", told, *campaign("campaign", "fault", found, results["campaign"]["world"])]
+    if "later" in results:
+        parts += ["## Hangs, loops, two recorders", LATER]
+        parts += campaign("later", "fault", results["later"]["found"], results["later"]["world"])
+    if "signals" in results:
+        parts += ["## Signals in every phase", SIGNALS.format(settle=SETTLE_SECONDS)]
+        parts += campaign("signals", "phase and engine", results["signals"]["found"], results["signals"]["world"])
     if "fuzz" in results:
         made, found = results["fuzz"]["world"], results["fuzz"]["found"]
         heads = ["what is fuzzed", "tests", "examples", "seconds", "failed"]
@@ -62,8 +81,8 @@ def render(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def campaign(found: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
-    """The campaign's section."""
+def campaign(part: str, kind: str, found: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
+    """What came of a series of trials: the sum, a line a kind, and what did not hold."""
     trials = [trial for trial in found["trials"] if trial["possible"]]
     wrong = [trial for trial in trials if trial["wrong"]]
     unable = [trial for trial in found["trials"] if not trial["possible"]]
@@ -81,14 +100,14 @@ def campaign(found: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
         f"{'all held' if not wrong else f'{len(wrong)} did not hold'}.**"
         + (f" The command makes {found['planned']}; {left} were not run yet, called again it goes on." if left else "")
     )
-    heads = ["fault", "trials", "hit something", "measured", "missing", "measured again", "did not hold"]
-    parts = [CAMPAIGN.format(seconds=found["undisturbed"]), outcome, table(heads, rows, words=(0,))]
+    heads = [kind, "trials", "hit something", "measured", "missing", "measured again", "did not hold"]
+    parts = [outcome, table(heads, rows, words=(0,))]
     if unable:
         parts.append(f"{plural(len(unable), 'trial')} not possible on this machine: {escape(unable[0]['note'])}.")
     if wrong:
         parts.append("\n".join(f"- {escape(told(trial))}" for trial in wrong))
     parts.append(
-        f"Measured until {made['date']}, at last on {pages.machine(made)} (`--parts campaign`, in one go or "
+        f"Measured until {made['date']}, at last on {pages.machine(made)} (`--parts {part}`, in one go or "
         "several: the minutes at the top are the last call's); each trial with its moment is in the data."
     )
     return parts

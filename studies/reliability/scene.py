@@ -17,15 +17,17 @@ from pathlib import Path
 
 import psutil
 
-from harness.core.files import cache_dir
+from harness.core.contracts import Checkpoint
 from harness.core.records import Row
+from harness.inputs.models.gguf_format import write
+from harness.inputs.models.names import TINY_HOME
 
 ROOT = Path(__file__).parents[2]
 METHODS = "absmax-int8"  # and the reference
 LIMIT_SECONDS = 400  # for one session of some ten seconds, on a machine that others use too: longer is a hang
 SETTLE_SECONDS = 30  # for the processes of a killed session to end
-# what the model and the text are: of the cache and generated, or the user's own files
-VARIANTS = {"cached": ("tiny-gpt2", "synthetic"), "own": ("path:model", "text:text.txt")}
+# what the model and the text are: converted into the cache and generated, or the user's own files
+VARIANTS = {"cached": ("path:model.gguf", "synthetic"), "own": ("path:model", "text:text.txt")}
 
 
 @dataclass
@@ -70,7 +72,7 @@ def end_group(pid: int) -> None:
 
 
 class Scene:
-    """The folder: `report`, `baselines`, `cache`, `tmp`, `model` and `text.txt`."""
+    """The folder: `report`, `baselines`, `cache`, `tmp`, `model.gguf`, or `model` and `text.txt`."""
 
     def __init__(self, folder: Path, variant: str) -> None:
         self.folder, self.variant = folder, variant
@@ -152,7 +154,7 @@ class Template:
 
 
 def template(folder: Path, variant: str, before: Template | None = None) -> Template:
-    """Run the undisturbed session, its figures recorded as the baselines; `before`'s trained model serves as 'own'.
+    """Run the undisturbed session, its figures recorded as the baselines; behind one `before` it is the 'own' variant.
 
     A folder that holds one already is taken as it is.
     """
@@ -167,13 +169,9 @@ def undisturbed(scene: Scene, before: Template | None) -> float:
     """Lay the scene out, record baselines, measure; seconds of the second session."""
     lay_out(scene.folder)
     if before is None:
-        for trained in (cache_dir() / "checkpoints").glob("tiny-gpt2-*"):  # of this machine, so as not to train again
-            if trained.is_dir():
-                shutil.copytree(trained, scene.cache / "checkpoints" / trained.name)
+        write.write(Checkpoint("tiny-gpt2", TINY_HOME / "gpt2", ""), "F32", scene.folder / "model.gguf")
     else:
-        shutil.copytree(before.scene.cache, scene.cache)
-        trained = next(path for path in (scene.cache / "checkpoints").iterdir() if path.is_dir())
-        shutil.copytree(trained, scene.folder / "model", ignore=shutil.ignore_patterns("harness.json"))
+        shutil.copytree(TINY_HOME / "gpt2", scene.folder / "model")
         (scene.folder / "text.txt").write_text(words())
     for more in ("--regen-all",), ():
         session = scene.start(*more)

@@ -35,8 +35,9 @@ SCRIPTS = (
     "scale.ray_cluster",
     "reliability.run",
     "performance.run",
+    "performance.second_opinion",
 )
-WRITTEN = {"api", "gpu", "pytest"}  # by hand
+WRITTEN = {"api", "claims", "gpu", "pytest", "verdicts"}  # by hand
 PAGES = sorted(page for page in (*DOCS.glob("*.md"), *(ROOT / "docs").glob("*.md")) if page.stem not in WRITTEN)
 
 

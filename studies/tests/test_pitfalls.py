@@ -12,11 +12,12 @@ import torch
 
 from harness.core.options import Declared
 from harness.core.specification import parse
-from harness.inputs.models import checkpoints, tiny
+from harness.inputs.models import checkpoints
 from harness.inputs.texts import corpora, protocols
 from harness.methods.quantizing import stored
 from harness.metrics.measuring import engine
 from harness.published.pitfalls import PITFALLS, kept_code, perplexity, restored, tied_twice, with_padding
+from studies import tiny
 from studies.pitfalls import CONTROLS, EMBEDDED, TINY, Bench, Control, scoring, sink, weights
 from studies.pitfalls.bench import mean
 

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from harness.core import files
 from harness.core.files import (
     append_line,
     cache_dir,
     locked,
     owned,
+    read_plain,
     replace_bytes,
     replace_text,
     rewritten,
     sha256_file,
+    timing_lock,
 )
 
 
@@ -130,3 +133,48 @@ def test_a_dead_holder_leaves_no_lock(tmp_path: Path) -> None:
     process.join()
     with locked(path):
         pass
+
+
+def test_who_waits_for_a_lock_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE_SECONDS", 0.0)
+    process, holding, release = start(tmp_path / "lock", False)
+    assert holding.wait(5)
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        release.set()
+
+    with locked(tmp_path / "lock", say=say):
+        pass
+    process.join(5)
+    assert told == [f"waiting for {tmp_path / 'lock'}, which another process holds"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_obey_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        replace_text(tmp_path / "a", "text")
+        append_line(tmp_path / "b", "text")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_pipe_is_refused_and_never_waited_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is no plain file"):
+            read_plain(path)
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read_plain(tmp_path / "file") == b"abc"
+
+
+def test_a_read_only_cache_has_its_timing_lock_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    assert timing_lock() == tmp_path / "timing.lock"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as where a file system is mounted read-only
+    assert tmp_path not in timing_lock().parents
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "new"))  # not there yet: it will be made
+    assert timing_lock() == tmp_path / "new" / "timing.lock"

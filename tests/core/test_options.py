@@ -5,6 +5,8 @@ import pytest
 
 from harness.core.errors import BadFile, BadSpecification
 from harness.core.options import SETTINGS, Options, address, batch, build, device_name, positive, read_declared
+from harness.core.specification import parse, parse_models
+from harness.inputs.models import names
 
 
 def project(folder: Path, text: str) -> Path:
@@ -41,12 +43,22 @@ report-dir = "out"
     assert given.report_dir == Path("/elsewhere/here")
 
 
+def test_names_read_from_elsewhere_are_kept_for_every_reader(tmp_path: Path) -> None:
+    _, declared = read_declared(tmp_path)
+    given = build({"models": parse_models("gpt2=path:copy,tiny-gpt2")}, declared, tmp_path)
+    assert given.declared.sources == {"gpt2": "path:copy"}
+    assert names.declared_source(parse("gpt2"), given.declared) == parse(f"path:{Path.cwd() / 'copy'}")
+    assert names.declared_source(parse("tiny-gpt2"), given.declared) == parse("tiny:gpt2")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[tool.harness", "cannot be read as TOML"),
         ("[tool.harness]\nmodel = 'x'\n", "has no 'model'"),
         ("[tool.harness]\nmodels = 'x'\n", "must be a table"),
+        ("[tool.harness]\nclaims = 'x'\n", "must be a list"),
+        ("[tool.harness]\nsources = { gpt2 = 'path:x' }\n", "has no 'sources'"),
         ("[tool.harness.options]\nmax-token = 3\n", "did you mean 'max-tokens'"),
         ("[tool.harness.options]\nmax-tokens = 'x'\n", "no whole number"),
         ("[tool.harness.models]\nmine = ':'\n", "is no specification"),

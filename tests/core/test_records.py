@@ -57,6 +57,7 @@ def test_severity_is_the_order_of_the_words() -> None:
     words = [str(verdict) for verdict in sorted(Verdict, key=lambda verdict: verdict.severity)]
     assert words == [
         "missing",
+        "input changed",
         "out of bound",
         "worse",
         "unusable",

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.core.errors import BadSpecification
-from harness.core.specification import Specification, parse, parse_list
+from harness.core.specification import Specification, parse, parse_list, parse_model, parse_models
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,17 @@ def test_lists_refuse_duplicates() -> None:
     assert [str(item) for item in parse_list("fp32,nf4:block=32")] == ["fp32", "nf4:block=32"]
     with pytest.raises(BadSpecification, match="twice"):
         parse_list("nf4,nf4")
+
+
+def test_a_model_may_say_where_its_name_is_read_from() -> None:
+    named = parse_model("gpt2=path:/a=b")
+    assert (str(named), named.source, named) == ("gpt2", "path:/a=b", parse("gpt2"))
+    assert (parse_model("path:/a=b"), parse_model("nf4:block=64").source) == (parse("path:/a=b"), "")
+    for wrong in ("gpt2=", "gpt2=path:", "=path:/a"):
+        with pytest.raises(BadSpecification):
+            parse_model(wrong)
+    with pytest.raises(BadSpecification, match="twice"):
+        parse_models("gpt2=path:/a,gpt2=path:/b")
 
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True)

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
-from harness.inputs.models import checkpoints, tiny
+from harness.inputs.models import checkpoints
 from harness.inputs.models import folder as weightfiles
 from harness.inputs.models.gguf_format import architectures
 from harness.inputs.models.gguf_format.file import GgufFile
 from harness.inputs.texts import protocols
+from studies import tiny
 from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import HOSTILE, altered, damaged, json_values, texts
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from harness.core.options import Declared
 from harness.core.specification import parse
-from harness.inputs.models import tiny
 from harness.inputs.texts import corpora, protocols
+from studies import tiny
 from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import HOSTILE, texts
 

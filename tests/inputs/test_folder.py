@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +74,51 @@ def test_a_stamp_changes_with_any_file(folder: Path) -> None:
         path.unlink()
     folder.rmdir()
     assert weightfiles.stamp(folder) != before
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"transformers_weights": "other.safetensors"}, "names weights of its own ('other.safetensors')"),
+        ({"attn_implementation": "org/kernel"}, "the kernel 'org/kernel' (attn_implementation)"),
+        ({"_attn_implementation_internal": "org/kernel:layer"}, "the kernel 'org/kernel:layer'"),
+        ({"text_config": {"attn_implementation": {"": "org/k"}}}, "'org/k' (text_config.attn_implementation.)"),
+        ({"per_layer_config": [{"experts_implementation": "org/k"}]}, "the kernel 'org/k'"),
+        ({"kernel_config": {"kernel_mapping": {"RMSNorm": "org/k:RMSNorm"}}}, "the kernel 'org/k:RMSNorm'"),
+    ],
+)
+def test_a_config_chooses_no_other_weights_and_no_code_of_the_hub(folder: Path, entry: object, words: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **entry}))  # type: ignore[dict-item]
+    with pytest.raises(BadFile, match=re.escape(words)):
+        check(folder)
+
+
+def test_what_a_config_may_say_of_kernels(folder: Path) -> None:
+    """Widths, switches and implementations that transformers brings: `open_model` names the attention in any case."""
+    harmless = {"conv_kernel": 4, "use_mamba_kernels": True, "attn_implementation": "eager", "_name_or_path": "org/m"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **harmless}))
+    check(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "notes.txt"])
+def test_a_pipe_in_a_folder_is_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(BadFile, match=f"{name} is a pipe or a device"):
+        check(folder)
+
+
+def test_a_built_folder_obeys_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(destination: Path) -> dict[str, str]:
+        save_file({"a": np.zeros(4, np.float32)}, destination / "model.safetensors")
+        (destination / "model.safetensors").chmod(0o600)
+        return {}
+
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    before = os.umask(0o002)
+    try:
+        built, _ = weightfiles.built("tiny-x", build)
+    finally:
+        os.umask(before)
+    assert built.stat().st_mode & 0o777 == 0o775
+    assert {path.stat().st_mode & 0o777 for path in built.iterdir()} == {0o664}

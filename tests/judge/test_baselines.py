@@ -305,16 +305,53 @@ def test_the_same_reference_serves_before_another(tmp_path: Path) -> None:
     assert values[2] is not None
 
 
+def test_another_limit_of_tokens_is_recorded_beside_and_never_found_instead(tmp_path: Path) -> None:
+    ids = {name: f"text: lee; tokens: {name}, tokenizer x" for name in ("the first 1024", "the first 4096", "all")}
+    short, long = (row(value, protocol_id=ids[name]) for value, name in ((40.0, "the first 1024"), (30.0, "all")))
+    record(tmp_path, [short, long], worlds(WORLD), tmp_path)
+    store = Baselines(tmp_path)
+    found = [store.find(CASE, WORLD, token_limit(protocol)) for protocol in ids.values()]
+    assert [one and one.value for one in found] == [40.0, None, 30.0]
+
+
+def test_exact_facts_are_of_the_model_that_figures_were_recorded_of(tmp_path: Path) -> None:
+    case = CASE._replace(dataset="", protocol="", metric="memory.storage")
+    path = exact_path(tmp_path, case)
+    path.parent.mkdir()
+    facts = exact_facts(Row.of(case, value=1000.0, unit="B"), STORAGE)
+    path.write_text(yaml.safe_dump(exact_document(None, facts, provenance(WORLD.to_dict()))))
+    for recorded in ("", "a" * 64):
+        found = Baselines(tmp_path).find(case, WORLD)
+        assert found is not None
+        assert (found.value, found.identity) == (1000.0, recorded)
+        record(tmp_path, [row(identity="a" * 64)], worlds(WORLD), tmp_path)
+
+
+def test_losses_that_git_lfs_did_not_fetch_are_absent_and_recorded_again(tmp_path: Path) -> None:
+    sha = nllfiles.save(tmp_path / "session", np.zeros(4, dtype=np.float32))
+    path = tmp_path / "gpt2" / "nll" / f"{sha}.npz"
+    for _ in range(2):
+        record(tmp_path, [row(nll=sha)], worlds(WORLD), tmp_path / "session")
+        assert nllfiles.load(path.parent, sha) is not None
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n")
+        assert nllfiles.load(path.parent, sha) is None
+        validate(tmp_path)
+
+
 def test_what_a_regeneration_writes() -> None:
     def chosen(flag: str, **more: Any) -> bool:
         return bool(to_record([row(**more)], flag))
 
-    for verdict in (Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED):
+    for verdict in (Verdict.INPUT_CHANGED, Verdict.WORSE, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED):
         assert chosen("force", verdict_baseline=verdict)
     for verdict in (Verdict.SAME, Verdict.WITHIN_NOISE, Verdict.UNUSABLE):
         assert not chosen("force", verdict_baseline=verdict)
         assert chosen("all", verdict_baseline=verdict)
-    assert not chosen("all", verdict_reference=Verdict.OUT_OF_BOUND)
+    assert chosen("all", verdict_reference=Verdict.OUT_OF_BOUND)
+    marked = [
+        Recorded.of_row(row(verdict_reference=word), WORLD, "now").detail for word in (None, Verdict.OUT_OF_BOUND)
+    ]
+    assert [one.get("out_of_bound") for one in marked] == [None, True]
     assert not chosen("all", value=math.nan)
     assert not to_record([replace(row(), value=None, verdict=Verdict.MISSING)], "all")
     bytes_ = Row.of(CASE._replace(metric="memory.storage", dataset="", protocol=""), value=1.0)
@@ -376,7 +413,7 @@ def test_a_broken_loss_file_or_bound_is_told_at_the_start(tmp_path: Path) -> Non
     with pytest.raises(BadFile, match=sha):
         validate(tmp_path)
     path.unlink()
-    validate(tmp_path)  # a loss that is not there only leaves a change undecided
+    validate(tmp_path)  # without its losses a change is decided by the recorded value
     (tmp_path / "bounds.toml").write_text("schema = 7")
     with pytest.raises(BadFile, match="schema 7 is newer"):
         validate(tmp_path)

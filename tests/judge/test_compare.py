@@ -49,24 +49,44 @@ def both(before: Row, now: Row, bounds: Bounds, losses: dict[str, NDArray[Any]] 
     return entry.verdict
 
 
+WORDS = {"words": 20, "bytes": 20}  # that 40 scored tokens cover
+
+
+def figure(metric: str, losses: NDArray[Any], reference: NDArray[Any]) -> float:
+    """The figure of a metric that follows from losses."""
+    total = float(losses.astype(np.float32).sum(dtype=np.float64))
+    if metric == "perplexity.delta":
+        return float((losses.astype(np.float32) - reference.astype(np.float32)).mean(dtype=np.float64))
+    if metric == "perplexity.bits_per_byte":
+        return total / 20 / math.log(2)
+    return math.exp(total / (40 if metric == "perplexity" else 20))
+
+
 @pytest.mark.parametrize("metric", ["perplexity", "perplexity.word", "perplexity.bits_per_byte", "perplexity.delta"])
 @pytest.mark.parametrize("windows", [2, 10])
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(
-    ("moved", "few", "many"),
+    ("moved", "paired", "by_value"),
     [
-        (0.004 + 0.0001 * SWING, Verdict.UNUSABLE, Verdict.WORSE),
-        (-0.004 + 0.0001 * SWING, Verdict.UNUSABLE, Verdict.BETTER),
-        (5e-5 * np.ones(40), Verdict.WITHIN_NOISE, Verdict.WITHIN_NOISE),
-        (0.003 + 0.08 * SWING, Verdict.UNUSABLE, Verdict.WITHIN_NOISE),
-        (0.02 + 0.08 * SWING, Verdict.WORSE, Verdict.WORSE),
+        (0.004 + 0.0001 * SWING, Verdict.WORSE, Verdict.WORSE),
+        (-0.004 + 0.0001 * SWING, Verdict.BETTER, Verdict.BETTER),
+        (5e-5 * np.ones(40), Verdict.WORSE, Verdict.WORSE),
+        (np.zeros(40) + 2.4e-7, Verdict.WITHIN_NOISE, Verdict.WITHIN_NOISE),
+        (0.08 * SWING, Verdict.WORSE, Verdict.WITHIN_NOISE),  # tokens far beyond rounding around no change at all
         (0.1 * ONE_WINDOW, Verdict.WORSE, Verdict.WORSE),
     ],
 )
-def test_losses(bounds: Bounds, metric: str, windows: int, moved: NDArray[Any], few: Verdict, many: Verdict) -> None:
-    detail = {"window_counts": [40 // windows] * windows, "reference_nll": "reference"}
-    before, now = (row(metric, value, nll=nll, detail=detail) for value, nll in ((2.0, "then"), (2.1, "now")))
+def test_losses(
+    bounds: Bounds, metric: str, windows: int, kept: bool, moved: NDArray[Any], paired: Verdict, by_value: Verdict
+) -> None:
+    detail: dict[str, Any] = {"window_counts": [40 // windows] * windows, "reference_nll": "reference"}
+    detail |= WORDS if metric in ("perplexity.word", "perplexity.bits_per_byte") else {}
     losses = {"then": BASE, "now": BASE + moved, "reference": BASE - 0.3}
-    assert both(before, now, bounds, losses) is (few if windows == 2 else many)
+    before, now = (
+        row(metric, figure(metric, losses[name], losses["reference"]), nll=name, detail=detail)
+        for name in ("then", "now")
+    )
+    assert both(before, now, bounds, losses if kept else {}) is (paired if kept else by_value)
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "perplexity.delta"])
@@ -75,9 +95,27 @@ def test_figures_of_the_same_losses_and_of_losses_that_are_lost(bounds: Bounds, 
     before = row(metric, 2.0, nll="then", detail=detail)
     found = [
         both(before, row(metric, value, nll=nll, detail=detail), bounds)
-        for value, nll in ((2.0, "then"), (2.0 + 1e-12, "then"), (2.1, "then"), (2.1, "now"), (2.00005, "now"))
+        for value, nll in ((2.0, "then"), (2.0 + 1e-12, "then"), (2.1, "then"), (2.1, "now"), (2.0 + 1e-8, "now"))
     ]
-    assert found == [Verdict.SAME, Verdict.SAME, Verdict.WORSE, Verdict.UNUSABLE, Verdict.WITHIN_NOISE]
+    assert found == [Verdict.SAME, Verdict.SAME, Verdict.WORSE, Verdict.WORSE, Verdict.WITHIN_NOISE]
+
+
+def test_a_report_is_the_same_as_itself(bounds: Bounds) -> None:
+    """Whatever its times spread, and wherever its losses lie."""
+    ends = {"log_ratio": 0.5, "log_ratio_low": -2.0, "log_ratio_high": math.inf, "prompt_tokens": 128}
+    early = {"tokens_used": 40, "tokens_available": 80, "decided": "below", "whole": False}
+    rows = [
+        row("perplexity", 20.0, nll="lost", detail={"window_counts": [40]}),
+        row("perplexity.delta", 0.1, interval=(0.0, 0.2), detail=early),
+        row("latency.decode", 0.1, samples=(0.1, 0.9), detail=ends),
+        row("divergence.kl", 0.1),
+        row("memory.run_peak", 1000.0),
+    ]
+    reread = [Row.from_json(one.to_json()) for one in rows]
+    nothing: dict[str, NDArray[Any]] = {}
+    found = compare(rows, reread, nothing.get, nothing.get, bounds=bounds)
+    assert {entry.verdict for entry in found.entries} == {Verdict.SAME}
+    assert found.status == 0
 
 
 @pytest.mark.parametrize(
@@ -93,6 +131,7 @@ def test_figures_of_the_same_losses_and_of_losses_that_are_lost(bounds: Bounds, 
         ("divergence.same_top", 1001, Verdict.BETTER),
         ("divergence.kl", math.nan, Verdict.WORSE),
         ("perplexity", math.inf, Verdict.WORSE),
+        ("perplexity", 1139, Verdict.WORSE),  # 13.9% more, and no losses to pair
     ],
 )
 def test_other_figures(bounds: Bounds, metric: str, now: float, verdict: Verdict) -> None:
@@ -107,7 +146,8 @@ def test_other_figures(bounds: Bounds, metric: str, now: float, verdict: Verdict
         (-0.2, 0.03, Verdict.BETTER),
         (0.03, 0.03, Verdict.WITHIN_NOISE),
         (0.12, 0.03, Verdict.WITHIN_NOISE),
-        (0.03, 0.2, Verdict.UNUSABLE),
+        (0.03, 0.2, Verdict.WITHIN_NOISE),
+        (0.03, 0.4, Verdict.UNUSABLE),  # half as much again could hide in it
         (0.12, math.inf, Verdict.UNUSABLE),
     ],
 )
@@ -132,9 +172,31 @@ def test_a_time_taken_beside_other_work_says_whose(bounds: Bounds, whose: str) -
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"protocol_id": "text: olmo"}, {"token_hash": "e" * 64}, {"unit": "bit"}, {"count": 39}],
+    ("other", "verdict"),
+    [
+        ({"protocol_id": "text: olmo; tokens: all"}, Verdict.INPUT_CHANGED),
+        ({"protocol_id": "text: lee; tokens: the first 99"}, Verdict.NOT_COMPARABLE),
+        ({"token_hash": "e" * 64}, Verdict.INPUT_CHANGED),
+        ({"count": 39}, Verdict.INPUT_CHANGED),
+        ({"identity": "e" * 64}, Verdict.INPUT_CHANGED),
+        ({"unit": "bit"}, Verdict.NOT_COMPARABLE),
+    ],
 )
-def test_what_may_not_be_compared(bounds: Bounds, other: dict[str, Any]) -> None:
-    before = row("perplexity", 20.0, count=40)
-    assert both(before, row("perplexity", 20.0, **{"count": 40, **other}), bounds) is Verdict.NOT_COMPARABLE
+def test_what_may_not_be_compared(bounds: Bounds, other: dict[str, Any], verdict: Verdict) -> None:
+    facts = {"count": 40, "identity": "f" * 64, "revision": "r", "protocol_id": "text: lee; tokens: all"}
+    before = row("perplexity", 20.0, **facts)
+    assert both(before, row("perplexity", 20.0, **{**facts, **other}), bounds) is verdict
+
+
+def test_two_reports_may_be_of_other_weights_which_are_named(bounds: Bounds) -> None:
+    """Every token moved then: the mean alone says which way."""
+    known = {name: {"config.hidden": "64", "weights": name} for name in ("old", "new")}
+    swing = 0.08 * SWING
+    losses = {name: values.astype(np.float32) for name, values in (("then", BASE), ("now", BASE + swing))}
+    rows = [
+        row("perplexity", 20.0, nll=nll, revision=name, identity=name, detail={"window_counts": [4] * 10})
+        for name, nll in (("old", "then"), ("new", "now"))
+    ]
+    found = compare(rows[:1], rows[1:], losses.get, losses.get, bounds=bounds, identities=known.get)
+    assert found.entries[0].verdict is Verdict.WITHIN_NOISE
+    assert found.notes == ("weights of m differ: old -> new", "m: weights: old -> new")

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from harness.core import stats
+from harness.core.contracts import Member
 from harness.core.records import Case, Row, Verdict
 from harness.core.stats import Estimate
 from harness.judge import rules
@@ -19,6 +20,7 @@ from harness.judge.bounds import Bounds, load
 from harness.judge.rules import decide
 
 FLOOR = 1e-4
+DELTA = Member("perplexity.delta", "nat", "lower", paired=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +33,25 @@ def case(metric: str, method: str = "nf4") -> Case:
     return Case("gpt2", method, *text, metric, "cpu")
 
 
-@pytest.mark.parametrize("windows", [8, 16, 148])
+@pytest.mark.parametrize("windows", [2, 8, 148, 1001])
 def test_a_losses_p_value_is_scipys_t_test(windows: int) -> None:
     values = np.random.default_rng(windows).normal(0.03, 0.02, windows)
     change = stats.weighted_mean(values, np.full(windows, 511.0))
     assert rules.p_loss(change, 0.0) == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue, rel=1e-9)
     assert rules.p_loss(change, FLOOR) == pytest.approx(scipy.stats.ttest_1samp(values, FLOOR).pvalue, rel=1e-9)
     assert rules.p_loss(change, 1.0) == 1.0  # beneath the floor
+
+
+@pytest.mark.parametrize("tokens", [2, 511, 75_530])
+def test_a_tokens_p_value_is_scipys_t_test_with_the_runs_shift_beside_it(tokens: int) -> None:
+    values, shift = np.random.default_rng(tokens).normal(3e-4, 0.058, tokens), 3e-4
+    alone = rules.LossChange(values).mean
+    assert rules.p_loss(alone, 0.0) == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue, rel=0.02)
+    both = rules.LossChange(values, 0.058, shift).mean
+    error = math.hypot(scipy.stats.sem(values), shift)
+    free = min(tokens - 1, stats.MOST_DEGREES)
+    assert rules.p_loss(both, 0.0) == pytest.approx(2 * scipy.stats.t.sf(abs(values.mean()) / error, free), rel=1e-6)
+    assert both.high - both.low == pytest.approx(2 * scipy.stats.t.ppf(0.975, free) * error, rel=1e-9)
 
 
 def test_a_p_value_of_one_test_and_the_interval_decide_alike() -> None:
@@ -77,13 +91,48 @@ def test_the_smallest_effect_is_seen_nine_times_in_ten(count: int) -> None:
 
 
 def test_the_tests_of_a_session_are_counted(bounds: Bounds) -> None:
+    """One model's losses on one text are one test, and a paired loss brings its reference's."""
     both = [case("perplexity"), case("perplexity.delta"), case("perplexity.delta", "absmax-int8")]
     exact = [case("memory.storage"), case("memory.parameters")]
     timed = [case("latency.decode"), case("latency.prefill")]
+    assert rules.tests(both, bounds, stop_early=False) == 3  # nf4, absmax-int8, fp32
+    assert rules.tests([*both, case("perplexity", "fp32")], bounds, stop_early=False) == 3
+    assert rules.tests([*both, both[0]._replace(dataset="olmo")], bounds, stop_early=False) == 4
+    assert rules.tests(both[:1], bounds, stop_early=False) == 1
     assert rules.tests(both + exact + timed, bounds, stop_early=False) == 5
-    assert rules.tests(both, bounds, stop_early=True) == 2  # nf4 has no bound; a perplexity is not planned then
+    assert rules.tests(both, bounds, stop_early=True) == 4  # and absmax-int8 against its bound: nf4 has none
     assert rules.tests(exact, bounds, stop_early=False) == 1
     assert rules.level(5) == pytest.approx(0.01)
+
+
+def test_a_perplexity_and_its_delta_share_one_step(bounds: Bounds) -> None:
+    """p .014 and .015 of one model's losses, .026 and .4 of others: three tests, and Holm's .0167 rejects the first."""
+    one = made(0.01, 0.014)
+    delta = replace(one, metric="perplexity.delta", detail={"change": {**one.detail["change"], "p": 0.015}})
+    settled = rules.settle([delta, one, made(0.01, 0.026), made(0.01, 0.4)], 3)
+    assert [row.verdict for row in settled] == [
+        Verdict.WITHIN_NOISE, Verdict.WORSE, Verdict.WITHIN_NOISE, Verdict.WITHIN_NOISE,
+    ]  # fmt: skip
+
+
+def pair_of(generator: np.random.Generator, sd: float) -> list[rules.LossChange]:
+    return [rules.LossChange(generator.normal(0, sd, 300), sd, 0.0) for _ in range(2)]
+
+
+def test_a_delta_adds_no_alarm_to_those_of_its_two_losses(bounds: Bounds) -> None:
+    """Reference and candidate moved by rounding, each for itself: the delta is called only where one of them is."""
+    generator, level = np.random.default_rng(3), 0.2
+    row = Row.of(case("perplexity.delta", "bf16"), value=1.0, detail={"window_counts": [300]})
+    alone = together = 0
+    for _ in range(500):
+        own, reference = pair_of(generator, 0.05)
+        found = rules.by_tokens(rules.Question(row, DELTA, bounds, row, lambda sha: None), own, reference)
+        assert found.p is not None
+        either = min(rules.p_loss(own.mean, 0.0), rules.p_loss(reference.mean, 0.0))
+        together += found.p <= level
+        alone += rules.p_loss(own.against(reference).mean, 0.0) <= level
+        assert found.p >= either
+    assert 60 < together <= alone < 140  # 20% of 500 without the other two, and fewer with them
 
 
 def made(change: float, p: float, word: Verdict = Verdict.WITHIN_NOISE, verdict: Verdict | None = None) -> Row:

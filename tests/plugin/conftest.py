@@ -14,6 +14,7 @@ from harness.core.files import cache_dir
 
 CACHE = cache_dir()  # of the real home: pytester moves HOME
 
+BASE = "-p no:cacheprovider --models tiny-gpt2 --datasets synthetic --max-tokens 1024 --repetitions 3".split()
 FAULTS = '''
 """Methods that go wrong, each in its own way."""
 import dataclasses, os, signal
@@ -75,12 +76,19 @@ class Project:
         return path
 
     def run(self, *arguments: str) -> pytest.RunResult:
-        base = ("--models", "tiny-gpt2", "--datasets", "synthetic", "--max-tokens", "1024", "--repetitions", "3")
-        return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", *base, *arguments)
+        return self.pytester.runpytest_subprocess(*BASE, *arguments)
+
+    def look(self, *arguments: str) -> pytest.RunResult:
+        """`run` in this process, where nothing is measured: a second less each."""
+        return self.pytester.runpytest_inprocess(*BASE, *arguments)
 
     def rows(self, folder: str = "harness-report") -> list[dict[str, Any]]:
         lines = (self.path / folder / "measurements.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+    def identities(self, folder: str = "harness-report") -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = json.loads((self.path / folder / "identities.json").read_text())
+        return found
 
     def report(self, folder: str = "harness-report") -> str:
         return (self.path / folder / "report.md").read_text()

@@ -35,11 +35,15 @@ if TYPE_CHECKING:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_mistake_is_one_line(project: Project, arguments: tuple[str, ...], line: str, workers: str) -> None:
-    if workers == "2" and "nowhere" not in " ".join(arguments):
-        pytest.skip("found at start, before workers exist; one kind of each is enough")
-    result = project.run(*arguments, "-n", workers)
+def test_a_mistake_is_one_line(project: Project, arguments: tuple[str, ...], line: str) -> None:
+    one_line(project, project.look(*arguments), line)
+
+
+def test_a_mistake_that_is_found_beside_workers_is_one_line(project: Project) -> None:
+    one_line(project, project.run("--models", "path:nowhere", "-n", "2"), "*nowhere*")
+
+
+def one_line(project: Project, result: pytest.RunResult, line: str) -> None:
     assert result.ret == 4
     output = result.stderr.lines + result.stdout.lines
     assert any("ERROR" in text or "error:" in text for text in output)
@@ -70,20 +74,25 @@ def test_a_text_too_short_to_score(project: Project) -> None:
 )
 def test_a_bad_baseline(project: Project, text: str, line: str) -> None:
     project.write("baselines/tiny-gpt2/nf4.yaml", text)
-    result = project.run("--methods", "nf4", "--metrics", "memory.storage")
+    result = project.look("--methods", "nf4", "--metrics", "memory.storage")
     assert result.ret == 4
     result.stderr.fnmatch_lines([line])
 
 
-def test_a_report_directory_that_cannot_be_written(project: Project) -> None:
+def test_a_report_directory_that_cannot_be_taken(project: Project) -> None:
     project.write("taken", "a file, not a folder")
-    result = project.run("--report-dir", "taken", "--methods", "fp32", "--metrics", "memory.storage")
+    result = project.look("--report-dir", "taken", "--methods", "fp32", "--metrics", "memory.storage")
     assert result.ret == 4
     result.stderr.fnmatch_lines(["*--report-dir*taken*cannot be written*"])
+    logo = project.write("docs/logo.svg", "the user's own")
+    result = project.look("--report-dir", "docs", "--methods", "fp32", "--metrics", "memory.storage")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["*--report-dir*docs holds 'logo.svg' and no report of the harness*"])
+    assert list(logo.parent.iterdir()) == [logo]
 
 
 def test_a_bad_table_in_pyproject(project: Project) -> None:
     project.write("pyproject.toml", "[tool.harness]\nmodel = 'x'\n")
-    result = project.pytester.runpytest_subprocess()
+    result = project.pytester.runpytest_inprocess()
     assert result.ret == 4
     result.stderr.fnmatch_lines(["*has no 'model'*"])

@@ -85,7 +85,7 @@ def test_a_project_s_own_files(project: Project, by_metric: Pick) -> None:
     assert again["key"] != key
     assert again["value"] != found["perplexity.delta"]["value"]
     project.write("quant/mine.py", "import nothing_of_that_name\n")
-    result = project.run("--methods", "mine")
+    result = project.look("--methods", "mine")
     assert result.ret == 4
     result.stderr.fnmatch_lines(["*quant/mine.py (declared under [[]tool.harness[]]) fails to import: ModuleNotFound*"])
 
@@ -112,7 +112,7 @@ def test_a_session_without_numba_measures_and_says_so(project: Project, by_metri
         assert project.run(*arguments).ret == 0
         facts = json.loads((project.path / folder / "environments.json").read_text())
         assert {one["loops"] for one in facts.values()} == {("compiled", "torch")[index]}
-        assert f"| loops | {('compiled', 'torch')[index]}" in " ".join(project.report(folder).split())
+        assert f", loops {('compiled', 'torch')[index]}" in " ".join(project.report(folder).split())
     ours, theirs = (by_metric(project.rows(folder), "nf4") for folder in ("with", "without"))
     assert all(ours[name]["value"] == row["value"] for name, row in theirs.items())  # windows have many rows
     assert ours["memory.storage"]["detail"]["libraries"] == {"numba": version("numba")}

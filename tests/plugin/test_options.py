@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def test_help_documents_every_option_with_its_default(project: Project) -> None:
-    text = " ".join(project.pytester.runpytest_subprocess("--help").stdout.str().split())
+    text = " ".join(project.pytester.runpytest_inprocess("--help").stdout.str().split())
     for setting in SETTINGS:
         assert f"--{setting.flag}" in text
         assert f"{setting.help} (default: {setting.default or 'off'})".replace(" ", "") in text.replace(" ", "")
@@ -22,11 +22,11 @@ def test_help_documents_every_option_with_its_default(project: Project) -> None:
 def test_elsewhere_only_the_long_spellings_exist(pytester: pytest.Pytester) -> None:
     pytester.makeconftest("def pytest_addoption(parser):\n    parser.addoption('--device', default='theirs')\n")
     pytester.makepyfile("def test_theirs(request):\n    assert request.config.getoption('--device') == 'theirs'\n")
-    result = pytester.runpytest_subprocess()
+    result = pytester.runpytest_inprocess()
     result.assert_outcomes(passed=1)
     assert not (pytester.path / "harness-report").exists()
-    assert pytester.runpytest_subprocess("--models", "gpt2").ret == 4
-    assert "--harness-models" in pytester.runpytest_subprocess("--help").stdout.str()
+    assert pytester.runpytest_inprocess("--models", "gpt2").ret == 4
+    assert "--harness-models" in pytester.runpytest_inprocess("--help").stdout.str()
 
 
 def test_the_packaged_cases_run_anywhere(project: Project) -> None:
@@ -38,12 +38,12 @@ def test_the_packaged_cases_run_anywhere(project: Project) -> None:
     )
     result.assert_outcomes(passed=2)
     assert len(project.rows()) == 2
-    wrong = project.pytester.runpytest_subprocess("--pyargs", "harness.cases.test_measured", "--harness-models", "gpt3")
+    wrong = project.pytester.runpytest_inprocess("--pyargs", "harness.cases.test_measured", "--harness-models", "gpt3")
     assert wrong.ret == 4
 
 
 def test_asked_for_by_name_the_short_spellings_exist(pytester: pytest.Pytester) -> None:
-    assert " --models=" in pytester.runpytest_subprocess("-p", "harness.plugin", "--help").stdout.str()
+    assert " --models=" in pytester.runpytest_inprocess("-p", "harness.plugin", "--help").stdout.str()
 
 
 def test_declared_models_and_texts_are_known(project: Project) -> None:

@@ -61,6 +61,10 @@ def toy(project: Project) -> Project:
     return project
 
 
+def page(toy: Project) -> str:
+    return (toy.path / "harness-report" / "published.md").read_text()
+
+
 def test_figures_alone_are_a_report_of_their_own(toy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(toy.path / "empty"))
@@ -74,7 +78,8 @@ def test_figures_alone_are_a_report_of_their_own(toy: Project, monkeypatch: pyte
             "4 figures: 1 refuted, 1 needs weights, 2 underspecified. Memory: 0 of 1 figures reproduced.",
         ]
     )
-    assert "## Published figures, computed again\n\n4 figures" in toy.report()
+    assert "Published figures, computed again: 4 figures" in toy.report()
+    assert page(toy).startswith("# Published figures, computed again\n\n4 figures")
     assert "Nothing was measured" not in toy.report()
 
 
@@ -83,13 +88,15 @@ def test_figures_join_the_report_of_what_was_measured(toy: Project) -> None:
     assert toy.run(*wanted, "-m", "published or memory or latency").ret == 0
     report = toy.report()
     assert "| `absmax-int8`" in report
-    assert "| toy | int8 (a) | 0.25 s | 2.500 | " in report  # the session's own ratio beside it
-    assert "ours on tiny-gpt2, cpu." in report
+    assert "| toy | int8 (a) | 0.25 s | 2.500 | " in page(toy)  # the session's own ratio beside it
+    assert "ours on tiny-gpt2, cpu." in page(toy)
     folder = toy.path / "harness-report"
     (folder / "published.json").unlink()
     assert toy.run("-m", "published", "test_figures.py").ret == 0
     assert toy.report().split("## To reproduce")[0] == report.split("## To reproduce")[0]  # what was measured stays
-    ReportDirectory(folder).open(keep=False)
+    directory = ReportDirectory(folder)
+    directory.open(keep=False)
+    directory.begin()
     assert not (folder / "published.json").exists()  # a new session starts anew
 
 

@@ -109,13 +109,15 @@ def test_relations() -> None:
     assert [exactly(1, 2), exactly(2, 2), exactly(3, 2)] == [Relation.BETTER, Relation.EQUAL, Relation.WORSE]
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.report.frontier.LONGEST", 5)  # a model's name may be longer than a file's
     made = Path(__file__).parent / "data" / "made-session"
     assert main(["frontier", str(made), "-o", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "| `fp32` (reference)" in out
     assert "some are told apart by chance" in out
     (plot,) = tmp_path.glob("frontier-*.svg")
+    assert len(plot.stem) == len("frontier-") + 5 + len("-01234567")
     assert plot.read_text().startswith("<?xml")
     assert str(plot) in out
     assert main(["frontier", str(tmp_path / "none")]) == 2

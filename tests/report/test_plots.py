@@ -15,13 +15,28 @@ import pytest
 from harness.core.records import Case, Row, Verdict
 from harness.report import read_report
 from harness.report.account import Section, sections
-from harness.report.plots import Box, canvas_of, filename, label, pareto, place, plain, plots_of, quartiles, style, svgs
+from harness.report.plots import (
+    Box,
+    canvas_of,
+    filename,
+    label,
+    over_reference,
+    pareto,
+    place,
+    plain,
+    plots_of,
+    style,
+    svgs,
+)
 
 MADE = Path(__file__).parent / "data" / "made-session"
 
 
 def row(method: str, metric: str, value: float | None, **more: Any) -> Row:
     text = metric.startswith("perplexity")
+    if value is not None and metric.startswith("latency"):  # as often as the reference's tenth of a second
+        detail = {"log_ratio": math.log(value / 0.1)} if 0 < value < math.inf else {}
+        more.setdefault("detail", detail)
     where = Case("m", method, "lee" if text else "", "chunk:512" if text else "", metric, "cpu")
     return Row.of(where, value=value, verdict=Verdict.MISSING if value is None else Verdict.SAME, **more)
 
@@ -30,11 +45,10 @@ def kinds(rows: list[Row]) -> list[str]:
     return [plot.kind for section in sections(rows) for plot in plots_of(section)]
 
 
-def test_the_made_up_session_has_its_four_plots_as_clean_svg() -> None:
+def test_the_made_up_session_has_its_three_plots_as_clean_svg() -> None:
     session = read_report(MADE)
     found = svgs(session.rows, session.planned)
     assert sorted(name.partition("--")[0] for name in found) == [
-        "combined",
         "latency",
         "memory",
         "quality-memory",
@@ -46,7 +60,7 @@ def test_the_made_up_session_has_its_four_plots_as_clean_svg() -> None:
 
 
 def test_the_same_rows_give_the_same_bytes() -> None:
-    rows = [row("fp32", "latency.decode", 0.1, samples=(0.1, 0.11, 0.12, 0.1)), row("nf4", "latency.decode", 0.2)]
+    rows = [row("fp32", "latency.decode", 0.1), row("nf4", "latency.decode", 0.2)]
     assert svgs(rows) == svgs(rows)
 
 
@@ -65,12 +79,12 @@ def test_only_plots_with_data_exist() -> None:
     perplexities = [row("fp32", "perplexity", 20.0), row("nf4", "perplexity", 22.0)]
     assert kinds([]) == []
     assert kinds([row("fp32", "perplexity", None), row("nf4", "latency.decode", math.nan)]) == []
-    assert kinds(perplexities) == ["combined"]
+    assert kinds(perplexities) == []
     assert kinds([row("fp32", "latency.decode", 0.1)]) == ["latency"]
     stored = [row("fp32", "memory.storage", 8.0), row("nf4", "memory.storage", 2.0)]
     assert kinds(stored) == ["memory"]
-    assert kinds([*perplexities, stored[0]]) == ["combined", "memory"]
-    assert kinds([*perplexities, *stored]) == ["quality", "combined", "memory"]
+    assert kinds([*perplexities, stored[0]]) == ["memory"]
+    assert kinds([*perplexities, *stored]) == ["quality", "memory"]
 
 
 def test_values_that_cannot_be_drawn_do_not_stop_the_others() -> None:
@@ -79,7 +93,7 @@ def test_values_that_cannot_be_drawn_do_not_stop_the_others() -> None:
     for metric, good in (("perplexity", 20.0), ("memory.storage", 8e6), ("latency.decode", 0.1)):
         rows += [row("fp32", metric, good), row("fp4", metric, good / 2)]
         rows += [row(name, metric, value) for name, value in broken.items()]
-    assert len(svgs(rows)) == 4
+    assert len(svgs(rows)) == 3
 
 
 def test_hostile_names_are_drawn_as_they_are() -> None:
@@ -87,7 +101,7 @@ def test_hostile_names_are_drawn_as_they_are() -> None:
     rows = [row(name, "perplexity", 20.0 + index) for index, name in enumerate(["fp32", *names])]
     rows += [row(name, "memory.storage", 1e6 * (index + 1)) for index, name in enumerate(["fp32", *names])]
     found = svgs(rows)
-    assert len(found) == 3
+    assert len(found) == 2
     for text in found.values():
         ElementTree.fromstring(text)
         assert "\x1b" not in text
@@ -138,12 +152,11 @@ def test_the_pareto_front_by_hand() -> None:
     assert pareto([10], [0.0]) == [0]
 
 
-def test_quartiles_are_those_of_the_samples_else_half_the_spread() -> None:
-    samples = (1.0, 2.0, 3.0, 4.0, 5.0)
-    assert quartiles(row("a", "latency.decode", 3.0, samples=samples, spread=9.0), 1) == (2.0, 4.0)
-    assert quartiles(row("a", "latency.decode", 3.0, spread=1.0), 1000) == (2500.0, 3500.0)
-    assert quartiles(row("a", "latency.decode", 3.0, samples=(math.nan,) * 9), 1) == (3.0, 3.0)
-    assert quartiles(row("a", "perplexity", 3.0, spread=1.0), 1) == (3.0, 3.0)
+def test_a_bar_of_time_is_the_paired_ratio_with_its_interval() -> None:
+    logs = {"log_ratio": math.log(2), "log_ratio_low": math.log(1.5), "log_ratio_high": math.log(3)}
+    assert over_reference(row("a", "latency.decode", 9.0, detail=logs)) == pytest.approx((2, 1.5, 3))
+    assert over_reference(row("a", "latency.decode", 9.0, detail={**logs, "log_ratio_usable": False})) == (2, 2, 2)
+    assert all(map(math.isnan, over_reference(row("a", "latency.decode", 9.0, detail={}))))
 
 
 def test_labels_overlap_neither_each_other_nor_points_nor_lines() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,17 @@ import pytest
 from harness.core.environment import Environment
 from harness.core.errors import HarnessError
 from harness.core.files import append_line, replace_text
+from harness.core.identity import identity_digest
 from harness.core.records import Case, Row
 from harness.core.values import encode
 from harness.results import losses
-from harness.results.directory import LOCK, ReportDirectory, writing
+from harness.results.directory import IDENTITIES, LOCK, ReportDirectory, read_report, writing
 
 WORLD = Environment(device="cpu", cpu="some")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    import json
 
     ReportDirectory(tmp_path).open(keep=False)
     replace_text(tmp_path / "environments.json", json.dumps(encode({WORLD.id: WORLD.to_dict()})))
@@ -131,8 +132,27 @@ def test_rows_that_come_in_are_on_the_disk_behind_their_environment(tmp_path: Pa
     assert methods(tmp_path) == ["a", "b"]
     again.keep(rows[1:])
     assert methods(tmp_path) == ["b"]
-    again.open(keep=False)
-    assert methods(tmp_path) == []
+
+
+def test_identities_are_kept_for_the_rows_that_name_them(tmp_path: Path) -> None:
+    facts = {identity_digest(one): one for one in ({"weights": "a"}, {"weights": "b"})}
+    rows = [Row.of(Case("m", name, "", "", "memory.storage", "cpu"), value=1.0, identity=name) for name in facts]
+    directory = ReportDirectory(tmp_path)
+    directory.open(keep=False)
+    directory.keep_identities({})
+    assert not (tmp_path / IDENTITIES).exists()  # nothing to say
+    for name in facts:
+        directory.keep_identities({name: facts[name]})
+    assert directory.known_identities() == facts
+    again = ReportDirectory(tmp_path)
+    again.open(keep=True)
+    again.keep(rows)
+    assert read_report(tmp_path).identities == facts
+    again.keep(rows[1:])
+    assert read_report(tmp_path).identities.keys() == {rows[1].identity}
+    for text in ("[" * 100_000, "[]", json.dumps({"0" * 64: {"weights": "a"}}), json.dumps({"0": 1})):
+        (tmp_path / IDENTITIES).write_text(text)
+        assert again.known_identities() == {}
 
 
 def test_what_a_disk_says_is_one_line(folder: Path) -> None:

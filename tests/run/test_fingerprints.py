@@ -9,7 +9,7 @@ import pytest
 
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
-from harness.results.directory import SESSION, ReportDirectory
+from harness.results.directory import INPUTS, ReportDirectory
 from harness.run import fingerprints
 from harness.run.fingerprints import StartInputs
 
@@ -40,16 +40,29 @@ def test_files_that_are_written_to_are_seen(tmp_path: Path) -> None:
         held.untouched(checkpoint)
 
 
+def test_a_config_that_changed_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+
+    def of(theta: str) -> Checkpoint:
+        return Checkpoint("m", tmp_path, "a", identity={"weights": "w", "config.rope_theta": theta})
+
+    began = StartInputs({})
+    began.checkpoint(lambda: of("10000"))
+    with pytest.raises(HarnessError, match="the config, tokenizer or code of m changed while the session ran"):
+        StartInputs(began.seen).checkpoint(lambda: of("11000"))
+
+
 def test_they_reach_workers_of_xdist_through_the_report_directory(tmp_path: Path) -> None:
     directory = ReportDirectory(tmp_path)
     assert directory.known_inputs() == {}
-    directory.keep_session(command="pytest --resume", notes=["n"])
+    directory.own()
     directory.keep_inputs({"weights of m": "a"})
     assert directory.known_inputs() == {"weights of m": "a"}
-    assert "pytest --resume" in (directory.folder / SESSION).read_text()  # what a resumed session had said
-    for text in ("[" * 100_000, "[]", "{}", '{"inputs": 3}'):
-        (directory.folder / SESSION).write_text(text)
+    for text in ("[" * 100_000, "[]", "3"):
+        (directory.folder / INPUTS).write_text(text)
         assert directory.known_inputs() == {}
+    directory.release()
+    assert not (directory.folder / INPUTS).exists()
 
 
 def test_the_state_of_files_says_nothing_on_another_machine() -> None:

@@ -49,11 +49,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Group:
     monkeypatch.setattr(checkpoints, "modules", lambda *args: {})
     monkeypatch.setattr(census, "census", lambda *args: {})
     found: Any = Group.__new__(Group)
-    found.job = SimpleNamespace(method="nf4", device="meta")
+    found.job = SimpleNamespace(model="m", method="nf4", device="meta")
     found.method = METHOD
     found.arguments = SimpleNamespace(values={}, dtype="fp16")
-    found.checkpoint, found.config, found._model = SimpleNamespace(revision="r", note="", grid=""), None, None
-    found.connection, found.device, found.proof = SimpleNamespace(send=lambda reply: None), Device(), {}
+    found.checkpoint = SimpleNamespace(revision="r", note="", grid="", identity={})
+    found.config = found._model = None
+    found.line, found.device, found.proof = SimpleNamespace(send=lambda reply: None), Device(), {}
     return found  # type: ignore[no-any-return]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from harness.__main__ import main
 from harness.core.errors import BadFile
+from harness.core.identity import identity_digest
 from harness.core.options import Shard
 from harness.core.records import Case, Row, Verdict
 from harness.results import losses
@@ -60,8 +61,11 @@ def test_shards_give_the_whole_in_plan_order_whatever_their_order(tmp_path: Path
     again = merge(folders[::-1], tmp_path / "again")
     assert again.rows == merged.rows
     one, two = files(tmp_path / "out"), files(tmp_path / "again")
-    one["session.json"] = one["session.json"].replace(b"/out", b"/again")
-    one["report.md"] = one["report.md"].replace(b"/out", b"/again")
+    told = [json.loads(files.pop("session.json")) for files in (one, two)]  # each with a digest of itself
+    assert told[0]["command"].replace("/out", "/again") == told[1]["command"]
+    assert told[0]["plan"] == told[1]["plan"]
+    for name in ("report.md", "report.html"):
+        one[name] = one[name].replace(b"/out", b"/again")
     assert one == two
 
 
@@ -84,6 +88,18 @@ def test_an_overlap_that_agrees_is_one_row_and_one_that_disagrees_is_refused(tmp
     with pytest.raises(BadFile, match=r"disagree on m/.*, value: 1.0 and 2.0; leave one"):
         merge([*folders, off], tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_what_models_were_comes_along_and_must_agree(tmp_path: Path) -> None:
+    facts = {identity_digest(one): one for one in ({"weights": "a"}, {"weights": "b"})}
+    names = (*facts, "")
+    made = [a_folder(tmp_path / str(n), [a_row(PLAN[0], identity=name)]) for n, name in enumerate(names)]
+    for folder in made[:2]:
+        (folder / "identities.json").write_text(json.dumps(facts))
+    merge([made[0], made[2]], tmp_path / "out")  # a report of before identities were noted agrees with any
+    assert read_report(tmp_path / "out").identities == dict(list(facts.items())[:1])
+    with pytest.raises(BadFile, match=r"disagree on .*, identity: "):
+        merge(made[:2], tmp_path / "no")
 
 
 def test_a_measurement_stands_before_a_reason(tmp_path: Path) -> None:
@@ -129,11 +145,16 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     folders = shards(tmp_path)
     assert main(["merge", str(folders[0]), "-o", str(folders[1])]) == 2
     assert "holds measurements already: name a new directory" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.md").write_text("mine")
+    assert main(["merge", *map(str, folders), "-o", str(tmp_path / "mine")]) == 2
+    assert "mine holds 'thesis.md' and no report of the harness" in capsys.readouterr().err
     (folders[0] / "shard.json").write_text("{")
     assert main(["merge", *map(str, folders), "-o", str(tmp_path / "out")]) == 2
     assert "shard.json cannot be read" in capsys.readouterr().err
     told = json.loads((folders[1] / "shard.json").read_text())
     told["cases"].pop()
+    del told["check"]  # as one who edits by hand
     (folders[0] / "shard.json").write_text(json.dumps(told))
     assert main(["merge", *map(str, folders), "-o", str(tmp_path / "out")]) == 2
     assert "does not hold the plan that it names" in capsys.readouterr().err
@@ -169,6 +190,15 @@ def test_every_shard_is_held_to_the_plan_that_it_names_though_it_is_read_once(tm
     folders = shards(tmp_path)
     told = json.loads((folders[2] / "shard.json").read_text())
     told["plan"] = "0" * 64
+    del told["check"]
     (folders[2] / "shard.json").write_text(json.dumps(told))
     with pytest.raises(BadFile, match="does not hold the plan that it names"):
         merge(folders, tmp_path / "out")
+
+
+def test_a_command_that_no_shell_reads_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folders = shards(tmp_path)
+    (folders[0] / "session.json").write_text(json.dumps({"command": "pytest '--models"}))
+    with pytest.raises(BadFile, match=r"the command in a session\.json is none"):
+        merge(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

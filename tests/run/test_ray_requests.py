@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from dataclasses import replace
@@ -260,3 +261,52 @@ def test_a_retried_task_is_told_what_the_driver_has() -> None:
     home.note("a")
     home.note("a")
     assert home.known() == {"a"}
+
+
+@pytest.fixture
+def own_ray(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A module in Ray's place: what it is started with, and what stood in the environment then."""
+    started: list[dict[str, Any]] = []
+    names = (*ray_runner.VARIABLES, *ray_runner.OWN, ray_runner.OWN_TOKEN)
+
+    def init(**given: Any) -> None:
+        started.append({**given, **{name: os.environ.get(name) for name in names}})
+
+    for name in names:  # set first: then it is gone at the end too
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(ray_runner, "_set", {})
+    monkeypatch.setattr(ray_runner, "require", lambda: None)
+    monkeypatch.setattr(ray_runner, "reach", lambda address: None)
+    fake = types.SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setattr(importlib, "import_module", lambda name: fake)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    return started
+
+
+def test_a_ray_of_our_own_keeps_to_this_machine_and_asks_for_a_token(own_ray: list[dict[str, Any]]) -> None:
+    with_token = ray_runner.connect(None, 2)
+    ray_runner.connect(None, 2)
+    first, second = own_ray
+    assert with_token.is_initialized() is False
+    assert first["address"] == "local"
+    assert first["_node_ip_address"] == "127.0.0.1"
+    assert first["include_dashboard"] is False
+    assert first["RAY_AUTH_MODE"] == "token"
+    assert first["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert len(first["RAY_AUTH_TOKEN"]) == 64
+    assert second["RAY_AUTH_TOKEN"] == first["RAY_AUTH_TOKEN"]  # Ray reads it once a process
+    with pytest.raises(HarnessError, match="join a cluster from another"):
+        ray_runner.connect("auto", 2)
+
+
+def test_a_cluster_and_what_the_user_has_set_are_left_as_they_are(
+    own_ray: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray_runner.connect("auto", 2)
+    assert [own_ray[0][name] for name in (*ray_runner.OWN, ray_runner.OWN_TOKEN)] == [None, None, None]
+    assert "_node_ip_address" not in own_ray[0]
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "theirs")
+    ray_runner.connect(None, 2)
+    assert (own_ray[1]["RAY_AUTH_MODE"], own_ray[1]["RAY_AUTH_TOKEN"]) == ("disabled", "theirs")

@@ -1,10 +1,8 @@
 """What --resume compares: every change that could move a number makes another key, so that no stale row is taken."""
 
 import dataclasses
-import functools
 import importlib
 import sys
-import tempfile
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,17 +19,7 @@ from harness.run.messages import Stop
 
 HERE = Environment(python="3.11", torch="2.13.0", threads=2, machine="m", instructions="avx2 avx512")
 ON_CARD = dataclasses.replace(HERE, device="cuda", gpu="NVIDIA H100", sm="sm_90", machine="m0")
-HOME = tempfile.TemporaryDirectory()
 STOP = Stop(0.01, 0.5, "tokens")
-
-
-@functools.cache
-def folder(config: str) -> Path:
-    """A checkpoint's folder with that configuration."""
-    found = Path(HOME.name) / str(len(list(Path(HOME.name).iterdir())))
-    found.mkdir()
-    (found / "config.json").write_text(config)
-    return found
 
 
 class Pretended:
@@ -43,7 +31,7 @@ class Pretended:
             "method_id": "nf4:linear",
             "protocol_id": "chunk",
             "token_hash": "tokens",
-            "config": "config",
+            "config": "10000",
             "environment": HERE,
             "code": "code",
             "repetitions": 10,
@@ -51,7 +39,8 @@ class Pretended:
             **changed,
         }
         self.case = case
-        self.checkpoint = SimpleNamespace(revision=facts["revision"], directory=folder(facts["config"]))
+        identity = {"weights": facts["revision"], "config.rope_theta": facts["config"]}
+        self.checkpoint = SimpleNamespace(revision="commit", identity=identity)
         self.plan = dataclasses.make_dataclass("P", [("protocol_id", str), ("token_hash", str)])(
             facts["protocol_id"], facts["token_hash"]
         )
@@ -87,7 +76,7 @@ def key(wanted: Case | None = None, stop: Stop | None = None, **changed: Any) ->
         {"method_id": "nf4:linear:block=128"},
         {"protocol_id": "stride"},
         {"token_hash": "other tokens"},
-        {"config": "another config.json"},
+        {"config": "11000"},
         {"code": "a changed metric"},
         {"environment": dataclasses.replace(HERE, torch="2.14.0")},
         {"environment": dataclasses.replace(HERE, machine="another")},

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +20,9 @@ from harness.core.environment import Environment
 from harness.core.errors import HarnessError
 from harness.core.options import Declared, Options
 from harness.core.records import Case, Row
-from harness.run import local
+from harness.run import group, local
 from harness.run.group import failure
+from harness.run.lifetime import end_with_controller
 from harness.run.local import Died, Process, Runner
 from harness.run.messages import Reply
 
@@ -145,6 +150,10 @@ def test_a_lock_that_cannot_be_taken_is_a_missing_row(tmp_path: Path) -> None:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "error", "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "error", "a disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "error", "a disk is full"),
+        (OSError(errno.EIO, "Input/output error", "w.safetensors"), "error", "'w.safetensors': a disk or"),
+        (OSError(errno.ESTALE, "Stale file handle"), "error", "mount it again"),
+        (OSError(errno.EMFILE, "Too many open files"), "error", "ulimit -n"),
+        (RuntimeError("Input/output error (os error 5)"), "error", "a disk or its connection"),
         (KeyError("a bug"), "bug", "KeyError"),
         (torch.OutOfMemoryError(NO_ROOM), "error", f"out of memory on the card: {NO_ROOM}"),
         (
@@ -195,6 +204,8 @@ class Scripted:
     def measure(self, case: Case, stop: Any = None) -> Row:
         if case.metric == "perplexity":
             raise RuntimeError(f"{ILLEGAL}\n{ASYNCHRONOUS}")
+        if case.metric == "latency.decode":
+            time.sleep(60)
         if case.metric == "memory.run_peak":
             raise RuntimeError(NO_ROOM)
         detail = {"exception": f"RuntimeError: {ILLEGAL}"} if case.metric == "invariant.run_twice" else {}
@@ -203,17 +214,22 @@ class Scripted:
 
 def scripted(job: Job, connection: Any) -> None:
     """The child's entry, its group replaced."""
-    from harness.run import group
-
     vars(group)["Group"] = Scripted
     group.serve(job, connection)
 
 
-def test_a_fresh_process_takes_the_rest_behind_a_device_error(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forked(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    """Its groups are scripted, its processes forked whatever the server was started under: a spawn takes seconds."""
     monkeypatch.setattr(local, "run_group", scripted)
+    monkeypatch.setattr(local, "_server", {})
+    yield runner
+    runner.close()
 
+
+def test_a_fresh_process_takes_the_rest_behind_a_device_error(forked: Runner) -> None:
     def measured(metric: str) -> Row:
-        row, trouble = runner.measure(CASES[0]._replace(metric=metric), {})
+        row, trouble = forked.measure(CASES[0]._replace(metric=metric), {})
         assert not trouble
         return row
 
@@ -229,12 +245,105 @@ def test_a_fresh_process_takes_the_rest_behind_a_device_error(runner: Runner, mo
     assert second not in (None, first)
     assert measured("invariant.run_twice").value == second  # a finding, and the last of its process
     assert measured("memory.storage").value not in (None, first, second)
-    runner.close()
 
 
 @pytest.mark.parametrize("blamed", ["", "memory", "kernel", "device"])
 def test_only_a_device_error_ends_a_process(tmp_path: Path, blamed: str) -> None:
-    connection = SimpleNamespace(send=lambda asked: None, recv=lambda: Reply("error", blamed=blamed))
-    process = Process(SimpleNamespace(), connection, tmp_path)  # type: ignore[arg-type]
+    process = a_process(tmp_path, (1, Reply("error", blamed=blamed)))
     process.ask("measure", None)
     assert process.ended is (blamed == "device")
+
+
+def a_process(log: Path, *answers: Any, patience: float | None = None) -> Process:
+    """A process that is pretended: its pipe holds these answers, and it dies when it is killed."""
+    left, alive = list(answers), [True]
+
+    def kill() -> None:
+        alive[0] = False
+
+    connection = SimpleNamespace(
+        send=lambda request: None, poll=lambda seconds: bool(left), recv=lambda: left.pop(0), close=lambda: None
+    )
+    process: Any = SimpleNamespace(is_alive=lambda: alive[0], join=lambda seconds: None, kill=kill)
+    return Process(process, connection, log, patience)
+
+
+def test_an_answer_to_another_request_ends_the_process(tmp_path: Path) -> None:
+    late = Reply("at", text="a window")  # of the request before: it says where that was, and answers nothing
+    process = a_process(tmp_path, (0, late), (1, Reply("row")), (1, Reply("row")))
+    assert process.ask("measure", None).kind == "row"
+    with pytest.raises(Died, match="answered request 1 where 2 was asked"):
+        process.ask("measure", None)
+    assert process.ended
+
+
+def test_a_wait_for_a_lock_inside_the_process_is_said_once(tmp_path: Path) -> None:
+    waiting = (1, Reply("at", text="waiting for x, which another process holds"))
+    told: list[str] = []
+    process = a_process(tmp_path, waiting, waiting, (1, Reply("at", text="a window")), (1, Reply("row")))
+    process.ask("measure", None, told.append)
+    assert told == ["waiting for x, which another process holds"]
+
+
+def test_a_fork_server_that_is_stopped_holds_up_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = a_process(tmp_path)
+    monkeypatch.setattr(process.process, "kill", lambda: None)  # dead, but nobody tells
+    monkeypatch.setattr(local, "kill_server", lambda: monkeypatch.setattr(process.process, "is_alive", lambda: False))
+    process.close()
+    assert process.ended
+    assert not process.process.is_alive()
+
+
+def test_a_hung_process_is_ended_named_and_replaced(forked: Runner) -> None:
+    forked.crowded = False  # else a timed case gets a process of its own
+    first = forked.measure(CASES[0], {})[0].value
+    assert forked._process is not None
+    assert forked._process.patience == 30 * 60
+    forked._process.patience = 0.6
+    row, trouble = forked.measure(CASES[0]._replace(metric="latency.decode"), {})
+    assert row.value is None
+    assert not trouble
+    assert "hung at its beginning: no step in 0.01 minutes (--progress-timeout)" in row.reason
+    assert forked.measure(CASES[0], {})[0].value not in (None, first)  # the session goes on
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, pytest.fail.Exception])
+def test_an_interrupted_request_gives_its_answer_to_nobody(
+    forked: Runner, interruption: Callable[[str], BaseException]
+) -> None:
+    """As pytest-timeout does it: a signal's handler raises in the middle of a test."""
+    first = forked.measure(CASES[0], {})[0].value
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise interruption("timed out")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(interruption, match="timed out"):  # type: ignore[call-overload]
+            forked.measure(CASES[0]._replace(metric="latency.decode"), {})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    row = forked.measure(CASES[0], {})[0]
+    assert row.case == CASES[0]
+    assert row.value not in (None, first)  # of a fresh process
+
+
+def busy(connection: Any, other: Any) -> None:
+    other.close()
+    end_with_controller(connection)
+    while True:
+        time.sleep(1)
+
+
+def test_a_process_ends_with_its_controller_whatever_it_does() -> None:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=busy, args=(there, here))
+    process.start()
+    there.close()
+    process.join(0.3)
+    assert process.is_alive()
+    here.close()  # as the kernel does it for a controller that was killed
+    process.join(10)
+    assert process.exitcode == 1

@@ -63,7 +63,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 
         def ask(self, verb: str, argument: Any, say: Any = None) -> Any:
             if verb == "prepare":
-                return None
+                return {}
             case = argument.case if isinstance(argument, Repetition) else argument
             told.asked.append((self.label, case.metric))
             if verb == "repetition" and argument.figure is None:
@@ -228,3 +228,29 @@ def test_a_broken_invariant_is_named_with_its_fault(world: World) -> None:
     assert "3 checks no longer hold: `state_dict` (`bnb-nf4`)" in text()
     assert "known faults, each with its reference" in text()
     assert "`state-dict-after-forward`: tracker#1" in text()
+
+
+def test_an_upgrade_that_measures_nothing_leaves_the_earlier_one(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unmeasured(row: Row) -> Row:
+        return Row.of(row.case, verdict=Verdict.MISSING, reason="no memory")
+
+    assert upgrade(A, C, metrics="memory.storage") == 0
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    world.change = {A: unmeasured, C: unmeasured}
+    assert upgrade(A, C, metrics="memory.storage") == 2
+    assert "stays as it was: no memory" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    world.change = {A: unmeasured}  # a side that did measure takes the others' reports with it
+    assert upgrade(A, C, metrics="memory.storage") == 3
+    assert {row.reason for row in report.read_report(Path("out/bitsandbytes-0.48.2")).rows} == {"no memory"}
+
+
+def test_a_folder_of_the_user_s_own_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/upgrade.md").write_text("my notes")
+    assert upgrade(A, C, metrics="memory.storage") == 2
+    assert "holds 'upgrade.md' and no report of the harness" in capsys.readouterr().err
+    assert text() == "my notes"
+    assert not world.asked

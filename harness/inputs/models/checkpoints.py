@@ -1,8 +1,7 @@
 """Plain model folders from whatever holds the weights, and models from plain folders.
 
-GGUF files are converted, quantized checkpoints unpacked and tiny models trained once, into the cache: built in a folder
-of their own under a lock, renamed when whole. The random parts of a model are never filled in silently: a missing
-weight is an error.
+GGUF files are converted and quantized checkpoints unpacked once, into the cache: built in a folder of their own under a
+lock, renamed when whole. The random parts of a model are never filled in silently: a missing weight is an error.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from transformers.utils import logging
 from harness.core.contracts import DTYPES, Checkpoint
 from harness.core.errors import reading
 from harness.core.files import sha256_file
+from harness.core.identity import identity_of
 from harness.core.options import Declared, Options
 from harness.core.specification import Specification, parse
 from harness.inputs import hub
-from harness.inputs.models import folder, names
+from harness.inputs.models import folder, identity_facts, names
 
 if TYPE_CHECKING:  # annotations only
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -56,24 +56,40 @@ def materialise(
     say: Say = lambda line: None,
     verify: bool = False,
 ) -> Checkpoint:
-    """A plain folder with a model's weights: found, downloaded, converted or trained, whatever its source needs.
+    """A plain folder with a model's weights: found, downloaded or converted, whatever its source needs.
 
     `say` gets a line before and after what takes long; `verify` hashes what lies in the cache. Raises as
     `models.locate`, and HarnessError where the cache cannot be written.
     """
     located = names.locate(specification, declared, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     allowed: Any = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    name = str(specification)
+    name, given = str(specification), specification.source or declared.sources.get(str(specification), "")
+    note = f"{name} was read from {given}" if given else ""
     if located.snapshot is not None:
         if located.snapshot.directory is None:
             say(f"fetching {located.snapshot.repository} at {located.snapshot.commit[:12]}")
         directory = hub.download_model(located.snapshot)
-        return _plain(Checkpoint(name, directory, located.snapshot.commit, **allowed), say, verify)
+        checkpoint = Checkpoint(name, directory, located.snapshot.commit, note, **allowed)
+        return _plain(identified(checkpoint), say, verify)  # a commit is its content
     if located.kind == "folder":
-        revision = folder.revision(located.path, f"model '{name}'", allow_pickle=allow_pickle)
-        return _plain(Checkpoint(name, located.path, revision, **allowed), say, verify)
-    directory, record = _tiny(located.tiny, say, verify) if located.tiny else _converted(located, say, verify)
-    return Checkpoint(name, directory, record["revision"], record.get("note", ""), record.get("grid", ""), **allowed)
+        checkpoint = Checkpoint(name, located.path, "", _joined(note, located.note), **allowed)
+        return _plain(identified(checkpoint, verify), say, verify)
+    directory, record = _converted(located, say, verify)
+    note, grid = _joined(note, record.get("note", "")), record.get("grid", "")
+    return identified(Checkpoint(name, directory, record["revision"], note, grid, **allowed))
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def identified(checkpoint: Checkpoint, verify: bool = False) -> Checkpoint:
+    """The checkpoint with its identity, and its revision where it has none; `verify` as in `identity_facts`."""
+    allowed: Any = {"allow_pickle": checkpoint.allow_pickle, "trust_remote_code": checkpoint.trust_remote_code}
+    name = f"model '{checkpoint.specification}'"
+    with quiet():
+        revision, facts = identity_facts.identified(checkpoint.directory, name, **allowed, verify=verify)
+    return replace(checkpoint, revision=checkpoint.revision or revision, identity=facts)
 
 
 def _plain(checkpoint: Checkpoint, say: Say, verify: bool) -> Checkpoint:
@@ -109,8 +125,9 @@ def _plain(checkpoint: Checkpoint, say: Say, verify: bool) -> Checkpoint:
             AutoTokenizer.from_pretrained(directory, **options).save_pretrained(destination)
         return {"note": f"weights were stored by {kind} ({form}) before they became this fp32 reference"}
 
-    plain, record = folder.built(f"unpacked-{checkpoint.revision[:16]}-v{UNPACKING_VERSION}", build, verify)
-    return replace(checkpoint, directory=plain, revision=record["revision"], note=record["note"])
+    plain, record = folder.built(f"unpacked-{identity_of(checkpoint)[:16]}-v{UNPACKING_VERSION}", build, verify)
+    told = {"directory": plain, "revision": record["revision"], "note": _joined(checkpoint.note, record["note"])}
+    return identified(replace(checkpoint, **told))
 
 
 def _converted(located: names.Located, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
@@ -129,17 +146,6 @@ def _converted(located: names.Located, say: Say, verify: bool) -> tuple[Path, di
         return {**facts, "source_sha256": source}
 
     return folder.built(f"gguf-{source[:16]}-v{architectures.VERSION}", build, verify)
-
-
-def _tiny(architecture: str, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
-    from harness.inputs.models import tiny
-
-    def build(destination: Path) -> dict[str, str]:
-        with quiet():
-            tiny.build(architecture, destination, say)
-        return {"note": "trained by the harness on its synthetic language; never quantized"}
-
-    return folder.built(tiny.cache_name(architecture), build, verify)
 
 
 @contextlib.contextmanager

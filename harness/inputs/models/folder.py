@@ -12,20 +12,21 @@ import hashlib
 import importlib.util
 import json
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from harness.core.errors import BadFile, HarnessError, MissingAsset, MissingPackage
-from harness.core.files import cache_dir, locked, replace_text, sha256_file
+from harness.core.files import cache_dir, locked, read_plain, replace_text, sha256_file
 from harness.core.values import digest, parse_json
 
 SAFE = ("model.safetensors", "model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors"))
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", re.compile(r"pytorch_model-\d+-of-\d+\.bin"))
 COUNTS = re.compile("layer|expert|label|block|depth|stage", re.IGNORECASE)  # keys of config.json that count objects
+KERNELS = re.compile("(attn|experts)_implementation|kernel", re.IGNORECASE)  # keys that can name code of the Hub
 MOST = 10_000  # of them; the largest models have some hundred
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
 QUANTIZED = ("bitsandbytes", "compressed-tensors")  # how checkpoints may be; the distribution that reads it is its name
@@ -78,11 +79,22 @@ def native(model_type: str) -> bool:
 
 
 def check_config(path: Path, model: str, *, trust_remote_code: bool) -> None:
-    """Refuse an unreadable config.json, and one whose architecture only exists as code of the model's own."""
-    config = _read_json(path, model)
-    for key, value in _numbers(config):
-        if COUNTS.search(key) and value > MOST:
+    """Refuse an unreadable config.json, and one that asks for code or weights beside the folder's own weights."""
+    config = read_object(path, model)
+    for keys, value in _leaves(config):
+        key = keys[-1] if keys else ""
+        if COUNTS.search(key) and isinstance(value, int | float) and value > MOST:
             raise BadFile(f"{model}: {path} says {key} = {value:.3g}, more than any model has: copy it again")
+        if isinstance(value, str) and "/" in value and any(map(KERNELS.search, keys)):
+            raise BadFile(
+                f"{model}: {path} asks for the kernel {value!r:.80} ({'.'.join(keys)}), code that nobody has hashed: "
+                "take that entry out"
+            )
+    if other := config.get("transformers_weights"):
+        raise BadFile(
+            f"{model}: {path} names weights of its own ({other!r:.80}), not those that are hashed: "
+            "take transformers_weights out, or name a folder that holds them alone"
+        )
     if "auto_map" in config and not trust_remote_code and not native(str(config.get("model_type", ""))):
         raise MissingAsset(
             f"{model} needs code of its own ('{config.get('model_type')}' is not in the installed transformers): "
@@ -90,14 +102,14 @@ def check_config(path: Path, model: str, *, trust_remote_code: bool) -> None:
         )
 
 
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a JSON value with the key that it stands under."""
+def _leaves(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every text, number and truth of a JSON value, with the keys that lead to it."""
     for name, item in value.items() if isinstance(value, dict) else ():
-        yield from _numbers(item, str(name))
+        yield from _leaves(item, (*keys, str(name)))
     for item in value if isinstance(value, list) else ():
-        yield from _numbers(item, key)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        yield key, value
+        yield from _leaves(item, keys)
+    if not isinstance(value, dict | list):
+        yield keys, value
 
 
 def require_layers(directory: Path, layers: Any, *, allow_pickle: bool) -> None:
@@ -124,7 +136,7 @@ def weights_files(directory: Path, model: str, *, allow_pickle: bool) -> tuple[P
     first, *_ = chosen_weights((path.name for path in directory.iterdir()), model, allow_pickle=allow_pickle)
     if not first.endswith(".json"):
         return (directory / first,)
-    shards = _read_json(directory / first, model).get("weight_map")
+    shards = read_object(directory / first, model).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise BadFile(f"{model}: {directory / first} holds no weight_map")
     shard = next(pattern for _, index, pattern in (SAFE, PICKLED) if index == first)
@@ -146,6 +158,9 @@ def check_folder(directory: Path, model: str, *, allow_pickle: bool, trust_remot
         raise MissingAsset(f"{model}: there is no folder {directory}") from None
     except OSError as error:
         raise MissingAsset(f"{model}: {directory} cannot be read as a folder ({error.strerror})") from error
+    for path in directory.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise BadFile(f"{model}: {path} is a pipe or a device, which can be waited on for ever: take it away")
     check_names(names, model, allow_pickle=allow_pickle)
     check_config(directory / "config.json", model, trust_remote_code=trust_remote_code)
     for file in weights_files(directory, model, allow_pickle=allow_pickle):
@@ -156,9 +171,14 @@ def check_folder(directory: Path, model: str, *, allow_pickle: bool, trust_remot
 def revision(directory: Path, model: str, *, allow_pickle: bool = False) -> str:
     """sha256 (hex) over the weights: of the file itself, or of `sha256sum`'s listing of several, sorted by name."""
     files = weights_files(directory, model, allow_pickle=allow_pickle)
-    if len(files) == 1:
-        return sha256_file(files[0])
-    listing = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
+    return revision_of({file.name: sha256_file(file) for file in files})
+
+
+def revision_of(hashes: Mapping[str, str]) -> str:
+    """The same from the files' own hashes, by name, in order."""
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    listing = "".join(f"{sha}  {name}\n" for name, sha in hashes.items())
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -188,9 +208,10 @@ def require_match(report: Mapping[str, Any], weights: str) -> None:
             raise BadFile(f"{weights} {what} {listed}: config and weights do not match")
 
 
-def _read_json(path: Path, model: str) -> dict[str, Any]:
+def read_object(path: Path, model: str) -> dict[str, Any]:
+    """A JSON file that must hold an object; MissingAsset or BadFile, one line, names it."""
     try:
-        data = parse_json(path.read_bytes())
+        data = parse_json(read_plain(path))
     except OSError as error:
         raise MissingAsset(f"{model}: {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -232,7 +253,7 @@ def check_quantization(directory: Path, model: str) -> dict[str, Any] | None:
 
     Raises HarnessError where it is so in a way that cannot be read here; its library may be missing.
     """
-    stated = _read_json(directory / "config.json", model).get("quantization_config")
+    stated = read_object(directory / "config.json", model).get("quantization_config")
     if not isinstance(stated, dict):
         return None
     kind = str(stated.get("quant_method"))
@@ -297,14 +318,15 @@ def _build(folder: Path, build: Callable[[Path], dict[str, str]]) -> dict[str, A
     for left in (*folder.parent.glob(f"{prefix}*"), folder):  # we hold the lock: whoever made them is gone
         if left.is_dir():
             shutil.rmtree(left)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    temporary = folder.with_name(f"{prefix}{secrets.token_hex(4)}")
+    temporary.mkdir()
+    allowed = temporary.stat().st_mode & 0o666  # by the umask: a cache may be shared
     try:
         facts = {**build(temporary), "revision": revision(temporary, f"the built {folder.name}")}
         for file in temporary.iterdir():
-            file.chmod(0o644)  # a cache may be shared; safetensors writes for its owner alone
+            file.chmod(allowed)  # safetensors writes for its owner alone
         record = {**facts, "files": {file.name: [*_stamp(file), sha256_file(file)] for file in temporary.iterdir()}}
         replace_text(temporary / RECORD, json.dumps({**record, CHECK: digest(record)}, indent=1) + "\n")
-        temporary.chmod(0o755)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

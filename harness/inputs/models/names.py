@@ -2,7 +2,7 @@
 
 A model is a known name, a name declared under [tool.harness.models] (or by an installed package's entry point
 `harness.models`, whose value is a specification), or a source: `hub:org/name@revision`, `path:DIR`, `path:FILE.gguf`,
-`package:DIST/FILE`. Known names beat directories.
+`package:DIST/FILE`. Known names beat directories. NAME=SPEC on a command line reads a name from SPEC.
 
 Of the models that reports name the architecture is known too, without weights (`ARCHITECTURES`).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,17 +41,19 @@ KNOWN: Mapping[str, str] = {
 }
 SOURCES = ("hub", "path", "package", "tiny")
 TINY = ("gpt2", "olmo")
+TINY_HOME = Path(__file__).parent / "tiny"  # plain folders, made by studies/tiny.py
+TINY_NOTE = "trained by the harness on its synthetic language and stored in fp16; never quantized"
 
 
 @dataclass(frozen=True)
 class Located:
-    """Found weights: 'folder' or 'gguf' at `path`, a Hub 'snapshot', or a 'tiny' model by its architecture's name."""
+    """Found weights: 'folder' or 'gguf' at `path`, or a Hub 'snapshot'."""
 
     kind: str
     path: Path = Path()
     sha256: str = ""  # of the GGUF file where it is known already
     snapshot: hub.Snapshot | None = None
-    tiny: str = ""
+    note: str = ""  # what a reader of figures must know of the weights
 
 
 @functools.cache
@@ -72,8 +74,10 @@ def declared_source(specification: Specification, declared: Declared) -> Specifi
     """
     if specification.name in SOURCES:
         return _source(specification, Path.cwd())
-    names = {**installed(), **declared.models, **KNOWN}
     name = specification.name
+    if given := specification.source or declared.sources.get(str(specification), ""):  # NAME=SPEC of the command line
+        return declared_source(parse(given), replace(declared, sources={}))
+    names = {**installed(), **declared.models, **KNOWN}
     if name not in names:
         if Path(name).is_dir():
             raise BadSpecification(f"'{name}' is a folder, not a known model: write path:{name}")
@@ -116,7 +120,7 @@ def locate(
     source = declared_source(specification, declared)
     model = f"model '{specification}'"
     if source.name == "tiny":
-        return Located("tiny", tiny=source.words[0])
+        return Located("folder", TINY_HOME / source.words[0], note=TINY_NOTE)
     if source.name == "hub":
         snapshot = hub.find_model(source.words[0], allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         return Located("snapshot", snapshot=snapshot)
@@ -142,6 +146,8 @@ def locate(
 
 def _check_gguf(path: Path, model: str, *, embedded: bool) -> str:
     """Hold a file to GGUF's first bytes, the embedded one to its published size and sha256, which is returned."""
+    if path.exists() and not path.is_file():
+        raise BadFile(f"{model}: {path} is no plain file: copy it into one")
     try:
         with path.open("rb") as file:
             magic, size = file.read(4), path.stat().st_size

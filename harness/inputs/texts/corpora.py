@@ -22,6 +22,7 @@ from pathlib import Path
 
 from harness.core import catalog
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
+from harness.core.files import read_plain
 from harness.core.options import Declared
 from harness.core.specification import Specification, parse
 from harness.inputs import hub
@@ -175,7 +176,7 @@ class Corpus:
 def read_bytes(path: Path) -> bytes:
     """A text file's bytes; one line on whatever is wrong with it."""
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
     except FileNotFoundError as error:
         raise MissingAsset(f"there is no text file '{path}'") from error
     except (OSError, ValueError) as error:  # a name can hold what no system allows

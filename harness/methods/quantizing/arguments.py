@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from harness.core.contracts import DTYPES, Arguments, Method, Scope
+from harness.core.contracts import DEFAULT_DTYPES, DTYPES, Arguments, Method, Scope
 from harness.core.errors import BadSpecification, HarnessError, UnknownName
 from harness.core.specification import Specification
 
 if TYPE_CHECKING:  # annotations only
     from torch import nn
 
-DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "fp16"}  # fp16 is slow or missing in CPU kernels
 PARTS = ("linear", "attention", "mlp", "all")
 KEYS = ("layers", "names")  # arguments of a specification that belong to the scope
 # What model families call the two halves of a decoder layer, at the first name below the layer: self_attn, attn,

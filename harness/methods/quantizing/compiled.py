@@ -16,18 +16,27 @@ loop calls stands in the same file: Numba's cache sees a change only in the file
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from platformdirs import user_cache_path
+
 from harness.core.environment import BY_TORCH, COMPILED
+from harness.core.files import NAME, cache_dir
 
 if TYPE_CHECKING:  # annotations only: methods are listed without torch
     import numpy as np
+    import torch
     from torch import Tensor
 
     Array = np.ndarray[Any, Any]
@@ -35,6 +44,7 @@ if TYPE_CHECKING:  # annotations only: methods are listed without torch
 SUMS = {"reassoc", "contract"}  # LLVM's fast-math flags that sums need; without the others not a number stays so
 ALONE = 2**20  # elements of a product that one thread is done with about when others would have woken
 SOON = 2**18  # elements to unpack, likewise: fewer, as a product waits for them
+SEAL_BYTES = 32  # a sha256 behind a file's content
 Function = TypeVar("Function", bound=Callable[..., Any])
 _options: dict[FunctionType, dict[str, Any]] = {}  # of the functions that `loop` marks
 _running = threading.local()
@@ -79,26 +89,105 @@ def compile_loops(module: str, more: Callable[[], Mapping[str, Any]] = dict) -> 
     """
     import numba
 
-    from harness.core.files import cache_dir
-
-    # beside converted checkpoints, unless NUMBA_CACHE_DIR says where: the module's own folder may be read-only
-    numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(cache_dir() / "numba")
+    home, _ = kept_in()
+    numba.config.CACHE_DIR = str(home or "")
     names = vars(sys.modules[module])
     with _one_at_a_time:
         for name, function in list(names.items()):
             if isinstance(function, FunctionType) and function in _options:
-                names[name] = njit(function, **_options[function])
+                options = _options[function] if home else _options[function] | {"cache": False}
+                names[name] = njit(function, **options)
         names.update({"prange": numba.prange} | dict(more()))
 
 
+def kept_in() -> tuple[Path | None, str]:
+    """Where compiled loops lie between processes, None where nowhere; and a line where that is not the place meant.
+
+    That is beside converted checkpoints, unless NUMBA_CACHE_DIR says where: the module's own folder may be read-only.
+    What lies there is run, so that a folder in which others can write is passed over for one of the user's own.
+    """
+    wanted = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_dir() / "numba")
+    note = ""
+    for home in (wanted, user_cache_path(NAME) / "numba-own"):
+        with contextlib.suppress(OSError):  # a read-only cache: each process compiles its loops
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        foreign = written_by_others(home)
+        if foreign is None:
+            return home, note and f"{note}: {home} is used"
+        note = note or f"what others can write is not run as compiled loops (chmod -R go-w {foreign}, if it is yours)"
+    return None, f"{note}: each process compiles its own"
+
+
+def written_by_others(home: Path) -> Path | None:
+    """The first of a folder and what lies in it that is another user's or open to others' writing; None without any."""
+    try:
+        top = home.stat()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return home  # nobody can say who writes there
+    with contextlib.suppress(FileNotFoundError):
+        closed = top.st_uid == os.geteuid() and not top.st_mode & 0o011  # nobody else gets in
+        for path in () if closed else (home, *home.glob("*"), *home.glob("*/*")):
+            with contextlib.suppress(FileNotFoundError):  # another process has just replaced it
+                status = path.stat()
+                if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                    return path
+    return None
+
+
 def njit(function: Callable[..., Any], **options: Any) -> Any:
-    """Numba's, which takes no loop that it may keep where no folder can be written: then each process compiles it."""
+    """Numba's, its cache sealed; where no folder can be written, or Numba keeps files otherwise, without a cache."""
     import numba
 
     try:
-        return numba.njit(**options)(function)
-    except RuntimeError:
+        compiled = numba.njit(**options)(function)
+        if options.get("cache"):
+            if not Path(compiled._cache.cache_path).is_relative_to(numba.config.CACHE_DIR):
+                raise RuntimeError("Numba fell back on a folder that nobody has looked at")
+            seal(compiled._cache._cache_file)
+    except (RuntimeError, AttributeError):
         return numba.njit(**options | {"cache": False})(function)
+    return compiled
+
+
+def seal(files: Any) -> None:
+    """Hold each file of a loop's cache to the sha256 behind its content: one that is damaged goes, and is made again.
+
+    Numba by itself unpickles, and runs, whatever lies there. `files` is Numba's own reader and writer of them.
+    """
+    read_index, read_data, opened, save = files._load_index, files._load_data, files._open_for_write, files.save
+
+    def index() -> Any:
+        return read_index() if whole(Path(files._index_path)) else {}
+
+    def data(name: str) -> Any:
+        if not whole(Path(files._data_path(name))):
+            raise FileNotFoundError(name)  # which Numba takes for an entry that was removed
+        return read_data(name)
+
+    @contextlib.contextmanager
+    def sealing(path: str) -> Iterator[io.BytesIO]:
+        with opened(path) as file:
+            content = io.BytesIO()
+            yield content
+            file.write(content.getvalue() + sha256(content.getvalue()).digest())
+
+    def keep(key: Any, value: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk: it is compiled again next time
+            save(key, value)
+
+    files._load_index, files._load_data, files._open_for_write, files.save = index, data, sealing, keep
+
+
+def whole(path: Path) -> bool:
+    """Whether a sealed file is as it was written; one that is not is deleted."""
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        if sha256(content[:-SEAL_BYTES]).digest() == content[-SEAL_BYTES:]:
+            return True
+        path.unlink()
+    return False
 
 
 def threads(wanted: int) -> int:
@@ -131,12 +220,12 @@ class Loops:
     product: tuple[Callable[..., None], Callable[..., None]]
     rows: tuple[Callable[..., None], Callable[..., None]]
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Compute x W^T: (..., in) fp32 contiguous -> (..., out) fp32."""
+    def multiply(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Compute x W^T: (..., in) contiguous, of the dtype that the loop takes -> (..., out) in `dtype`, else fp32."""
         import torch
 
         outputs, inputs = self.shape
-        result = torch.empty(*x.shape[:-1], outputs)
+        result = torch.empty(*x.shape[:-1], outputs, dtype=dtype or torch.float32)
         given = x.numpy().reshape(-1), self.weight, result.numpy().reshape(-1)
         _run(self.product, given, outputs, many=outputs * inputs > ALONE)
         return result

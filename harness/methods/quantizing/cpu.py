@@ -1,4 +1,4 @@
-"""Products on a CPU that stand in for torch's where those are slow there, to the same numbers.
+"""Products on a CPU that stand in for torch's where those are slow there: as exact, and the same but for rounding.
 
 Half precision without half products in hardware, int8 without int8 ones, and fp32 where oneDNN is quicker than MKL.
 Evaluations and our own dequantized products run by these; a timed reference is what the model itself does.
@@ -23,7 +23,8 @@ NATIVE = {  # instruction sets with products in a half precision; without them t
     torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
 }
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})  # int8 dot products in hardware
-INT8_DEPTH = 1023  # products of int8 that fp32 sums exactly: 1023 * 128 * 128 < 2^24
+INT8_DEPTH = 2**10  # products of int8 that fp32 sums exactly: 2^10 128^2 = 2^24, up to which it holds whole numbers
+INT8_WIDTH = 2**12  # rows of so many codes that are unpacked at a time: 16 MiB
 MANY = 32  # rows from which the choice of a product was measured
 
 
@@ -61,8 +62,10 @@ def native(dtype: torch.dtype) -> bool:
 def linear_in_fp32(module: Any, x: Tensor) -> Tensor:
     """The nn.Linear x W^T + b: half inputs, fp32 products and sums, one rounding.
 
-    A half GEMM rounds exact products of half inputs once, after an fp32 sum; so does this, so the numbers agree but
-    for the order of the sum, at the speed of fp32.
+    A half GEMM rounds exact products of half inputs once, after an fp32 sum; so does this, at the speed of fp32. Its
+    sum runs in another order, so that a result may be the neighbouring half number: on GPT-2's widths 2 to 4 in a
+    thousand in fp16, fewer in bf16 (`tests/methods/test_half.py` holds both to torch's own). Losses are those of
+    torch's product to some 1e-4, not to the bit.
     """
     if x.dtype != module.weight.dtype:
         return nn.Linear.forward(module, x)
@@ -147,14 +150,27 @@ def quick_products(model: nn.Module) -> Iterator[None]:
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """`torch._int_mm` through fp32, equal to the last bit: (M, K) int8 @ (K, N) int8 -> (M, N) int32.
+    """`torch._int_mm` through fp32, equal to the last bit: (M, K) int8 @ (K, N) int8 -> (M, N) int32."""
+    return whole_sums(a.float(), b.t()).to(torch.int32)
 
-    An fp32 sum of INT8_DEPTH products of int8 is exact, since 1023 * 128^2 < 2^24; longer rows are summed in int32.
+
+def whole_sums(rows: Tensor, codes: Tensor) -> Tensor:
+    """Exact sums of whole numbers by fp32 products, of INT8_DEPTH at a time; int32 sums those.
+
+    Args:
+        rows: (M, in), whole numbers of -128..127 in fp32.
+        codes: (out, in) int8.
+
+    Returns:
+        (M, out), fp32 where one sum of it holds a row, else int32.
     """
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
-    for start in range(0, a.shape[1], INT8_DEPTH):
-        part = slice(start, start + INT8_DEPTH)
-        total += (a[:, part].float() @ b[part].float()).to(torch.int32)
+    parts = [slice(start, start + INT8_DEPTH) for start in range(0, rows.shape[1], INT8_DEPTH)]
+    exact = torch.float32 if len(parts) == 1 else torch.int32
+    total = rows.new_zeros(len(rows), len(codes), dtype=exact)
+    for part in parts:
+        for first in range(0, len(codes), INT8_WIDTH):  # the cache still holds these rows when they are multiplied
+            columns = slice(first, first + INT8_WIDTH)
+            total[:, columns] += linear(rows[:, part], codes[columns, part].float(), None).to(exact)
     return total
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from harness.core import progress
 from harness.core.errors import HarnessError
 from harness.methods.quantizing import stored
 from harness.methods.quantizing.arguments import decoder_layers
@@ -161,6 +162,7 @@ def _through(layer: nn.Module, hidden: Sequence[Tensor], calls: Sequence[Call]) 
     """The layer's outputs for every window."""
     result = []
     for states, (given, named) in zip(hidden, calls, strict=True):
+        progress.note("a window to calibrate on")
         output = layer(states, *given[1:], **named)
         result.append(output[0] if isinstance(output, tuple) else output)
     return result

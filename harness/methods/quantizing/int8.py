@@ -205,10 +205,51 @@ def in_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
 
     rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
     step = rows.abs().amax(dim=1, keepdim=True).div_(127)  # (M, 1)
-    whole = torch.div(rows, step.clamp_min_(TINY)).round_().char()  # (M, in)
-    product = torch._int_mm if multiplies_int8(whole, codes) else cpu.int8_product
-    sums = product(whole, codes.t())  # (M, out) int32
+    whole = torch.div(rows, step.clamp_min_(TINY)).round_()  # (M, in)
+    if multiplies_int8(whole, codes):
+        sums = torch._int_mm(whole.char(), codes.t())  # (M, out) int32
+    elif (
+        products.few_rows(whole, codes.shape[1])
+        and whole.device.type == codes.device.type == "cpu"
+        and compiled.available()
+    ):
+        sums = _by_loops(whole.char(), codes)
+    else:
+        sums = cpu.whole_sums(whole, codes)
     return products.finished(x, torch.mul(sums, step).mul_(scale.view(-1)), bias)  # (M, out) fp32
+
+
+def _by_loops(whole: Tensor, codes: Tensor) -> Tensor:
+    """Whole-number sums of a few rows, codes read as they lie: (M, in) int8, (out, in) int8 -> (M, out) int32."""
+    import torch
+
+    compiled.compile_loops(__name__)
+    shape = codes.shape[0], codes.shape[1]
+    loops = Loops((codes.numpy(),), shape, (_sum, _sum_shared), (_unpack, _unpack_shared))
+    return loops.multiply(whole, torch.int32)
+
+
+@loop(nogil=True, cache=True)
+def _sum(x: Array, weight: tuple[Array], result: Array, start: int, stop: int) -> None:
+    """Outputs from start to stop of x (M * in,) int8 into result (M * out,) int32; weight: codes (out, in) int8."""
+    codes = weight[0]
+    outputs, inputs = codes.shape
+    wide, sums = x.reshape(-1, inputs), result.reshape(-1, outputs)
+    for i in range(start, stop):
+        row = codes[i]
+        for m in range(len(wide)):
+            line, total = wide[m], np.int32(0)
+            for j in range(inputs):
+                total = np.int32(total + np.int32(line[j]) * np.int32(row[j]))  # Numba would go on in 64 bits
+            sums[m, i] = total
+
+
+@loop(parallel=True, nogil=True, cache=True)
+def _sum_shared(x: Array, weight: tuple[Array], result: Array, rows: int, threads: int) -> None:
+    """`_sum`, shared out."""
+    each = (rows + threads - 1) // threads
+    for thread in prange(threads):
+        _sum(x, weight, result, min(rows, thread * each), min(rows, (thread + 1) * each))
 
 
 @loop(nogil=True, fastmath=compiled.SUMS, cache=True)

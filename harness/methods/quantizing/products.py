@@ -48,7 +48,7 @@ def multiply(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
 def by_loops(x: Tensor, weight: StoredWeight) -> bool:
     """Whether x has so few rows that loops over the codes multiply them, where there are such for the weight."""
     wanted = weight.recipe.compute == FUSED or x.dtype == torch.float32
-    return wanted and few(x, weight) and weight.loops() is not None
+    return wanted and few_rows(x, weight.matrix[1]) and weight.loops() is not None
 
 
 def quick(x: Tensor) -> bool:
@@ -78,9 +78,9 @@ def dequantized(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str) ->
     return finished(x, rounded(x.bfloat16(), weight.bfloat16()).float(), bias)
 
 
-def few(x: Tensor, weight: StoredWeight) -> bool:
+def few_rows(x: Tensor, inputs: int) -> bool:
     """Whether x (..., in) has so few rows that loops are the quicker product."""
-    return x.numel() <= FEW_ROWS * weight.matrix[1]
+    return x.numel() <= FEW_ROWS * inputs
 
 
 def of_few_rows(x: Tensor, loops: Loops, bias: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from harness.core import progress
 from harness.core.contracts import QuantizedWeight
 from harness.core.errors import HarnessError
 from harness.methods.quantizing import encode, products
@@ -171,6 +172,7 @@ def apply(
     tables: Tables | None = None
     placement: Tensor | None = None
     for first in names:
+        progress.note("a tensor to quantize")
         if read is not None:
             read(first)
         module = model.get_submodule(first)

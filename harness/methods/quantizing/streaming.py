@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.core import progress
 from harness.core.contracts import Checkpoint
 from harness.core.errors import BadFile
 from harness.inputs.models import checkpoints, folder
@@ -136,6 +137,7 @@ def quantized_model(
     sources = {name: next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there) for name in names}
     queue = in_turn([there[name] for name in (*whole, *sources.values())])
     for name in whole:
+        progress.note("a tensor to read")
         group = alike.get(name) or next((group for group in alike.values() if name in group), [name])
         _put(model, group, next(queue).tensor(mapped=False), kept)
 

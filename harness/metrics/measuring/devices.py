@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import gc
 import re
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from harness.core import gpus
+from harness.core import gpus, progress
 from harness.core.errors import HarnessError, UnknownName
 from harness.metrics.measuring.timing import Work
 
@@ -72,6 +72,7 @@ class Cpu:
         seconds = []
         with _no_collection():
             for work in map(_as_work, works):
+                progress.note("a timed repetition")
                 work.prepare()
                 start = time.perf_counter_ns()
                 work.run()
@@ -103,7 +104,10 @@ class Cpu:
         try:
             return {"resident": self._status("VmHWM")}
         except OSError:
-            return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+            import resource  # local: not every system has it, and this alone needs it
+
+            unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+            return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
     def release(self) -> None:
         """Collect garbage and hand free heap pages back to the kernel, where the C library can (glibc)."""
@@ -152,6 +156,7 @@ class Cuda:
             return [self._timed(work) for work in map(_as_work, works)]
 
     def _timed(self, work: Work) -> float:
+        progress.note("a timed repetition")
         start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
         work.prepare()
         self._cuda.synchronize()

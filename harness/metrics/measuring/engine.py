@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from harness.core import progress
 from harness.core.contracts import Window
 from harness.core.stats import spans
 from harness.methods.quantizing.cpu import quick_int8_products, quick_products
@@ -70,6 +71,7 @@ def score(
         parts = list(batches(lengths, batch_size if split else 1))
 
         def run(part: slice) -> None:
+            progress.note("a window of text")
             chosen = order[part]
             scored = batch_nll(model, [windows[index] for index in chosen], device, padding_id, split)
             for index, span in zip(chosen, spans(windows[index].scored for index in chosen), strict=True):
@@ -219,6 +221,7 @@ def compare_predictions(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.inference_mode(), quick_products(reference), quick_products(candidate):
         for window in windows:
+            progress.note("a window of text")
             if window.scored:
                 theirs, ours = (scored_rows(model, window, device) for model in (reference, candidate))
                 targets = torch.from_numpy(window.ids[-window.scored :].copy()).to(device)  # (k,)
@@ -300,6 +303,7 @@ def first_divergence(
     caches: list[Any] = [None, None]
     with torch.inference_mode(), quick_products(reference), quick_products(candidate):
         for agreed in range(new):
+            progress.note("a continued token")
             choices = []
             for side, model in enumerate((reference, candidate)):
                 output = model(input_ids=fed, past_key_values=caches[side], use_cache=True)

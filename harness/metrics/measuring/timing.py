@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from typing import Protocol
 
 import numpy as np
 
+from harness.core.environment import usable_cores
 from harness.core.stats import walsh_averages
 
 AGREEMENT = 0.05  # two successive medians within 5%
@@ -117,15 +117,14 @@ class Usage:
     @classmethod
     def now(cls) -> Usage:
         """Read them."""
-        cores = os.sched_getaffinity(0)
+        cores = usable_cores()
         busy, tick = None, os.sysconf("SC_CLK_TCK")
         if STAT.is_file():
             lines = [line.split() for line in STAT.read_text().splitlines() if line.startswith("cpu")]
             ticks = {name: [int(value) for value in values[:8]] for name, *values in lines}
             counted = [ticks[f"cpu{core}"] for core in cores if f"cpu{core}" in ticks]
             busy = sum(sum(each) - each[3] - each[4] for each in counted) / tick  # all but idle and waiting for a disk
-        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        return cls(time.monotonic(), time.process_time(), busy, len(cores), switches)
+        return cls(time.monotonic(), time.process_time(), busy, len(cores), _switches())
 
     def since(self, start: Usage) -> Load:
         """What went on between two moments."""
@@ -135,6 +134,15 @@ class Usage:
             others = (self.busy - start.busy - (self.own - start.own)) / wall
         blur = self.cores / os.sysconf("SC_CLK_TCK") / wall
         return Load(self.cores, others, (self.switches - start.switches) / wall, blur)
+
+
+def _switches() -> int:
+    """Times that this process was put aside for another, so far; 0 where the system does not count."""
+    try:
+        import resource  # local: methods and metrics are listed on Windows too
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import math
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -57,6 +58,15 @@ VARIABLES = {
     "RAY_task_oom_retries": "2",  # by itself it repeats a task that its memory monitor killed for ever
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its next default, which it warns of otherwise
 }
+# The same for a Ray of our own: whoever reaches its ports can run code, so that they are this machine's and ask for a
+# token that nobody else has.
+OWN = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off, Ray keeps to loopback, on Linux too
+}
+LOOPBACK = "127.0.0.1"
+OWN_TOKEN = "RAY_AUTH_TOKEN"
+_set: dict[str, str] = {}  # of these, what this process has set
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,14 @@ def connect(address: str | None, threads: int) -> Any:
         HarnessError: no such cluster, or not from here.
     """
     require()
-    os.environ.update({name: value for name, value in VARIABLES.items() if name not in os.environ})
+    if address and OWN_TOKEN in _set:
+        apart = "a Ray of its own, which keeps to itself"
+        raise HarnessError(f"this process has started {apart}: join a cluster from another")
+    variables = VARIABLES if address else {**VARIABLES, **OWN, OWN_TOKEN: secrets.token_hex(32)}
+    if "ray" in sys.modules:  # it has read the mode; by itself it turns the token on when it starts a cluster
+        variables = {name: value for name, value in variables.items() if name != "RAY_AUTH_MODE"}
+    _set.update({name: value for name, value in variables.items() if name not in os.environ})
+    os.environ.update(_set)
     if address:
         reach(address)
     with warnings.catch_warnings():  # of its own code: a session may turn warnings into errors
@@ -133,7 +150,12 @@ def connect(address: str | None, threads: int) -> Any:
         ray: Any = importlib.import_module("ray")
         if ray.is_initialized():
             return ray
-        own: dict[str, Any] = {"num_cpus": threads, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        own: dict[str, Any] = {
+            "num_cpus": threads,
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+            "_node_ip_address": LOOPBACK,
+        }
         try:
             ray.init(
                 address=address or "local",
@@ -381,5 +403,6 @@ class RayRunner(Runner):
 
 def _write(folder: Path, losses: Losses) -> None:
     for name, content in losses.items():
-        if not (folder / name).exists():
-            replace_bytes(folder / name, content)
+        path = folder / name
+        if not (path.is_file() and path.read_bytes() == content):  # an earlier session's may be damaged
+            replace_bytes(path, content)

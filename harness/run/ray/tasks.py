@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import socket
 import tempfile
@@ -16,7 +15,7 @@ import numpy as np
 
 from harness.core.catalog import member_of
 from harness.core.errors import HarnessError
-from harness.core.files import cache_dir, locked, timing_lock
+from harness.core.files import cache_dir, locked, owned, timing_lock
 from harness.core.options import Options
 from harness.core.records import Row
 from harness.core.values import parse_json
@@ -108,12 +107,13 @@ def own_folder(home: Path) -> Iterator[Path]:
     """An empty folder for as long as it is needed; what killed processes left beside it is cleared away."""
     with locked(home / "lock"):
         for alive in home.glob("*/alive"):
-            with contextlib.suppress(OSError), alive.open("a") as file:  # held by its maker while that lives
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(alive.parent, ignore_errors=True)
+            with contextlib.suppress(OSError):  # its maker holds it while that lives
+                if (left := owned(alive)) is not None:
+                    with left:
+                        shutil.rmtree(alive.parent, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=home))
-        mark = (folder / "alive").open("w")
-        fcntl.flock(mark, fcntl.LOCK_EX)
+        mark = owned(folder / "alive")
+        assert mark is not None, "the folder is new"
     with mark:
         try:
             yield folder

@@ -12,6 +12,7 @@ alive at once and interleaves them. A side that cannot be built, loaded or asked
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -37,12 +38,13 @@ from harness import report
 from harness.core.catalog import member_of
 from harness.core.environment import Environment, first_card
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset
-from harness.core.files import append_line, cache_dir, locked, replace_text, sha256_file, timing_lock
+from harness.core.files import cache_dir, locked, replace_text, sha256_file, timing_lock
 from harness.core.options import Options
 from harness.core.records import Case, Row
 from harness.core.values import digest
+from harness.judge import exact
 from harness.report import compare
-from harness.results.directory import SIDE, TROUBLE, ReportDirectory
+from harness.results.directory import SIDE, TROUBLE, UPGRADE, ReportDirectory
 from harness.run import plan as planning
 from harness.run.local import missing
 from harness.run.messages import Repetition
@@ -200,6 +202,7 @@ class Running:
     remote: Remote | None = None
     trouble: str = ""  # why it cannot be asked, in one line
     rows: dict[Case, Row] = field(default_factory=dict)
+    troubles: list[str] = field(default_factory=list)  # tracebacks of bugs, with their cases
 
     def ask(self, verb: str, argument: Any, say: Say = lambda line: None) -> Any:
         """One request; a process that is gone takes the rest of the side's cases with it."""
@@ -232,16 +235,22 @@ class Running:
         except RuntimeError as error:  # a bug met in the side's process: kept whole beside the rows
             row, trouble, world = missing(case, str(error).strip().splitlines()[-1]), str(error), {}
         if trouble:
-            append_line(self.directory.folder / TROUBLE, f"{case.id}\n{trouble}")
+            self.troubles.append(f"{case.id}\n{trouble}")
+            self.directory.lay({TROUBLE: "\n".join(self.troubles) + "\n"})
         self.put(row, world)
 
     def finish(self, cases: Sequence[Case], command: str) -> None:
-        """End the process and leave the side's own report, every planned case in it."""
+        """End the process and leave the side's own report, every planned case in it; none where no side measured."""
         self.end()
         for case in cases:
             if case not in self.rows:
                 self.put(missing(case, self.trouble or "not reached: the upgrade stopped before it"), {})
-        rows = [self.rows[case] for case in cases]
+        if not self.directory.waits:
+            self.publish(cases, command)
+
+    def publish(self, cases: Sequence[Case], command: str) -> None:
+        """The side's own report."""
+        rows = exact.settle([self.rows[case] for case in cases])
         self.directory.keep(rows)
         facts = {"label": self.side.label, "trouble": self.trouble, "packages": dict(self.packages)}
         self.directory.put({SIDE: json.dumps(facts, indent=1) + "\n"})
@@ -259,9 +268,14 @@ def run(texts: Sequence[str], options: Options, command: str, say: Say) -> tuple
     if options.device == "cuda":
         first_card()  # or one line, and not a row without a number a case
     cases = planning.whole(options, has_cuda(options.device, None))
-    live = measure(parse_all(texts), options, cases, command, say)
+    sides = parse_all(texts)
+    ReportDirectory(options.report_dir).claim()
+    live = measure(sides, options, cases, command, say)
+    if any(one.directory.waits for one in live):
+        reasons = dict.fromkeys(one.trouble or row.reason for one in live for row in one.rows.values())
+        raise HarnessError(f"nothing was measured, and {options.report_dir} stays as it was: {'; '.join(reasons)}")
     text, status = report_on([one.directory.folder for one in live], options.baselines, command)
-    path = options.report_dir / "upgrade.md"
+    path = options.report_dir / UPGRADE
     replace_text(path, text)
     say(f"report: {os.path.relpath(path)}")
     return text, status
@@ -274,16 +288,26 @@ def measure(sides: Sequence[Side], options: Options, cases: Sequence[Case], comm
         HarnessError: no side at all could be built and started, with the reasons.
     """
     live = [Running(side, ReportDirectory(options.report_dir / side.slug)) for side in sides]
-    try:
+    with contextlib.ExitStack() as stack:
         for one in live:
+            one.directory.own()
+            stack.callback(one.directory.release)
             one.directory.open(keep=False)
             one.directory.keep_plan(cases)
+        measure_in_turn(live, options, cases, command, say)
+    return live
+
+
+def measure_in_turn(live: Sequence[Running], options: Options, cases: Sequence[Case], command: str, say: Say) -> None:
+    """`measure`, once every side has its folder."""
+    try:
+        for one in live:
             try:
                 python, one.packages = build(one.side, say)
                 folder = one.directory.folder
                 own = replace(options, report_dir=folder, engine="local")  # its processes alternate with the others'
                 one.remote = Remote(python, own, planning.threads(), folder / "side.log")
-                one.ask("prepare", cases, say)
+                one.directory.keep_identities(one.ask("prepare", cases, say))
             except HarnessError as error:
                 one.end(str(error))
                 say(f"{one.side.label}: {error}")
@@ -295,6 +319,7 @@ def measure(sides: Sequence[Side], options: Options, cases: Sequence[Case], comm
             if not member_of(case).timed:
                 for one in ordered:
                     one.measure(case, "check", case)
+                replace_earlier(live)
                 continue
             asks = {one.side.label: functools.partial(one.ask, "repetition") for one in ordered if one.remote}
             with locked(timing_lock()):  # machine-wide, as for a session's timed cases
@@ -305,10 +330,17 @@ def measure(sides: Sequence[Side], options: Options, cases: Sequence[Case], comm
                     one.put(missing(case, figure), {})
                 else:
                     one.measure(case, "repetition", Repetition(case, figure=figure))
+            replace_earlier(live)
     finally:
         for one in live:
             one.finish(cases, command)
-    return live
+
+
+def replace_earlier(live: Sequence[Running]) -> None:
+    """An earlier upgrade's reports stay until a side has measured something; then they go on every side."""
+    if any(row.value is not None for one in live for row in one.rows.values()):
+        for one in live:
+            one.directory.begin()
 
 
 def pairs(count: int) -> list[tuple[int, int]]:

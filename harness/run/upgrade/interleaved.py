@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.core import catalog
 from harness.core.errors import HarnessError
+from harness.core.identity import identity_of
 from harness.core.records import Case, Figure, Row, Verdict
 from harness.core.stats import summarise
 from harness.metrics.measuring.timing import FEWEST_BLOCKS, Load, Usage, Warmup, Work, aa_floor, warm_up
@@ -142,6 +143,7 @@ def answer(group: Group, asked: Repetition) -> Reply:
         group.case,
         **text,
         revision=group.checkpoint.revision,
+        identity=identity_of(group.checkpoint),
         method_id=group.method_id,
         **vars(figure),
         census=group.census,

@@ -21,6 +21,7 @@ from typing import Any
 import harness
 from harness.core.errors import HarnessError
 from harness.core.options import Options
+from harness.run.lifetime import end_with_controller
 from harness.run.local import Died, server_environment
 from harness.run.session import Session
 
@@ -101,10 +102,11 @@ class Remote:
 def main() -> int:
     """Answer (verb, argument) with ('value', answer), ('said', line), ('error', line) or ('bug', traceback).
 
-    'prepare' answers with what identifies the inputs, 'check' with a row, its traceback and its world, and 'repetition'
+    'prepare' answers with the models' identities, 'check' with a row, its traceback and its world, and 'repetition'
     with seconds and token counts, or behind the last one as 'check' does.
     """
     connection: Any = Connection(int(sys.argv[1]))
+    end_with_controller(connection, grace=ENDING_SECONDS)
     options, threads = connection.recv()
     session = Session(options, threads)
     answer: Any
@@ -112,11 +114,12 @@ def main() -> int:
         while True:
             try:
                 verb, argument = connection.recv()
-            except EOFError:
+            except (EOFError, OSError):  # a controller that was killed resets the pipe
                 return 0
             try:
                 if verb == "prepare":
-                    answer = session.prepare(argument, lambda line: connection.send(("said", line)))
+                    session.prepare(argument, lambda line: connection.send(("said", line)))
+                    answer = dict(session.runner.identities)
                 elif verb == "check":
                     row, trouble = session.check(argument)
                     answer = row, trouble, dict(session.world(row)) if row.environment else {}
