@@ -40,6 +40,8 @@ def test_a_half_product_through_fp32_is_as_exact_as_torchs_and_now_and_then_its_
             ours = (cpu.conv1d_in_fp32 if kind is Conv1D else cpu.linear_in_fp32)(layer, x).double()
             exact = x.double() @ weight.to(dtype).double() + bias.to(dtype).double()
         assert off(ours, exact) < 0.25 * STEP[dtype]  # one rounding of the exact sum
+        if cpu.native(dtype):  # torch's own products are used there, and round in their own way
+            continue
         assert off(ours, exact) < 1.001 * off(torchs, exact)
         assert off(ours, torchs) < APART
         assert float((ours == torchs).double().mean()) > SAME
