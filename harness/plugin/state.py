@@ -152,9 +152,11 @@ def check(request: pytest.FixtureRequest, state: State, case: Case) -> Row:
 
 def fails(row: Row, options: Options) -> bool:
     """Whether a row fails the session under its options."""
-    permitted = {"allow_changed_input": True} if options.allow_changed_input else {}
     return judge.fails(
-        row, require_baselines=options.require_baselines, allow_missing=options.allow_missing, **permitted
+        row,
+        require_baselines=options.require_baselines,
+        allow_missing=options.allow_missing,
+        allow_changed_input=options.allow_changed_input,
     )
 
 

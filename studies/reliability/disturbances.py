@@ -131,28 +131,24 @@ def kill_node(stage: Stage) -> str:
 
 def killing(name: str, find: Callable[[Session], list[psutil.Process]]) -> Callable[[Stage], str]:
     """SIGKILL to one of the processes found, drawn."""
-
-    def act(stage: Stage) -> str:
-        found = find(stage.session)
-        if not found:
-            return f"no {name} was alive"
-        with contextlib.suppress(psutil.Error):
-            stage.draw.choice(found).kill()
-        return f"a {name} killed"
-
-    return act
+    return _drawn(name, find, psutil.Process.kill, "killed")
 
 
 def stopping(name: str, find: Callable[[Session], list[psutil.Process]]) -> Callable[[Stage], str]:
     """SIGSTOP to one of the processes found, drawn: it answers nothing more and does not end."""
+    return _drawn(name, find, psutil.Process.suspend, "stopped")
 
+
+def _drawn(
+    name: str, find: Callable[[Session], list[psutil.Process]], do: Callable[[psutil.Process], None], done: str
+) -> Callable[[Stage], str]:
     def act(stage: Stage) -> str:
         found = find(stage.session)
         if not found:
             return f"no {name} was alive"
         with contextlib.suppress(psutil.Error):
-            stage.draw.choice(found).suspend()
-        return f"a {name} stopped"
+            do(stage.draw.choice(found))
+        return f"a {name} {done}"
 
     return act
 
