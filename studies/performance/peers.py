@@ -16,7 +16,7 @@ from harness.core.values import digest
 from harness.run.local import server_environment
 
 PINS = ("torch==2.13.0", "transformers==5.23.0", "lm_eval[hf]==0.4.13", "torchao==0.18.0", "optimum-quanto==0.2.7")
-OURS = ("msgspec",)  # that the harness's modules import there
+OURS = ("msgspec", "platformdirs")  # that the harness's modules import there
 ROOT = Path(__file__).resolve().parents[2]
 
 
