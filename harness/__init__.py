@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from harness.run.measure import measure as measure
     from harness.run.measure import plan as plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {  # module: its public names
     "harness.run.measure": "measure plan",

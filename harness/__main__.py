@@ -1,4 +1,4 @@
-"""`python -m harness COMMAND`: what needs no pytest. One function a command, with its imports inside.
+"""`python -m harness COMMAND`, or `harness-quant COMMAND`: what needs no pytest. A function a command, which imports.
 
 Exit status: 0 fine, 1 harm, 2 usage, 3 undecided.
 """
@@ -6,7 +6,10 @@ Exit status: 0 fine, 1 harm, 2 usage, 3 undecided.
 from __future__ import annotations
 
 import argparse
+import inspect
+import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -16,9 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import __version__
 from harness.core.contracts import DTYPES
 from harness.core.errors import HarnessError, UnknownName, refused
 from harness.core.options import SETTINGS, read_declared
+from harness.core.specification import items
 
 HARM, USAGE, UNDECIDED = 1, 2, 3
 CASES = "harness.cases.test_measured"  # what `run` measures
@@ -33,7 +38,15 @@ UPGRADE_DEFAULTS = {  # where they are not a session's
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a HarnessError is one line and exit status 2."""
-    parsed = parser().parse_args(arguments)
+    read = parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks how a line could go on
+        import argcomplete
+
+        argcomplete.autocomplete(read)
+    parsed = read.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale may lack a dagger
     try:
         declared = read_declared(Path.cwd())[1]
         if declared.methods or declared.metrics or declared.models or declared.datasets:
@@ -57,13 +70,19 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="python -m harness",
         description="Figures of LLM quantization: reports, comparisons and predictions, without pytest.",
+        epilog='Completion in bash or zsh: eval "$(register-python-argcomplete harness-quant)"',
     )
+    whole.add_argument("--version", action="version", version=f"llm-quantization-harness {__version__}")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(run: Callable[[argparse.Namespace], int], told: str, **options: Any) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = commands.add_parser(run.__name__, help=told, **options)
+        described = inspect.cleandoc(run.__doc__ or told)
+        added: argparse.ArgumentParser = commands.add_parser(run.__name__, help=told, description=described, **options)
         added.set_defaults(run=run)
         return added
+
+    add = command(cache, "what the harness keeps between runs, how large it is, and how to let go of it").add_argument
+    add("--prune", type=float, metavar="DAYS", help="delete what was not used for so many days (0: all of it)")
 
     add = command(compare, "what moved between two sessions (exit 0 fine, 1 harm, 3 undecided)").add_argument
     add("before", type=Path, metavar="A", help="a report directory, or a measurements.jsonl")
@@ -84,19 +103,26 @@ def parser() -> argparse.ArgumentParser:
     add("directories", type=Path, nargs="+", metavar="DIR", help="report directories of one machine")
     add("-o", "--output", type=Path, metavar="DIR", help="where plots go (default: the last DIR)")
 
-    add = command(memory, "predict bytes and bits per weight from config.json, without weights").add_argument
-    add("model", metavar="MODEL_OR_CONFIG", help="a model's name, a folder, a config.json, or hub:org/name")
-    add("--method", metavar="SPEC", help="default: the reference in --dtype, else fp32")
-    add("--dtype", choices=DTYPES, help="of what is not quantized; default: the method's, else fp32")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also what a card must hold")
-    add("--window", type=int, metavar="N", help="cuda: tokens of the forward; default 512, or the context")
-    add("--decode", type=int, metavar="N", help="cuda: tokens decoded behind the window, with a cache")
-    add("--fits", metavar="SIZE", help="24GiB: whether it loads (and, on a card, runs); exit status 0 yes, 1 no")
-    add("--json", action="store_true", help="as JSON")
+    add = command(history, "each figure over runs, and what moved (exit 1: the last run made one worse)").add_argument
+    add("directories", type=Path, nargs="+", metavar="DIR", help="report directories, or a folder that keeps runs")
+    add("--keep", type=Path, metavar="FOLDER", help="put the runs into this folder, a file each, and read its own too")
+    add("-o", "--output", type=Path, metavar="FILE", help="plots and tables as HTML")
+    add("--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="whose bounds.toml says what is noise")
+
+    _options_of_memory(command(memory, "predict bytes and bits per weight from config.json, without weights"))
 
     add = command(merge, "join shards' report directories (exit 0 complete, 1 harm, 3 cases are missing)").add_argument
     add("directories", nargs="+", type=Path, metavar="DIR", help="report directories of shards")
     add("-o", "--out", type=Path, required=True, metavar="OUT", help="a new directory for the whole")
+    for name in ("missing", "changed-input"):
+        add(f"--allow-{name}", action="store_true", help="as of a session; default: where every DIR ran with it")
+
+    command(
+        plan,
+        "what a session would measure, take and need, pytest's options (exit 0 all fits, 1 something does not)",
+        prefix_chars="\0",
+        add_help=False,
+    ).add_argument("options", nargs="*", metavar="OPTION", help="of `pytest --pyargs harness.cases`")
 
     _options_of_published(command(published, "a verdict on every figure of published reports"))
     _options_of_explain(command(explain, "which known fault or protocol makes somebody's perplexity out of ours"))
@@ -122,9 +148,12 @@ def parser() -> argparse.ArgumentParser:
 def add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
     """The command that writes what other programs read."""
     add = command(export, "a report's figures for other programs").add_argument
-    formats = ("csv", "parquet", "latex", "jsonl")
+    formats = ("csv", "parquet", "latex", "jsonl", "model-card")
     add("directory", type=Path, metavar="DIR", help="the report directory")
-    add("--to", choices=formats, required=True, help="latex: a table a model and text, its caption the protocol")
+    told = "latex: a table a model and text, its caption the protocol; model-card: a Hub README's metadata"
+    add("--to", choices=formats, required=True, help=told)
+    add("--models", default="", metavar="A,B", help="of these models alone")
+    add("--methods", default="", metavar="A,B", help="of these methods alone")
     add("-o", "--output", type=Path, metavar="FILE", help="default: printed")
 
 
@@ -148,6 +177,18 @@ def rebaselining(add: Callable[..., Any]) -> None:
     add("--identify", action="store_true", help=f"without DIR: {told}")
     add("--trust-remote-code", action="store_true", help="--identify: run code that models bring along")
     add("--allow-pickle", action="store_true", help="--identify: read pickled weights, which can run code")
+
+
+def _options_of_memory(predicted: argparse.ArgumentParser) -> None:
+    add = predicted.add_argument
+    add("model", metavar="MODEL_OR_CONFIG", help="a model's name, a folder, a config.json, or hub:org/name")
+    add("--method", metavar="SPEC", help="default: the reference in --dtype, else fp32")
+    add("--dtype", choices=DTYPES, help="of what is not quantized; default: the method's, else fp32")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also what a card must hold")
+    add("--window", type=int, metavar="N", help="cuda: tokens of the forward; default 512, or the context")
+    add("--decode", type=int, metavar="N", help="cuda: tokens decoded behind the window, with a cache")
+    add("--fits", metavar="SIZE", help="24GiB: whether it loads (and, on a card, runs); exit status 0 yes, 1 no")
+    add("--json", action="store_true", help="as JSON")
 
 
 def _options_of_published(judged: argparse.ArgumentParser) -> None:
@@ -178,6 +219,29 @@ def _options_of_explain(explained: argparse.ArgumentParser) -> None:
 def note(line: str) -> None:
     """A line of progress, beside what the command prints."""
     print(line, file=sys.stderr, flush=True)
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    """What lies in the cache, with its size and the days since it was used; --prune deletes what lay idle.
+
+    Everything there can be made again: models converted to plain folders, environments of `upgrade`, compiled loops.
+    Downloads of the Hub lie in its own cache (`hf cache ls`).
+    """
+    from harness.core import cached
+    from harness.core.files import cache_dir
+
+    if arguments.prune is not None and not arguments.prune >= 0:
+        raise HarnessError("--prune takes the days that something lay unused: 30, or 0 for all")
+    gone = cached.prune(arguments.prune) if arguments.prune is not None else None
+    for entry in cached.entries() if gone is None else gone:
+        done = "" if gone is None else "deleted "
+        print(f"{done}{entry.name}: {entry.size / 2**20:,.1f} MiB, unused for {entry.idle_days:.0f} days")
+    left = sum(entry.size for entry in cached.entries())
+    print(f"{cache_dir()}: {left / 2**20:,.1f} MiB")
+    if gone is None:
+        kinds = "\n".join(f"  {name}: {told}" for name, (_, told) in cached.KINDS.items())
+        print(f"{kinds}\nTo delete what was not used for 30 days: python -m harness cache --prune 30")
+    return 0
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -266,10 +330,11 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """A report directory as CSV, Parquet, LaTeX or JSON lines: a record a case, the missing ones too."""
+    """A report directory as CSV, Parquet, LaTeX, JSON lines or a model card's metadata."""
     from harness.report.export import export
 
-    print(export(arguments.directory, arguments.to, arguments.output), end="")
+    chosen = [list(filter(None, items(names))) for names in (arguments.models, arguments.methods)]
+    print(export(arguments.directory, arguments.to, arguments.output, *chosen), end="")
     return 0
 
 
@@ -289,6 +354,26 @@ def frontier(arguments: argparse.Namespace) -> int:
 
     print(write(arguments.directories, arguments.output or arguments.directories[-1]))
     return 0
+
+
+def history(arguments: argparse.Namespace) -> int:
+    """Each figure over runs; exit status 1 where the last run made one worse, or lost it."""
+    from harness.core.files import replace_text
+    from harness.report.history import history, page, render
+    from harness.results.directory import writing
+    from harness.results.runs import keep, read_runs
+
+    places: list[Path] = arguments.directories
+    if arguments.keep:
+        for run in read_runs(places):
+            note(f"kept: {keep(run, arguments.keep)}")
+        places = [*places, arguments.keep]
+    found = history(read_runs(places), arguments.baselines)
+    if arguments.output:
+        with writing(arguments.output, "--output "):
+            replace_text(arguments.output, page(found))
+    print(render(found), end="")
+    return HARM if found.worse else 0
 
 
 def memory(arguments: argparse.Namespace) -> int:
@@ -312,12 +397,15 @@ def memory(arguments: argparse.Namespace) -> int:
 def merge(arguments: argparse.Namespace) -> int:
     """Join the report directories of shards into the report that one run would have given."""
     from harness import judge
+    from harness.report.account import tally
     from harness.run.merge import merge
 
     merged = merge(arguments.directories, arguments.out)
-    missing = [row for row in merged.rows if row.value is None]
-    harm = [row for row in merged.rows if judge.fails(row, require_baselines=False, allow_missing=True)]
-    print(f"{len(merged.rows):,} planned, {len(merged.rows) - len(missing):,} ran, {len(missing):,} missing")
+    missing = [row for row in merged.rows if row.missing]
+    changed = arguments.allow_changed_input or "allow_changed_input" in merged.allowed
+    allowed = {"allow_missing": True, "allow_changed_input": changed}
+    harm = [row for row in merged.rows if judge.fails(row, require_baselines=False, **allowed)]
+    print(", ".join(f"{count:,} {name}" for name, count in tally(merged.rows).items()))
     if merged.absent:
         print(f"shards that never came: {', '.join(map(str, merged.absent))}")
     reasons = Counter(row.reason for row in missing)
@@ -326,7 +414,21 @@ def merge(arguments: argparse.Namespace) -> int:
     if len(reasons) > REASONS:
         print(f"… and {len(reasons) - REASONS:,} more reasons, in the report")
     print(f"report: {merged.report}")
-    return HARM if harm else UNDECIDED if missing else 0
+    complete = not missing or arguments.allow_missing or (not merged.absent and "allow_missing" in merged.allowed)
+    return HARM if harm else 0 if complete else UNDECIDED
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """What a session with these options would measure, take and need; exit status 1 where something does not fit."""
+    from harness.plugin.preview import selected
+    from harness.run import forecast
+
+    cases, options = selected(arguments.options, CASES)
+    expected, fetched = forecast.forecast(cases, options), forecast.downloads(cases, options)
+    print("\n".join(forecast.in_short(cases, options, expected, fetched)), flush=True)  # the rest takes seconds
+    lines, fits = forecast.in_full(forecast.needs(cases, options, expected.seconds), fetched)
+    print("\n".join(["", *lines]))
+    return 0 if fits else HARM
 
 
 def published(arguments: argparse.Namespace) -> int:
@@ -396,7 +498,7 @@ def report(arguments: argparse.Namespace) -> int:
     from harness.report import excerpt, rewrite
 
     if arguments.models:
-        print(excerpt(arguments.directory, arguments.models.split(",")))
+        print(excerpt(arguments.directory, items(arguments.models)))
     else:
         print(rewrite(arguments.directory).read_text(encoding="utf-8"))
     return 0

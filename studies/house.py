@@ -32,7 +32,7 @@ from typing import Any
 import harness
 
 HOME = str(Path(harness.__file__).parent) + os.sep
-LIMIT = 23  # files that a reader should have to open: 18 as far as the row, the others are the two reports
+LIMIT = 20  # files that a reader should have to open: 14 as far as the verdict, the others are the two reports
 TEXT = {"datasets": "synthetic", "protocols": "chunk:256", "max_tokens": "1024", "device": "cpu"}
 CASES: Mapping[str, Mapping[str, Any]] = {  # each beside its reference, in one model under one method
     "perplexity": {"metrics": "perplexity.delta", **TEXT},
@@ -120,7 +120,7 @@ def in_this_process() -> Iterator[None]:
     from harness.results.directory import IDENTITIES
     from harness.run import group, session
     from harness.run.local import Process, Runner
-    from harness.run.messages import Job, Reply
+    from harness.run.messages import UNFIT, Job, Reply
 
     class Silent:
         """A pipe to nobody."""
@@ -150,6 +150,7 @@ def in_this_process() -> Iterator[None]:
         def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
             told = group.prepare(self.job(cases[0]), list(cases), Silent())  # type: ignore[arg-type]
             self.identities = told.pop(IDENTITIES)
+            self.unfit = dict(told.pop(UNFIT))
             return told
 
         def _process_for(self, case: Case) -> Process:

@@ -10,6 +10,9 @@ import os
 import pytest
 from hypothesis import settings
 
+for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):  # sessions of these tests are no jobs of a workflow's
+    os.environ.pop(name, None)
+
 settings.register_profile("steady", deadline=None, derandomize="HARNESS_FUZZ" not in os.environ)
 settings.load_profile("steady")
 

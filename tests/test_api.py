@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -23,6 +24,9 @@ from harness import HarnessError, Row, Verdict
 from harness.core.options import SETTINGS, Declared
 from harness.core.specification import Specification
 from harness.inputs.models import checkpoints
+from harness.methods import absmax_int8
+from harness.methods.quantizing import stored
+from harness.methods.quantizing.codes import Recipe
 from harness.metrics.measuring import devices
 from harness.results.directory import ReportDirectory
 from harness.run import live
@@ -398,7 +402,10 @@ def small() -> nn.Module:
         (lambda: harness.measure(small().to("meta"), object()), "the modules lie on meta"),
         (lambda: harness.measure(small(), object(), metrics="invariant"), "invariants are of named methods"),
         (lambda: harness.measure({"reference": small()}, object(), reference=small()), "give the module another name"),
-        (lambda: harness.measure(small(), object(), datasets="text:nowhere.txt"), "there is no text file"),
+        (
+            lambda: harness.measure(small(), object(), datasets="text:nowhere.txt", metrics="perplexity"),
+            "there is no text file",
+        ),
     ],
 )
 def test_mistakes_with_live_modules_are_one_line(project: Path, call: Any, told: str) -> None:
@@ -422,6 +429,38 @@ def test_tied_and_shared_storage_counts_once() -> None:
     assert [weight.storage for weight in found] == [bare[0] + table.nbytes, *bare[1:]]
     assert not list(live.changed_weights(original, original))
     assert [weight.kind for weight in live.changed_weights(original, original.bfloat16())] == []
+
+
+class Experts(nn.Module):
+    """Experts packed into one parameter each, a bias beside and a router inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = (nn.Parameter(torch.randn(2, 32, 32)) for _ in range(2))
+        self.down_proj_bias = nn.Parameter(torch.zeros(2, 32))
+        self.router = nn.Linear(32, 2)
+
+
+def test_packed_experts_are_weights_of_their_own() -> None:
+    original = nn.ModuleDict({"experts": Experts()})
+    assert not list(live.changed_weights(original, copy.deepcopy(original)))
+    mine = copy.deepcopy(original)
+    del mine["experts"].down_proj
+    mine["experts"].register_buffer("codes", torch.zeros(2, 32, 32, dtype=torch.int8))
+    (found,) = live.changed_weights(original, mine)
+    assert (found.name, found.kind, found.elements, found.storage) == ("experts.down_proj", "Experts", 2048, 2048)
+    assert live.homes(original) == {"experts", "experts.router"}
+
+
+def test_packed_experts_of_ours_are_found_live() -> None:
+    original = nn.ModuleDict({"experts": Experts()})
+    mine = copy.deepcopy(original)
+    stored.apply(mine, Recipe("absmax-int8", absmax_int8.CODES), ["experts.up_proj"])
+    (ours,) = stored.weights(mine)
+    (found,) = live.changed_weights(original, mine)
+    assert replace(found, dequantize=ours.dequantize) == replace(ours, dequantize=ours.dequantize)
+    (again,) = live.changed_weights(mine, mine)  # a module that is its own reference
+    assert (again.name, again.elements) == (ours.name, ours.elements)
 
 
 # the fixture

@@ -40,7 +40,7 @@ LIGHT_ROOMS = {"core", "results", "judge", "report", "plugin", "published", "met
 WORKSHOPS = ("harness.methods.quantizing", "harness.metrics.measuring")
 LIGHT_MODULES = {
     *"harness.run.plan harness.run.session harness.run.local harness.run.shards harness.run.merge".split(),
-    *"harness.__main__ harness.run.prediction harness.run.ray.ray_runner".split(),
+    *"harness.__main__ harness.run.prediction harness.run.forecast harness.run.ray.ray_runner".split(),
     *"harness.run.upgrade.driver harness.run.upgrade.interleaved".split(),
     *"harness.run.rebaseline harness.run.fingerprints".split(),
     *"harness.inputs.models.names harness.inputs.models.folder".split(),

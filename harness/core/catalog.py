@@ -15,7 +15,7 @@ import itertools
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +24,9 @@ from typing import Generic, TypeVar
 from harness.core.contracts import Member, Method, Metric, faults
 from harness.core.errors import HarnessError, UnknownName
 from harness.core.files import sha256_file
-from harness.core.options import Declared
+from harness.core.options import Declared, positive
 from harness.core.records import Case
+from harness.core.specification import Specification, parse
 from harness.core.values import digest
 
 GROUPS = ("harness.methods", "harness.metrics")
@@ -168,7 +169,41 @@ def member(name: str) -> Member | None:
     family = name.partition(".")[0]
     own = {info.name for info in pkgutil.iter_modules([str(Path(__file__).parents[1] / "metrics")])}
     asked = [importlib.import_module(f"harness.metrics.{family}").METRIC] if family in own else metrics().values()
-    return {one.name: one for metric in asked for one in metric.members}.get(name)
+    base, _, arguments = name.partition(":")
+    found = {one.name: one for metric in asked for one in metric.members}.get(base)
+    return replace(found, name=name) if found and arguments else found
+
+
+def members_given(text: str) -> list[Member]:
+    """The members that a name with arguments means, each named with those of them that it takes.
+
+    Of a family, 'latency:prompt=512:generate=128:batch=4': its core members, and others that alone take one of the
+    arguments. A value that is a member's own default is left out of its name.
+
+    Raises:
+        UnknownName: a family, member or argument that is not there.
+        BadSpecification: a value that is no whole number above zero.
+    """
+    asked = parse(text)
+    families = metrics()
+    every = {one.name: one for metric in families.values() for one in metric.members}
+    if asked.name not in families and asked.name not in every:
+        raise UnknownName("metric", asked.name, {*families, *every})
+    listed = families[asked.name].members if asked.name in families else (every[asked.name],)
+    given = {key: positive(value) for key, value in asked.arguments}
+    for key in (*asked.words, *given):
+        if not any(key in one.arguments for one in listed) or key in asked.words:
+            raise UnknownName(f"argument of {asked.name}", key, {f"{key}=N" for one in listed for key in one.arguments})
+    main = [one for one in listed if (one.core or len(listed) == 1) and given.keys() & one.arguments.keys()]
+    taken = {key for one in main for key in one.arguments}
+    return [
+        replace(
+            one, name=str(Specification(one.name, (), tuple(sorted((key, str(value)) for key, value in own.items()))))
+        )
+        for one in listed
+        if one in main or given.keys() & one.arguments.keys() - taken
+        for own in [{key: value for key, value in given.items() if one.arguments.get(key, value) != value}]
+    ]
 
 
 def member_of(case: Case) -> Member:
@@ -182,5 +217,5 @@ def member_of(case: Case) -> Member:
 def code_version() -> str:
     """sha256 over the source of the harness and of packages that bring methods or metrics: a change measures anew."""
     home = Path(__file__).parents[1]
-    own = {str(path.relative_to(home)): path.read_text() for path in sorted(home.rglob("*.py"))}
+    own = {str(path.relative_to(home)): path.read_text(encoding="utf-8") for path in sorted(home.rglob("*.py"))}
     return digest([own, installed_sources()])

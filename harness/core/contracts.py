@@ -45,9 +45,9 @@ class Parameter:
 class Scope:
     """Which weights a method of ours quantizes.
 
-    part: 'linear' every decoder projection (lm_head left alone), 'attention' or 'mlp' half of them, 'all' every
-    weight, embeddings, head and norms too. `layers` is an inclusive range of decoder layers, `names` a glob over
-    module names; both narrow the part.
+    part: 'linear' every matrix of the decoder's layers (packed experts and routers too, but no lm_head), 'attention'
+    or 'mlp' half of them, 'all' every weight, embeddings, head and norms too. `layers` is an inclusive range of decoder
+    layers, `names` a glob over the names of modules and of packed parameters; both narrow the part.
     """
 
     part: str = "linear"
@@ -83,7 +83,7 @@ class Checkpoint:
 class QuantizedWeight:
     """One quantized weight as it lies in a model, for the census and the error figures."""
 
-    name: str  # of the module
+    name: str  # of the module; of another parameter than its `weight` (packed experts) that parameter's
     kind: str  # class of the module it replaced: Linear, Conv1D, Embedding, ...
     elements: int  # of the weight it replaced
     storage: int  # bytes of codes, scales, zero points, code tables
@@ -138,6 +138,7 @@ class Member:
     needs_whole_text: bool = False  # not planned with --stop-early, but for the reference
     needs_file: bool = False  # planned for methods with `file_bytes` alone
     core: bool = True  # planned when the family is named; False: only when the member itself is, or 'all'
+    arguments: Mapping[str, int] = field(default_factory=dict)  # that may stand behind its name, with their defaults
 
 
 @dataclass(frozen=True)

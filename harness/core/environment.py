@@ -207,9 +207,10 @@ def checkout(folder: Path) -> dict[str, Any]:
 def _git(folder: Path, *arguments: str) -> str:
     """A git command's output, '' where git or the checkout is absent; never takes the index's lock."""
     quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=GIT_SECONDS, env=quiet
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=GIT_SECONDS, env=quiet
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""  # no git here: the checkout is unknown, which is what '' says

@@ -58,6 +58,10 @@ class TextTooShort(HarnessError):
     """A text of which a protocol can score no token."""
 
 
+class LeftOut(HarnessError):
+    """A figure that this text or model can have none of: its row is left out with the reason, and nothing fails."""
+
+
 class IncompleteQuantization(HarnessError):
     """A method that quantized fewer (or other) modules than it was asked to."""
 

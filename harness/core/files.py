@@ -24,6 +24,8 @@ NAME = "llm-quantization-harness"
 SOON = 0.001  # seconds until a lock that is held is asked for again, doubled each time up to LATE
 LATE = 0.2
 PATIENCE_SECONDS = 5.0  # before somebody who waits for a lock says so
+EVERYBODY = 0o666  # of a lock's file, which holds nothing
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def cache_dir() -> Path:
@@ -32,13 +34,30 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else user_cache_path(NAME)
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the cache, made where it is not there; HarnessError, which names the fix, where it cannot be."""
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = "make room, or set HARNESS_CACHE to a folder with more"
+        raise HarnessError(f"{folder} cannot be made in the cache ({error.strerror}): {fix}") from error
+    return folder
+
+
 def timing_lock() -> Path:
-    """What whoever times something on this machine holds, one at a time; beside a read-only cache, of this user."""
+    """What whoever times something on this machine holds, one at a time.
+
+    It lies in the cache; where that cannot be written, the lock is of this user alone.
+    """
     home = cache_dir()
-    read_only = home.is_dir() and not os.access(home, os.W_OK)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        writable = os.access(home, os.W_OK)
+    except OSError:
+        writable = False
     user = getattr(os, "getuid", int)()
-    own = Path(tempfile.gettempdir()) / f"{NAME}-{user}.lock"
-    return own if read_only else home / "timing.lock"
+    return (home / "timing.lock") if writable else Path(tempfile.gettempdir()) / f"{NAME}-{user}.lock"
 
 
 def read_plain(path: Path) -> bytes:
@@ -125,13 +144,36 @@ def kernel_locks() -> ModuleType:
     return fcntl
 
 
+def open_lock(path: Path) -> IO[str]:
+    """The file of a lock, open: made for everybody who can enter its folder, whatever the umask.
+
+    Of another user's that is closed to writing reading will do, the kernel locks it just as well. It is made only where
+    there is none: in a folder like /tmp the system refuses to "make" a stranger's file that is there.
+    """
+
+    def opened(name: str, flags: int) -> int:
+        try:
+            return os.open(name, os.O_RDWR)
+        except FileNotFoundError:
+            handle = os.open(name, os.O_RDWR | os.O_CREAT, EVERYBODY)
+            with contextlib.suppress(PermissionError):  # another user has made it meanwhile
+                os.fchmod(handle, EVERYBODY)
+            return handle
+        except OSError as error:
+            if error.errno not in CLOSED:
+                raise
+            return os.open(name, os.O_RDONLY)
+
+    return open(path, encoding="utf-8", opener=opened)
+
+
 def owned(path: Path) -> IO[str] | None:
     """The open file that holds a lock for as long as it stays open, None where another process holds it.
 
     The kernel drops the lock when its holder dies, and no program that the holder starts inherits it.
     """
     locks = kernel_locks()
-    file = path.open("a+", encoding="utf-8")
+    file = open_lock(path)
     try:
         locks.flock(file, locks.LOCK_EX | locks.LOCK_NB)
     except BlockingIOError:
@@ -150,7 +192,7 @@ def locked(path: Path, *, shared: bool = False, say: Callable[[str], None] = lam
     """
     locks = kernel_locks()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file, path.with_name(path.name + ".turnstile").open("a") as turnstile:
+    with open_lock(path) as file, open_lock(path.with_name(path.name + ".turnstile")) as turnstile:
         _take(turnstile, locks.LOCK_EX, say)
         try:
             _take(file, locks.LOCK_SH if shared else locks.LOCK_EX, say)

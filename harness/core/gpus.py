@@ -111,7 +111,9 @@ def _asked(visible: str | None, library: str) -> Answer:
     world["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-S", "-P", "-c", "from harness.core import gpus; gpus.tell()", library]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=world, timeout=ANSWER_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", env=world, timeout=ANSWER_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return Answer(broken=f"the CUDA driver does not answer within {ANSWER_SECONDS} s: see nvidia-smi")
     if done.returncode:

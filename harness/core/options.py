@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.errors import BadFile, BadSpecification, HarnessError, UnknownName
-from harness.core.specification import Specification, parse, parse_list, parse_models
+from harness.core.specification import Specification, parse, parse_list, parse_models, parse_reference
 
 DEVICES = ("auto", "cpu", "cuda")
 ENGINES = ("local", "ray")
@@ -128,7 +128,11 @@ class Options:
         "smollm2-135m",
     )
     methods: tuple[Specification, ...] = option(
-        (), "quantization methods, or all-installed", parse_list, "SPEC,...", "the core list"
+        (),
+        "quantization methods, or all-installed",
+        parse_list,
+        "SPEC,...",
+        "the core list; fp32 beside a reference that is another model",
     )
     metrics: tuple[str, ...] = option(
         ("perplexity", "memory", "latency"),
@@ -144,7 +148,11 @@ class Options:
         (Specification("chunk", ("512",)),), "perplexity protocols", parse_list, "SPEC,...", "chunk:512"
     )
     reference: Specification = option(
-        Specification("fp32"), "the unquantized method that others are compared with", parse, "SPEC", "fp32"
+        Specification("fp32"),
+        "what others are compared with: the unquantized method, or another model (path:BASE, bf16=path:BASE)",
+        parse_reference,
+        "SPEC",
+        "fp32",
     )
     device: str = option("auto", "auto (what is visible), cpu or cuda", device_name, "NAME", "auto")
     max_tokens: int | None = option(None, "read at most this many tokens of a text", positive, "N", "the whole text")

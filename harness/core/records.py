@@ -107,7 +107,7 @@ class Figure:
 class Row:
     """One line of measurements.jsonl: a case, what was measured, and what was decided.
 
-    `value` is None exactly for `missing` rows, and then `reason` says why.
+    `value` is None for `missing` rows, and for those that are left out: `reason` says why.
     """
 
     model: str
@@ -146,6 +146,22 @@ class Row:
     def case(self) -> Case:
         """The case this row answers."""
         return Case(self.model, self.method, self.dataset, self.protocol, self.metric, self.device, self.reference)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the text or the model can have no such figure: not measured, and nobody's failure."""
+        return self.value is None and self.verdict is Verdict.NOT_COMPARABLE
+
+    @property
+    def missing(self) -> bool:
+        """Whether a figure that could be had is not there."""
+        return self.value is None and not self.left_out
+
+    @property
+    def run_as(self) -> str:
+        """The protocol as it was run, where the model reads too little at once for the one asked for; else ''."""
+        used = str(self.detail.get("protocol", ""))
+        return "" if used == self.protocol else used
 
     @property
     def stopped_early(self) -> bool:

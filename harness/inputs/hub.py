@@ -3,9 +3,9 @@
 Where the Hub does not answer, a copy in its cache serves.
 
 - A model is ORG/NAME[@REVISION]: which commit that is, and whether its files will do, is found out before they come.
-- A text is ORG/NAME[/CONFIG[/SPLIT]][@REVISION], the split `test` unless named: rows of one text column, through
-  `datasets`. A revision that is a commit (40 hex digits) identifies it; of any other the content's sha256 does, since
-  branches move.
+- A text is ORG/NAME[/CONFIG[/SPLIT]][@REVISION][:column=NAME], the split `test` unless named: rows of one text
+  column, through `datasets`. A revision that is a commit (40 hex digits) identifies it; of any other the content's
+  sha256 does, since branches move.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import re
+import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness.core import progress
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, reading
 from harness.core.files import replace_text
-from harness.inputs.models import folder
+from harness.core.specification import COLUMN, with_column
+from harness.inputs.models import adapters, folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TIMEOUT_SECONDS = 5.0  # to find out whether the Hub answers at all
+TRANSFER = "Downloading bytes"  # what the client calls the bytes that came over the network
 
 
 def transport(error: BaseException) -> bool:
@@ -150,6 +156,7 @@ def find_model(argument: str, *, allow_pickle: bool, trust_remote_code: bool) ->
             raise MissingAsset(f"{model} is not cached and {answer}: {fix}, or name a local copy as path:DIR")
         try:
             folder.check_folder(directory, model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+            adapters.beside(directory, model, allow_pickle=allow_pickle)
             return Snapshot(repository, directory.name, directory)
         except HarnessError:
             if answer:  # nobody to ask for the rest
@@ -162,7 +169,64 @@ def find_model(argument: str, *, allow_pickle: bool, trust_remote_code: bool) ->
         config = Path(hf_hub_download(repository, "config.json", revision=answer.commit))
     folder.check_config(config, model, trust_remote_code=trust_remote_code)
     kept = {name for name in answer.names if name.endswith(suffixes) and not name.endswith(".index.json")}
+    beside = adapters.WEIGHTS if adapters.SETTINGS in answer.names else ()
+    kept |= {name for name in beside if name in answer.names and (allow_pickle or not name.endswith(".bin"))}
     return replace(answer, names=tuple(sorted(kept.union(weights))))
+
+
+def to_fetch(snapshot: Snapshot) -> int | None:
+    """Bytes of a snapshot's files that are not in the cache yet, as the Hub lists them; None where it does not say."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    repository, commit = snapshot.repository, snapshot.commit
+    if snapshot.directory is not None:
+        return 0
+    names = [
+        name
+        for name in snapshot.names
+        if not isinstance(try_to_load_from_cache(repository, name, revision=commit), str)
+    ]
+    try:
+        listed = HfApi().get_paths_info(repository, names, revision=commit)
+    except Exception as error:
+        unanswered(error, f"model '{repository}' at revision '{commit}'")
+        return None
+    return sum(getattr(file, "size", 0) for file in listed)
+
+
+def has_text(repository: str) -> bool:
+    """Whether the cache of the Hub's client holds anything of a dataset's repository."""
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}").is_dir()
+
+
+def free_space() -> int:
+    """Bytes free where the cache of the Hub's client lies, or will."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HUB_CACHE).absolute()
+    there = next(folder for folder in (home, *home.parents) if folder.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def told(repository: str) -> type[Any]:
+    """A progress bar for the Hub's client that draws nothing: it notes how many bytes of a repository have come."""
+    from tqdm.std import tqdm
+
+    class Fetched(tqdm):  # type: ignore[misc]
+        """Counts as its base does; of the bars of bytes not the one whose total is made up as they come."""
+
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "file": io.StringIO(), "disable": False})
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            """Tell instead."""
+            if self.unit == "B" and not self.desc.startswith(TRANSFER) and self.total and self.n:
+                progress.note(f"fetching {repository}", int(self.n), int(self.total), "B")
+
+    Fetched.set_lock(threading.RLock())  # its own would start a process
+    return Fetched
 
 
 def download_model(snapshot: Snapshot) -> Path:
@@ -174,7 +238,8 @@ def download_model(snapshot: Snapshot) -> Path:
     broke = f"the download of '{snapshot.repository}' broke off"
     wanted = list(snapshot.names)
     with fetching(f"model '{snapshot.repository}'", broke, "run again, it resumes"):
-        directory = Path(snapshot_download(snapshot.repository, revision=snapshot.commit, allow_patterns=wanted))
+        chosen: Any = {"revision": snapshot.commit, "allow_patterns": wanted, "tqdm_class": told(snapshot.repository)}
+        directory = Path(snapshot_download(snapshot.repository, **chosen))
     # the client gives the folder that it has where the Hub goes silent before it has listed the files
     lost = [name for name in snapshot.names if not (directory / name).is_file()]
     if lost:
@@ -185,6 +250,7 @@ def download_model(snapshot: Snapshot) -> Path:
     return directory
 
 
+STRINGS = ("string", "large_string")  # dtypes of a column of text
 TEXT_GRAMMAR = re.compile(
     r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+)(?:/(?P<split>[\w.-]+))?)?(?:@(?P<revision>[^\s@]+))?"
 )
@@ -198,6 +264,7 @@ class HubText:
     config: str | None
     split: str
     revision: str | None
+    column: str = ""
 
     @property
     def commit(self) -> str:
@@ -207,10 +274,18 @@ class HubText:
 
 def parse_text(argument: str) -> HubText:
     """Read the grammar; BadSpecification shows it."""
-    match = TEXT_GRAMMAR.fullmatch(argument)
+    named, column = with_column(argument)
+    match = TEXT_GRAMMAR.fullmatch(named)
     if not match:
-        raise BadSpecification(f"'hub:{argument}' does not read as hub:ORG/NAME[/CONFIG[/SPLIT]][@REVISION]")
-    return HubText(match["repository"], match["config"], match["split"] or "test", match["revision"])
+        grammar = "hub:ORG/NAME[/CONFIG[/SPLIT]][@REVISION][:column=NAME]"
+        raise BadSpecification(f"'hub:{argument}' does not read as {grammar}")
+    return HubText(match["repository"], match["config"], match["split"] or "test", match["revision"], column)
+
+
+def name_of(argument: str) -> str:
+    """What a protocol id calls a dataset: all but its revision, which stands there by itself."""
+    named, column = with_column(argument)
+    return f"hub:{named.partition('@')[0]}{COLUMN + column if column else ''}"
 
 
 def unreachable(text: HubText) -> str:
@@ -269,14 +344,17 @@ def check_text(argument: str) -> None:
 
 
 def read_text(argument: str) -> tuple[tuple[str, ...], str, str]:
-    """(rows, revision, split): the rows of the column `text`, or of the only column of strings."""
+    """(rows, revision, split): the rows of the column named, else of `text`, else of the only column of strings."""
     text = parse_text(argument)
     table = load_text(text)
-    columns = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") == "string"]
-    if "text" not in columns and len(columns) != 1:
-        names = ", ".join(columns) or "none"
-        raise BadFile(f"'hub:{argument}' has no column 'text' and not just one column of strings: {names}")
-    rows = tuple(str(row or "") for row in table["text" if "text" in columns else columns[0]])
+    columns = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") in STRINGS]
+    usual = "text" if "text" in columns or len(columns) != 1 else columns[0]
+    if (wanted := text.column or usual) not in columns:
+        there, plain = ", ".join(columns) or "none", with_column(argument)[0]
+        fix = f"; name one as hub:{plain}{COLUMN}{columns[0]}" if columns else ""
+        alone = "" if text.column else " and not just one column of strings"
+        raise BadFile(f"'hub:{plain}' has no column '{wanted}'{alone}: {there}{fix}")
+    rows = tuple(str(row or "") for row in table[wanted])
     if not any(row.strip() for row in rows):
         raise BadFile(f"'hub:{argument}' holds no text")
     content = hashlib.sha256("\0".join(rows).encode()).hexdigest()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 import re
@@ -50,13 +51,14 @@ from harness.core.files import owned, replace_text
 from harness.core.identity import identity_digest
 from harness.core.records import Case, Row, Verdict
 from harness.core.schema import ALTERED, SCHEMA, Table, fit, read_yaml
-from harness.core.specification import parse
+from harness.core.specification import parse_method
 from harness.core.text import plural
 from harness.core.values import CHECK, checksum, decode_number, digest, sealed
 from harness.judge import bounds
 from harness.results import losses
 
 FIX = "restore it from version control, or delete it and record again with --regen-all"
+DERIVED = "matrices"  # of a census: told by the weights that it lists and the model's architecture
 IDENTITIES = "identities.yaml"  # of a model's folder
 IDENTIFY = "python -m harness rebaseline --identify"
 CHANGED = frozenset({Verdict.INPUT_CHANGED, Verdict.WORSE, Verdict.BETTER, Verdict.NOT_COMPARABLE, Verdict.UNRECORDED})
@@ -64,6 +66,7 @@ DIGITS = 10  # a float32 loss has 7, a clock of nanoseconds 9
 # of a row's detail, what a later judgement reads: losses of the reference, and how a timing was compared
 KEPT = (
     "reference_nll", "log_ratio", "log_ratio_low", "log_ratio_high", "aa_floor", "crowded", "reference_p50", "tokens",
+    "reference_identity",
 )  # fmt: skip
 OUT_OF_BOUND = "out_of_bound"  # of an entry's detail: recorded all the same, and it fails against its bound still
 PLACE = ("file", "carries", "difference")  # where it was found, never in the file
@@ -187,6 +190,12 @@ def token_limit(protocol_id: str) -> str:
     return match[1] if match else "all"
 
 
+def reading_of(protocol_id: str) -> str:
+    """What a protocol id says of windows, of what they score and of the average: alike under any name of them."""
+    match = re.search(r"; (windows: .*); normaliser: ", protocol_id)
+    return match[1] if match else ""
+
+
 class Baselines:
     """The recorded figures of a folder, each file read once a change."""
 
@@ -194,7 +203,16 @@ class Baselines:
         self.folder = folder
         self._kept: dict[tuple[Path, int, int], Any] = {}
 
-    def find(self, case: Case, environment: Environment, limit: str | None = None) -> Recorded | None:
+    def serving(self, row: Row, environment: Environment) -> Recorded | None:
+        """The record that serves a row: `find`, or one of the same windows under another name of their protocol.
+
+        A model that reads 256 tokens at once does the same under chunk:256 and chunk:512.
+        """
+        return self.find(row.case, environment, token_limit(row.protocol_id), reading_of(row.protocol_id))
+
+    def find(
+        self, case: Case, environment: Environment, limit: str | None = None, reading: str = ""
+    ) -> Recorded | None:
         """The record that serves a case here: exact facts, else the most specific overlay that holds it.
 
         Where only another class's overlay holds it, that one comes back with `carries` False and the field that
@@ -204,6 +222,7 @@ class Baselines:
             case: whose model, method, metric, dataset, protocol and device a record must equal.
             environment: here.
             limit: of tokens (`token_limit`), which a record of a text must equal too; None takes any.
+            reading: of windows (`reading_of`), which serves under another protocol's name as well.
         """
         document = self.facts(case)
         value = _parts(document).get(("weights", case.device, "bytes", case.metric))
@@ -213,16 +232,17 @@ class Baselines:
             own = told.get("identity") or own
             known: dict[str, Any] = {"recorded": told.get("recorded", ""), "environment": world, "file": file}
             return Recorded(case.metric, case.device, value, "B", identity=own, **known)
-        wanted = (case.metric, case.dataset, case.protocol, case.device)
+        wanted = (case.metric, case.dataset, case.device)
         own = f"@{environment.environment_class.replace(':', '+')}.yaml"
 
         def rank(entry: Recorded) -> tuple[Any, ...]:
-            """What serves best is greatest: carried, same reference, most specific file, this machine, newest."""
+            """What serves best is greatest: carried, same reference and name, most specific file, near, newest."""
             near = entry.environment.device_class == environment.device_class
             same_machine = entry.environment.machine == environment.machine
             same_reference = entry.reference == case.reference
             specific = entry.file.endswith(own)
-            return entry.carries, same_reference, specific, near, same_machine, entry.recorded, entry.file
+            same_name = entry.protocol == case.protocol
+            return entry.carries, same_reference, same_name, specific, near, same_machine, entry.recorded, entry.file
 
         found = []
         for path in overlays(self.folder / stem(case.model), stem(case.method)):
@@ -232,7 +252,8 @@ class Baselines:
             for entry in entries:
                 if limit not in (None, token_limit(entry.protocol_id)):
                     continue
-                if (entry.metric, entry.dataset, entry.protocol, entry.device) == wanted:
+                same = entry.protocol == case.protocol or (reading and reading_of(entry.protocol_id) == reading)
+                if same and (entry.metric, entry.dataset, entry.device) == wanted:
                     what = "" if carries else class_difference(entry.environment, environment) or f"class: {reach}"
                     found.append(replace(entry, file=file, carries=carries, difference=what))
         return max(found, key=rank, default=None)
@@ -263,6 +284,21 @@ class Baselines:
             f"no identity of the model is recorded with {plural(found.total(), 'figure')} of {models}: an edited "
             f"config, tokenizer or code is not seen there; {command} adds it and measures nothing"
         )
+
+    def unpaired(self, cases: Iterable[Case]) -> set[Case]:
+        """The paired losses among the cases for which losses that a record names are not there."""
+        holds = functools.cache(losses.holds)  # several methods name one reference's
+        found = set()
+        for case in cases:
+            if case.family != "perplexity" or not catalog.member_of(case).paired:
+                continue
+            for path in overlays(self.folder / stem(case.model), stem(case.method)):
+                for entry in self._cached(path, read_overlay)[1]:
+                    same = (entry.metric, entry.dataset, entry.device) == (case.metric, case.dataset, case.device)
+                    names = entry.nll, str(entry.detail.get("reference_nll", ""))
+                    if same and not all(holds(path.parent / "nll", sha) for sha in names):
+                        found.add(case)
+        return found
 
     def facts(self, case: Case) -> dict[str, Any]:
         """The file of a case's exact facts; {} where there is none."""
@@ -542,7 +578,7 @@ def _lies_at(path: Path, handle: int) -> bool:
 
 def stem(specification: str) -> str:
     """A specification's file name; a very long one ends in a digest instead, so that two stay two."""
-    name = parse(specification).filename
+    name = parse_method(specification).filename
     return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 33]}~{sha256(name.encode()).hexdigest()[:32]}"
 
 
@@ -564,8 +600,9 @@ def exact_facts(row: Row, member: Member) -> dict[str, Any]:
     token count and hash stand by text, protocol and limit.
     """
     facts: Parts = {}
-    if row.census:
-        facts["weights", row.device, "census"] = rounded(row.census)
+    if row.census:  # what follows from the rest of it is not recorded beside it
+        census = {name: value for name, value in row.census.items() if name != DERIVED}
+        facts["weights", row.device, "census"] = rounded(census)
     if member.exact and row.value is not None:
         facts["weights", row.device, "bytes", row.metric] = int(row.detail.get("predicted", row.value))
     if row.token_hash and "tokens" in row.detail:

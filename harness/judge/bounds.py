@@ -15,7 +15,7 @@ from harness.core.contracts import DEFAULT_DTYPES, DTYPES
 from harness.core.environment import Environment
 from harness.core.records import Case
 from harness.core.schema import SCHEMA, Table, read_toml
-from harness.core.specification import parse
+from harness.core.specification import parse_method
 from harness.core.text import percent
 
 DEFAULTS = Path(__file__).with_name("bounds.toml")
@@ -54,7 +54,7 @@ def compute_of(method: str, device: str, environment: Environment | None = None)
         device: 'cpu' or 'cuda'.
         environment: that it ran in, where it is known.
     """
-    asked = parse(method)
+    asked = parse_method(method)
     given = dict(asked.arguments)
     if asked.name in INT8_ACTIVATIONS:
         return INT8
@@ -76,6 +76,7 @@ class Selected(Table, frozen=True):
     metrics: Patterns = ()
     devices: Patterns = ()  # 'cpu', or a device class: 'cuda:sm_90'
     computes: Patterns = ()  # words of COMPUTES: what runs, however the method is spelled
+    references: Patterns = ()  # absent: of the same model, where it is what is bounded
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
@@ -92,6 +93,7 @@ class Selected(Table, frozen=True):
             (self.metrics, (case.metric,)),
             (self.devices, (case.device, run.device_class)),
             (self.computes, (run.compute,)),
+            (self.references, (case.reference,)),
         )
         return all(
             any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
@@ -170,8 +172,13 @@ class Bounds(Table, frozen=True):
                     raise ValueError(f"{table} {number}: no place for '{rule.kind}' (known: {', '.join(kinds)})")
 
     def against_reference(self, case: Case, run: Ran | None = None) -> Rule | None:
-        """The tolerable loss against the reference; None where nothing is promised."""
-        return _last(self.reference, case, run)
+        """The tolerable loss against the reference; None where nothing is promised.
+
+        Against another model's only a rule that names references speaks: the others are of what a method loses.
+        """
+        other = parse_method(case.reference).model
+        rules = tuple(rule for rule in self.reference if rule.references) if other else self.reference
+        return _last(rules, case, run)
 
     def allowance(self, case: Case, run: Ran | None = None) -> float:
         """The ratio to the recorded value up to which a figure is not worse; 1.0 where no rule speaks."""

@@ -2,12 +2,13 @@
 
 Bytes and a census are facts of a model under a method on a device, so that every case of those meets a change of them.
 The first of them, in plan order, is `worse` and names what changed; the others keep what their own figure says and
-point to it. Who is first follows from the plan, so that pytest-xdist's workers agree without a word.
+point to it. Who is first follows from the plan, so that workers and shards agree without a word; what they cannot know
+of each other (the first one has no figure, bytes that only some cases meet) is settled where their rows come together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from harness.core.records import Case, Row, Verdict, quoted
 from harness.judge.verdicts import LABEL_WIDTH, SELECTABLE, command
 
 CHANGED = "exact_facts"  # of a row's detail: the changed lines, where they were recorded, and the case that fails
-OWN = frozenset({Verdict.WORSE, Verdict.BETTER})  # of a figure that is itself among the changed facts
+OWN = "own"  # in there, of the row that fails: what its figure says by itself
+MOVED = frozenset({Verdict.WORSE, Verdict.BETTER})  # of a figure that is itself among the changed facts
 
 
 def hold(row: Row, lines: Sequence[str], where: str, first: Case) -> Row:
@@ -33,25 +35,26 @@ def hold(row: Row, lines: Sequence[str], where: str, first: Case) -> Row:
         return replace(row, detail=told) if CHANGED in row.detail else row
     told[CHANGED] = {"lines": list(lines), "recorded": where, "first": first.id}
     row = replace(row, detail=told)
-    if row.case == first:
-        return _worse(row)
-    mine = any(line.startswith(f"{row.metric} on ") for line in lines) and row.verdict_baseline in OWN
-    if mine:  # what it says of the record is what the first one fails for
-        row = replace(row, verdict=row.verdict_reference or Verdict.UNRECORDED, verdict_baseline=None)
-    return replace(row, reason="; ".join(filter(None, (row.reason, _see(first.id)))))
+    return _worse(row) if row.case == first else _pointing(row)
 
 
-def settle(rows: Sequence[Row]) -> list[Row]:
-    """A finished session's rows, in plan order: where the case that should have failed has no figure, the next does."""
+def settle(rows: Sequence[Row], elsewhere: Collection[Case] = ()) -> list[Row]:
+    """Rows that came together, in plan order, so that one of a group fails.
+
+    Where the case that should have failed has no figure, the next does; of several that fail, the first does.
+
+    Args:
+        rows: judged, one a case.
+        elsewhere: cases that other shards measure: what fails there fails for these rows too.
+    """
+    others = {case.id for case in elsewhere}
     failing = {row.case.group: row.case.id for row in reversed(rows) if first_of(row) == row.case.id}
     settled = []
     for row in rows:
         first = first_of(row)
-        if first not in ("", row.case.id) and first != (now := failing.setdefault(row.case.group, row.case.id)):
-            told = {**row.detail, CHANGED: {**row.detail[CHANGED], "first": now}}
-            reason = row.reason.removesuffix(_see(first)).removesuffix("; ")
-            row = replace(row, detail=told, reason="; ".join(filter(None, (reason, _see(now)))))
-            row = _worse(replace(row, reason=reason)) if now == row.case.id else row
+        if first and first not in others:
+            now = failing.setdefault(row.case.group, row.case.id)
+            row = row if first == now else _handed_over(row, now)
         settled.append(row)
     return settled
 
@@ -80,12 +83,37 @@ def message(row: Row) -> str:
     return "\n".join([f"{row.verdict}: {case.id}: exact facts changed", *shown])
 
 
+def _handed_over(row: Row, now: str) -> Row:
+    """A row for whose facts another case fails than it said."""
+    told, first = row.detail[CHANGED], first_of(row)
+    if first == row.case.id:
+        if OWN not in told:  # of a report of before it was noted: nobody knows what the figure says by itself
+            return row
+        verdict, baseline, reason = told[OWN]
+        row = replace(row, verdict=Verdict(verdict), verdict_baseline=baseline and Verdict(baseline), reason=reason)
+    else:
+        row = replace(row, reason=row.reason.removesuffix(_see(first)).removesuffix("; "))
+    kept = {name: value for name, value in told.items() if name != OWN}
+    row = replace(row, detail={**row.detail, CHANGED: {**kept, "first": now}})
+    return _worse(row) if now == row.case.id else _pointing(row)
+
+
+def _pointing(row: Row) -> Row:
+    """The row with what its own figure says, and a word on the case that fails for its facts."""
+    lines, first = row.detail[CHANGED]["lines"], first_of(row)
+    if any(line.startswith(f"{row.metric} on ") for line in lines) and row.verdict_baseline in MOVED:
+        # what it says of the record is what the first one fails for
+        row = replace(row, verdict=row.verdict_reference or Verdict.UNRECORDED, verdict_baseline=None)
+    return replace(row, reason="; ".join(filter(None, (row.reason, _see(first)))))
+
+
 def _worse(row: Row) -> Row:
-    told = row.detail[CHANGED]
+    told = {**row.detail[CHANGED], OWN: [row.verdict, row.verdict_baseline, row.reason]}
     text = f"exact facts differ from the record: {'; '.join(told['lines'])} ({told['recorded']})"
     verdict = min((Verdict.WORSE, row.verdict), key=lambda word: word.severity)
     reason = "; ".join(filter(None, (text, row.reason)))
-    return replace(row, verdict=verdict, verdict_baseline=Verdict.WORSE, reason=reason)
+    detail = {**row.detail, CHANGED: told}
+    return replace(row, verdict=verdict, verdict_baseline=Verdict.WORSE, reason=reason, detail=detail)
 
 
 def _see(first: str) -> str:

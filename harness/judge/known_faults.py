@@ -1,6 +1,6 @@
 """Known faults of libraries, as data: where one applies, what it looks like, and what that makes of an invariant's row.
 
-`known_faults.toml` of the baselines folder holds one [[fault]] each:
+The package's `known_faults.toml`, and that of a baselines folder beside it, hold one [[fault]] each:
 
     id = "name"                       reference = "address or file where it is told"
     invariant = ["state_dict"]        patterns of the invariant's name
@@ -34,6 +34,7 @@ from harness.core.schema import Table, read_toml
 from harness.core.values import decode_number
 
 NAME = "known_faults.toml"
+SHIPPED = Path(__file__).with_name(NAME)
 Text = Annotated[str, Meta(min_length=1)]
 Patterns = Annotated[tuple[str, ...], Meta(min_length=1)]
 
@@ -109,12 +110,14 @@ class Faults(Table, frozen=True):
 
 
 def load(folder: Path) -> tuple[Fault, ...]:
-    """The faults of a baselines folder, () where it lists none.
+    """The faults that a baselines folder lists, then those of the package whose ids it does not take.
 
     BadFile, one line with the file and the entry: no TOML, an unknown key, a missing one, a newer schema.
     """
     path = folder / NAME
-    return read_toml(path, Faults).fault if path.is_file() else ()
+    own = read_toml(path, Faults).fault if path.is_file() else ()
+    taken = {fault.id for fault in own}
+    return own + tuple(fault for fault in read_toml(SHIPPED, Faults).fault if fault.id not in taken)
 
 
 def judge(row: Row, faults: Iterable[Fault], environment: Environment) -> Row:

@@ -23,7 +23,8 @@ wrong by chance.
 One model's losses on one text are one test, however many figures are made of them. A perplexity in all its forms asks
 whether they moved. A paired loss asks whether they moved against the reference's; it is called only where, at the same
 level, the losses moved or the reference's did, and the reference's losses are among the tests counted. So where nothing
-changed it adds no alarm to those of the two.
+changed it adds no alarm to those of the two. Where the recorded losses of either are not there, nobody can ask that: it
+is called by its value alone, and is one test more.
 
 A time's p value is the normal limit of the interval that was combined from both sessions. `tests/judge` holds all to
 SciPy.
@@ -34,7 +35,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ EDITED = 1e-6  # nats a token: a record keeps ten digits, and a sum in another o
 NORMAL = NormalDist()
 MOVED = frozenset({Verdict.WORSE, Verdict.BETTER})
 # a file's text is named by the revision, a sha256 of its content: where it lies is provenance, no protocol
-FILE_NAME = re.compile(r"^text: (?:text|package):[^;]*?, revision ")
+FILE_NAME = re.compile(r"^text: (?:text|text-raw|package):[^;]*?, revision ")
 LENGTHS = ("prompt_tokens", "new_tokens")  # of a timing's detail; a record keeps none
 SUM_DIGITS = 1e-8  # a record keeps ten digits; a sum in another order moves the last of a double's sixteen
 RATIOS = ("perplexity", "memory", "latency")  # families whose figures are set against each other as B / A
@@ -196,10 +197,17 @@ def obstacle(question: Question) -> Obstacle | None:
 
 
 def changed_model(question: Question) -> list[str]:
-    """What a model's identity was and is, fact by fact; of figures without one, the revision of its weights.
+    """What a model's identity was and is, fact by fact; of figures without one, the revision of its weights. Then the
+    same of another model that is the reference.
 
     Between two reports another revision is what was asked about.
     """
+    then, now = (str(side.detail.get("reference_identity", "")) for side in (question.before, question.row))
+    lines = _changed_facts(question, then, now) if then and now else []
+    return [*_changed_weights(question), *(f"of the reference, {line}" for line in lines)]
+
+
+def _changed_weights(question: Question) -> list[str]:
     row, before = question.row, question.before
     other = bool(row.revision and before.revision and row.revision != before.revision)
     weights = [f"weights: revision {before.revision[:BRIEF]} -> {row.revision[:BRIEF]}"] if other else []
@@ -207,12 +215,17 @@ def changed_model(question: Question) -> list[str]:
         return weights if isinstance(before, Recorded) else []
     if row.identity == before.identity or (other and isinstance(before, Row)):
         return []
-    then, now = question.identities(before.identity), question.identities(row.identity)
-    lines = changed_facts(then, now) if then and now else []
-    if then and now and not lines:  # only which values are defaults differs, as from one transformers to the next
-        return []
+    return _changed_facts(question, before.identity, row.identity, weights)
+
+
+def _changed_facts(question: Question, then: str, now: str, weights: Sequence[str] = ()) -> list[str]:
+    """How two identities differ, fact by fact; by `weights` or their digests where nobody knows the facts."""
+    before, after = question.identities(then), question.identities(now)
+    lines = changed_facts(before, after) if before and after else []
+    if then == now or (before and after and not lines):  # only which values are defaults differs, as from one
+        return []  # transformers to the next
     more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
-    return [*lines[:NAMED], *more] or weights or [f"identity: {before.identity[:BRIEF]} -> {row.identity[:BRIEF]}"]
+    return [*lines[:NAMED], *more] or [*weights] or [f"identity: {then[:BRIEF]} -> {now[:BRIEF]}"]
 
 
 def changed_text(question: Question) -> list[str]:
@@ -521,12 +534,18 @@ def tested(case: Case) -> tuple[Case, ...]:
     return (own, own._replace(method=case.reference)) if member_of(case).paired else (own,)
 
 
-def tests(cases: Iterable[Case], bounds: Bounds, *, stop_early: bool) -> int:
+def tests(
+    cases: Iterable[Case],
+    bounds: Bounds,
+    *,
+    stop_early: bool,
+    unpaired: Collection[Case] = (),  # noqa: PT028  this is no test of pytest's
+) -> int:
     """How many statistical tests a session of these cases makes, at least 1.
 
     One model's losses on one text are one, held against their record; a paired loss that is read early is one more
-    against its bound, where it has one. A time is one against its record, and one more where it has a bound against
-    the reference.
+    against its bound, where it has one, and one that has no losses to be paired with (`unpaired`) one more against its
+    record. A time is one against its record, and one more where it has a bound against the reference.
     """
     count, against_records = 0, set[Case]()
     for case in cases:
@@ -536,6 +555,7 @@ def tests(cases: Iterable[Case], bounds: Bounds, *, stop_early: bool) -> int:
             read_early = stop_early and case.metric == "perplexity.delta"
             count += bounded if timed or read_early else 0
             against_records |= set(tested(case))  # a paired loss that is not decided early is read whole, and tested
+            against_records |= {case} if case in unpaired else set()
     return max(1, count + len(against_records))
 
 
@@ -583,7 +603,8 @@ def smallest_time(change: Estimate, limit: float, count: int) -> float:
 def settle(rows: Sequence[Row], count: int) -> list[Row]:
     """Holm's step-down over a finished session's tests against the record.
 
-    Of the figures of one model's losses on one text, the one with the smallest p value stands for them all.
+    Of the figures of one model's losses on one text, the one with the smallest p value stands for them all, but for a
+    paired loss that had no losses to be paired with.
 
     Args:
         rows: judged, one a case.
@@ -595,9 +616,11 @@ def settle(rows: Sequence[Row], count: int) -> list[Row]:
     best: dict[Case, tuple[float, int]] = {}
     for place, row in enumerate(rows):
         change = row.detail.get("change")
-        p = decode_number(change.get("p")) if isinstance(change, dict) and row.value is not None else None
+        change = change if isinstance(change, dict) and row.value is not None else {}
+        p = decode_number(change.get("p"))
         if p is not None:
-            what = tested(row.case)[0]
+            alone = member_of(row.case).paired and "rms" not in change  # by its value, without losses
+            what = row.case if alone else tested(row.case)[0]
             best[what] = min(best.get(what, (math.inf, 0)), (float(p), place))
     adjusted = holm([p for p, _ in best.values()])
     budget = ALPHA * min(1.0, len(best) / max(1, count))

@@ -164,6 +164,8 @@ def _fields(rows: Iterable[Row], known: Mapping[str, Mapping[str, Any]]) -> dict
 def _entry(a: Row, b: Row, question: Question) -> Entry:
     """A case's verdict, and its change where one can be had."""
     blank, known = Entry(a.case, a, b, None, ""), catalog.member(a.metric)
+    if a.left_out and b.left_out:
+        return replace(blank, reason=b.reason)
     if b.value is None and a.value is not None:
         return replace(blank, verdict=Verdict.MISSING, reason=f"missing in B: {b.reason or 'no reason was given'}")
     if a.value is None or b.value is None:

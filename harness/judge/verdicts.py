@@ -18,6 +18,7 @@ from pathlib import Path
 from harness.core.contracts import Member
 from harness.core.environment import Environment, difference
 from harness.core.records import Row, Verdict
+from harness.core.specification import listed, other_model
 from harness.core.stats import Estimate
 from harness.core.text import MIB, percent
 from harness.core.values import decode_number
@@ -61,7 +62,7 @@ def judge(
     """The row with its verdicts, the more severe one's reason first, and the file that served.
 
     Args:
-        row: as measured; `value` None stays `missing`.
+        row: as measured; `value` None stays `missing`, or left out.
         member: what the metric promises.
         bounds: tolerable losses and floors.
         recorded: what `Baselines.find` gave.
@@ -77,7 +78,7 @@ def judge(
         `environment_difference`, line by line.
     """
     if row.value is None:
-        return replace(row, verdict=Verdict.MISSING)
+        return row if row.left_out else replace(row, verdict=Verdict.MISSING)
     run = ran(row.case, row.method_id, environment)
     reference = against_reference(row, member, rule := bounds.against_reference(row.case, run), tests)
     if recorded is not None:
@@ -137,7 +138,9 @@ def fails(row: Row, *, require_baselines: bool, allow_missing: bool, allow_chang
     whole text).
     """
     verdicts = {row.verdict, row.verdict_reference, row.verdict_baseline}
-    if row.value is None or row.verdict is Verdict.MISSING:
+    if row.left_out:
+        return False
+    if row.missing or row.verdict is Verdict.MISSING:
         return not allow_missing
     if Verdict.INPUT_CHANGED in verdicts and not allow_changed_input:
         return True
@@ -333,7 +336,8 @@ def command(row: Row, *flags: str) -> str:
     limit = token_limit(row.protocol_id).removeprefix("first ")
     options = {
         "models": row.model,
-        "methods": row.method,
+        # beside another model's its own is planned
+        "methods": row.method.partition("=")[0] if other_model(row.method) else row.method,
         "metrics": row.metric,
         "datasets": row.dataset,
         "protocols": row.protocol,
@@ -344,7 +348,7 @@ def command(row: Row, *flags: str) -> str:
     if row.case.family == "invariant":  # planned by their mark, on a layer and on the tiny models
         flags = ("-m", "invariant", *flags)
         options = {name: options[name] for name in ("methods", "device", "reference")}
-    given = [word for name, value in options.items() if value for word in (f"--harness-{name}", value)]
+    given = [word for name, value in options.items() if value for word in (f"--harness-{name}", listed([value]))]
     words = ["pytest", "--pyargs", "harness.cases", *flags, *given]
     if SELECTABLE.fullmatch(row.case.id):  # the reference is planned beside the method: leave its record alone
         words += ["-k", row.case.id]

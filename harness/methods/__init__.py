@@ -8,6 +8,6 @@ To add a weight-only method, add one file with two functions and METHOD (METHODS
 
 `quantizing.codes.Functions` says what the two may rely on, `quantizing.int4` has blocks and packing. Both must work on
 meta tensors: predicted bytes come from the same code. Codes that lie as others do are described, not written again:
-`codes=Blocks4(LEVELS)` is all of NF4 but its table. Scopes, tied weights, Conv1D, the census and the errors are the
-base's. A method that loads a model in its own way builds a `contracts.Method` instead.
+`codes=Blocks4(LEVELS)` is all of NF4 but its table. Scopes, tied weights, Conv1D, packed experts, the census and the
+errors are the base's. A method that loads a model in its own way builds a `contracts.Method` instead.
 """

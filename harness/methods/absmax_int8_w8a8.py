@@ -3,7 +3,7 @@
 Weights: s_w = max|w| / 127 an output channel, q = round(w / s_w). Activations, at every call: s_x = max|x| / 127 a
 token, a = round(x / s_x). y = s_x s_w sum(a q), the sum in whole numbers (int32) and so exact. No token's figures
 depend on another's. A token with one large channel loses its small ones, which is what LLM.int8's outlier columns are
-for. Not in the core list: it is planned when named.
+for. Packed experts multiply in their own way, and are refused. Not in the core list: it is planned when named.
 """
 
 from harness.methods.quantizing.int8 import Rows8By8

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.core.contracts import Arguments, Checkpoint, Method
-from harness.core.files import cache_dir
+from harness.core.files import cache_folder
 from harness.methods.quantizing.codes import Functions, Recipe
 from harness.methods.quantizing.weight_method import stored_weights
 
@@ -51,9 +51,7 @@ def load(kind: str, checkpoint: Checkpoint, arguments: Arguments, device: str) -
     from harness.inputs.models.gguf_format.file import GgufFile
     from harness.methods.quantizing import stored
 
-    scratch = cache_dir() / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory(dir=cache_folder("scratch")) as folder, torch.no_grad():
         path = Path(folder) / "model.gguf"
         size = write.write(checkpoint, kind, path)
         model: Any = checkpoints.open_model(checkpoint, arguments.dtype, "cpu")

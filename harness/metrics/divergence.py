@@ -37,6 +37,7 @@ from harness.core.contracts import Member, Metric, Subject
 from harness.core.errors import HarnessError
 from harness.core.records import Figure
 from harness.core.stats import Estimate, paired_delta
+from harness.inputs.models.context import context_of
 from harness.inputs.texts.protocols import window_slices
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def first_divergence(subject: Subject, member: Member) -> Figure:
     """Median number of tokens on which greedy continuations agree."""
     from harness.metrics.measuring import engine
 
-    config: Any = subject.model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS + NEW_TOKENS
+    model: Any = subject.model
+    context = context_of(model.config) or PROMPT_TOKENS + NEW_TOKENS
     new = min(NEW_TOKENS, context - PROMPT_TOKENS)
     if new < 1:
         raise HarnessError(f"divergence.first_divergence: a context of {context} tokens holds no continuation")

@@ -8,10 +8,15 @@
 | `latency.generate` | prefill and greedy decoding of a fixed number of tokens, past any end of text | 32 + 64 |
 | `latency.evaluation` | the case's whole perplexity pass (`engine.score` over the plan), batch 1 | all |
 
-All at batch 1, in inference mode, on the same seeded token ids: random text, so a method whose work depends on the
-activations (LLM.int8's outlier columns) meets other outliers than in prose. Where the model's context (or its sliding
-window) is shorter, prompt and continuation shrink to what fits, and `detail` holds the lengths used. `evaluation`
-takes one window at a time; the engine may run two beside each other where it is not timed.
+All in inference mode, at batch 1 unless asked otherwise, on the same seeded token ids: random text, so a method whose
+work depends on the activations (LLM.int8's outlier columns) meets other outliers than in prose. Where the model's
+context (or its sliding window) is shorter, prompt and continuation shrink to what fits, and `detail` holds the lengths
+used. `evaluation` takes one window at a time; the engine may run two beside each other where it is not timed.
+
+*Arguments* say other lengths: `latency:prompt=512:generate=128:batch=4` times prefill (the time to the first token),
+decode (the time of a token behind that prompt) and generate (the whole) with four prompts of 512 tokens at once, under
+names of their own, `latency.prefill:batch=4:prompt=512`. A member can be named alone, `latency.decode:prompt=2048`.
+Of generate `detail` has `tokens_per_second` and `reference_tokens_per_second`, new tokens of all rows over its p50.
 
 *Value*: p50 of the candidate's seconds; lower is better. *Spread*: their interquartile range. *Samples*: the raw
 seconds. *Protocol*: `timing` (warm-up, interleaved blocks with alternating order); the number of blocks is the
@@ -25,12 +30,12 @@ timed against each other, and that log ratio is the session's A/A comparison. `a
 says how far the reference seems to differ from itself.
 
 `detail`: `p90 p99 reference_p50 reference_iqr reference_samples log_ratio log_ratio_low log_ratio_high
-log_ratio_usable aa_floor blocks warmup prompt_tokens new_tokens threads wait_policy others switches crowded`, seconds
-where a time; numbers that could not be had are null. `others` is how many of the process's cores were busy for somebody
-else meanwhile, `switches` how often a second it lost one; where fewer were left than it has threads the time is
-`crowded`, and nothing is decided by it. On CUDA also `device_seconds` and `reference_device_seconds` (profiler; kernels
-and copies of one repetition), or null with `device_seconds_error`. Of `evaluation` one window is profiled, not the
-whole text; `device_tokens` says how long it is.
+log_ratio_usable aa_floor blocks warmup prompt_tokens new_tokens batch threads wait_policy others switches crowded`,
+seconds where a time; numbers that could not be had are null. `others` is how many of the process's cores were busy for
+somebody else meanwhile, `switches` how often a second it lost one; where fewer were left than it has threads the time
+is `crowded`, and nothing is decided by it. On CUDA also `device_seconds` and `reference_device_seconds` (profiler;
+kernels and copies of one repetition), or null with `device_seconds_error`. Of `evaluation` one window is profiled, not
+the whole text; `device_tokens` says how long it is.
 
 *Left out*: tokenising, loading, sampling, the transfer of results, everything before warm-up. On CUDA the gaps in which
 the device waits for the host are in, so a small model shows its launch cost.
@@ -51,15 +56,17 @@ import numpy as np
 
 from harness.core.contracts import Member, Metric, Subject, Window
 from harness.core.records import Figure
+from harness.core.specification import parse
 from harness.core.stats import hodges_lehmann_ratio, summarise
+from harness.inputs.models.context import context_of, text_config
 from harness.metrics.measuring.timing import FEWEST_BLOCKS, WARMUP_LIMIT, Timing, Warmup, Work, aa_floor, measure
 
 if TYPE_CHECKING:  # annotations only
     import torch
     from torch import nn
 
-PROMPT_TOKENS = 128  # the length that the reports timed
-GENERATE_PROMPT, GENERATE_NEW = 32, 64
+PROMPT = {"prompt": 128, "batch": 1}  # tokens, the length that the reports timed, and rows
+CONTINUED = {"prompt": 32, "generate": 64, "batch": 1}
 SEED = 20_251_122  # of the token ids; any number would do
 LONG_WARMUP = {"latency.generate": 3, "latency.evaluation": 1}  # each repetition is many forwards of one shape
 SLOW_SECONDS = 2.0  # a repetition: bitsandbytes' int8 takes 10 s a prefill on a CPU without int8 dot products
@@ -75,14 +82,15 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
     own = subject.case.method == subject.case.reference
     reference = model if own else subject.reference
     blocks, limit = subject.repetitions, WARMUP_LIMIT
-    if member.name in LONG_WARMUP:
-        blocks, limit = min(blocks, FEWEST_BLOCKS), LONG_WARMUP[member.name]
+    kind = member.name.partition(":")[0]
+    if kind in LONG_WARMUP:
+        blocks, limit = min(blocks, FEWEST_BLOCKS), LONG_WARMUP[kind]
     with torch.inference_mode():
         lengths, build = work(subject, member)
         candidate_work, reference_work = build(model), build(reference)
         patience: dict[str, Any] = {"limit": limit, "slow": SLOW_SECONDS, "pace": BLOCK_SECONDS}
         timing = measure(candidate_work, reference_work, subject.device.time, blocks, **patience)
-        window = _longest(subject) if member.name == "latency.evaluation" else ()  # a profile of a text fills memory
+        window = _longest(subject) if kind == "latency.evaluation" else ()  # a profile of a text fills memory
         if window:
             candidate_work, reference_work = (_evaluation(subject, each, window) for each in (model, reference))
         apart = _device_seconds(subject, candidate_work, reference_work)
@@ -90,6 +98,10 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
             apart["device_tokens"] = len(window[0].ids) - 1
     summary = summarise(timing.candidate)
     detail = {"p90": summary.p90, "p99": summary.p99, **_against_reference(timing), **lengths, **apart}
+    if kind == "latency.generate":
+        made = lengths["new_tokens"] * lengths["batch"]
+        rates = {"tokens_per_second": summary.p50, "reference_tokens_per_second": detail["reference_p50"]}
+        detail |= {name: made / seconds for name, seconds in rates.items()}
     threads = torch.get_num_threads()
     detail |= {"threads": threads, "wait_policy": os.environ.get("OMP_WAIT_POLICY", "")}
     if timing.load is not None:
@@ -100,42 +112,39 @@ def measure_latency(subject: Subject, member: Member) -> Figure:
 
 def work(subject: Subject, member: Member) -> tuple[dict[str, int], Callable[[nn.Module], Work]]:
     """The lengths used, and how to make a model's work out of them."""
-    kind = member.name.partition(".")[2]
+    given = {**member.arguments, **{key: int(value) for key, value in parse(member.name).arguments}}
+    kind = parse(member.name).name.partition(".")[2]
     if kind == "evaluation":
         fed = sum(len(window.ids) - 1 for window in subject.plan.windows if window.scored)
-        return {"prompt_tokens": fed, "new_tokens": 0}, partial(_evaluation, subject)
-    wanted, new = {"generate": (GENERATE_PROMPT, GENERATE_NEW), "decode": (PROMPT_TOKENS, 1)}.get(
-        kind, (PROMPT_TOKENS, 0)
-    )
+        return {"prompt_tokens": fed, "new_tokens": 0, "batch": 1}, partial(_evaluation, subject)
+    new = given.get("generate", int(kind == "decode"))
     room = _context(subject.model)
-    prompt = min(wanted, room - min(new, 1))
+    prompt = min(given["prompt"], room - min(new, 1))
     new = min(new, room - prompt)
-    ids = _token_ids(subject, prompt)
+    ids = _token_ids(subject, given["batch"], prompt)
     works: dict[str, Callable[[nn.Module], Work]] = {
         "prefill": partial(_prefill, ids),
         "decode": partial(_decode, ids),
         "forward": partial(_forward, ids),
         "generate": partial(_generate, ids, new),
     }
-    return {"prompt_tokens": prompt, "new_tokens": new}, works[kind]
+    return {"prompt_tokens": prompt, "new_tokens": new, "batch": given["batch"]}, works[kind]
 
 
 def _context(model: nn.Module) -> int:
     """Tokens that one cache can hold: the context, or a shorter sliding window less the slot that cropping needs."""
-    config: Any = model.config
-    config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or UNLIMITED
-    window = getattr(config, "sliding_window", None)
+    context = context_of(model.config) or UNLIMITED
+    window = getattr(text_config(model.config), "sliding_window", None)
     return int(min(context, window - 1) if window else context)
 
 
-def _token_ids(subject: Subject, length: int) -> torch.Tensor:
-    """(1, length) seeded ids below the vocabulary's size, on the device."""
+def _token_ids(subject: Subject, batch: int, length: int) -> torch.Tensor:
+    """(batch, length) seeded ids below the vocabulary's size, on the device."""
     import torch
 
-    config: Any = subject.model.config
-    ids = np.random.default_rng(SEED).integers(0, config.get_text_config().vocab_size, (1, length))
-    return torch.from_numpy(ids).to(subject.device.torch_device)  # (1, length) int64
+    count = text_config(subject.model.config).vocab_size
+    ids = np.random.default_rng(SEED).integers(0, count, (batch, length))
+    return torch.from_numpy(ids).to(subject.device.torch_device)  # (batch, length) int64
 
 
 def _evaluation(subject: Subject, model: nn.Module, windows: Sequence[Window] = ()) -> Work:
@@ -152,7 +161,10 @@ def _longest(subject: Subject) -> tuple[Window, ...]:
 
 
 def _prefill(ids: torch.Tensor, model: nn.Module) -> Work:
-    return Work(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
+    from harness.metrics.measuring.decoding import last_alone
+
+    more = {"use_cache": True, **last_alone(model)}
+    return Work(lambda: model(input_ids=ids, **more))
 
 
 def _forward(ids: torch.Tensor, model: nn.Module) -> Work:
@@ -160,36 +172,18 @@ def _forward(ids: torch.Tensor, model: nn.Module) -> Work:
 
 
 def _decode(ids: torch.Tensor, model: nn.Module) -> Work:
-    """One token behind a prompt whose cache is made once, and cropped back before each repetition, untimed."""
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    prompt = ids.shape[1]
-    token = ids[:, -1:]  # (1, 1)
+    """One token behind a prompt that is read once, and rewound to before each repetition, untimed."""
+    from harness.metrics.measuring.decoding import Prompt
 
-    def crop() -> None:
-        grown = cache.get_seq_length() - prompt
-        if grown:
-            cache.crop(-grown)
-        if cache.get_seq_length() != prompt:
-            raise RuntimeError(f"the cache holds {cache.get_seq_length()} tokens after cropping, not {prompt}")
-
-    return Work(lambda: model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1), crop)
+    prompt, token = Prompt(model, ids), ids[:, -1:]  # (B, 1)
+    return Work(lambda: prompt.step(token), prompt.rewind)
 
 
 def _generate(ids: torch.Tensor, new: int, model: nn.Module) -> Work:
-    """Greedy decoding of exactly `new` tokens, the ids kept on the device; the run gives them back, (1, new)."""
-    import torch
+    """Greedy decoding of exactly `new` tokens; the run gives them back."""
+    from harness.metrics.measuring.decoding import greedy
 
-    def run() -> torch.Tensor:
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]  # (1, 1) each
-        while len(tokens) < new:
-            output = model(
-                input_ids=tokens[-1], past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1
-            )
-            tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(tokens, dim=1)
-
-    return Work(run)
+    return Work(lambda: greedy(model, ids, new))
 
 
 def _against_reference(timing: Timing) -> dict[str, Any]:
@@ -237,10 +231,10 @@ def _device_seconds(subject: Subject, candidate: Work, reference: Work) -> dict[
 METRIC = Metric(
     family="latency",
     members=(
-        Member("latency.prefill", "s", "lower", timed=True, textual=False),
-        Member("latency.decode", "s", "lower", timed=True, textual=False),
-        Member("latency.forward", "s", "lower", timed=True, textual=False, core=False),
-        Member("latency.generate", "s", "lower", timed=True, textual=False, core=False),
+        Member("latency.prefill", "s", "lower", timed=True, textual=False, arguments=PROMPT),
+        Member("latency.decode", "s", "lower", timed=True, textual=False, arguments=PROMPT),
+        Member("latency.forward", "s", "lower", timed=True, textual=False, core=False, arguments=PROMPT),
+        Member("latency.generate", "s", "lower", timed=True, textual=False, core=False, arguments=CONTINUED),
         Member("latency.evaluation", "s", "lower", timed=True, protocols=("chunk",), core=False),
     ),
     measure=measure_latency,

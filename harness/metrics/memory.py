@@ -41,6 +41,7 @@ from typing import Any
 
 from harness.core.contracts import Member, Metric, Subject
 from harness.core.records import Figure
+from harness.inputs.models.context import context_of, text_config
 
 PROMPT = 8  # tokens of the forward before storage_after: any forward repacks, a short one is cheap
 WINDOW = 512  # tokens of the forward whose peak is read: the default protocol's window
@@ -62,7 +63,7 @@ def measure(subject: Subject, member: Member) -> Figure:
     if member.name == "memory.load_peak":
         return _peak(subject.before, subject.device)
     if member.name == "memory.run_peak":
-        length = min(WINDOW, int(getattr(model.config, "max_position_embeddings", None) or WINDOW))
+        length = min(WINDOW, context_of(model.config) or WINDOW)
         subject.release_reference()
         subject.device.reset_peak()
         _forward(subject, model, length)
@@ -87,7 +88,8 @@ def _forward(subject: Subject, model: Any, length: int) -> None:
     """One forward without a cache over arbitrary valid ids, waited for."""
     import torch
 
-    ids = torch.arange(length, device=subject.device.torch_device) % model.config.vocab_size  # (length,)
+    count = text_config(model.config).vocab_size
+    ids = torch.arange(length, device=subject.device.torch_device) % count  # (length,)
     with torch.inference_mode():
         model(ids[None], use_cache=False)  # (1, length)
     subject.device.synchronize()

@@ -16,7 +16,9 @@ perplexity.bits_per_byte  bit/byte  lower   sum NLL / (ln 2 * bytes), rolling on
 in the figure's unit: SE = sqrt(m / (m - 1) * sum((n_w (m_w - mean))^2)) / N for the mean NLL, m windows, carried over
 by the derivative (perplexity * SE); none for fewer than two windows. It speaks of text like this, not of this text.
 
-Words are counted by splitting the original page at white space, bytes in UTF-8, as lm-evaluation-harness does.
+Words are counted by splitting the original page at white space, bytes in UTF-8, as lm-evaluation-harness does. Where
+they come to more than `LONGEST_WORD` bytes each (Chinese, Japanese, Thai, genomes: written without blanks) there are
+none to speak of, and the word's figure is left out; token and byte figures stand.
 
 Left out: the first token of a window, unless BOS stands before it (never under rolling); padding; windows with nothing
 to score, counted in detail `unscored_windows`. A loss that is not finite is never averaged away: the value is then inf
@@ -34,15 +36,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.core.contracts import Member, Metric, Subject
-from harness.core.errors import HarnessError
+from harness.core.errors import HarnessError, LeftOut
 from harness.core.records import Figure
 from harness.core.stats import paired_delta
+from harness.core.text import plural
 from harness.inputs.texts.protocols import aggregate, mean_nll, window_slices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ROLLING = ("rolling",)
+LONGEST_WORD = 64  # bytes of the mean word; in scripts with blanks it has some 5 to 25
 
 
 def standard_error(nll: NDArray[np.float32], slices: Sequence[slice]) -> float | None:
@@ -87,6 +91,12 @@ def normalised(subject: Subject, nll: NDArray[np.float32], member: Member) -> Fi
     if not units:
         raise HarnessError(
             f"{member.name}: the tokenizer cannot say how many {per}s the planned tokens cover: leave out --max-tokens"
+        )
+    size = subject.plan.normalisers.get("byte", 0) / units
+    if per == "word" and size > LONGEST_WORD:
+        raise LeftOut(
+            f"{member.name}: white space parts this text into {plural(units, 'word')} of {size:,.0f} bytes each, which "
+            "are none: perplexity.byte and perplexity.bits_per_byte stand for it"
         )
     error = standard_error(nll, window_slices(subject.plan))
     nats = float(nll.astype(np.float64).sum()) / units

@@ -10,9 +10,13 @@ rest then.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import functools
 import itertools
-from collections.abc import Callable
+import os
+import shlex
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +25,8 @@ from harness.core.errors import HarnessError
 from harness.core.options import SETTINGS, read_declared
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from harness.core.records import Case, Row
     from harness.plugin.state import State
 
@@ -35,14 +41,16 @@ MARKS = {
     "contract": "promises that every method keeps, on small random models",
     "invariant": "behaviour that must hold whatever the version",
 }
+ADDED = "PYTEST_ADDOPTS"
 STATE = pytest.StashKey["State"]()
+ANEW = pytest.StashKey[tuple[str, ...] | None]()  # the arguments with which pytest is begun anew, once that was asked
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Declare every option, under its short name too where the harness is active."""
     config = pluginmanager.get_plugin("pytestconfig")
     assert isinstance(config, pytest.Config)
-    active = is_active(config)
+    active = is_active(config) or (anew(config) is not None and _has_short(config))
     group = parser.getgroup("harness", "LLM quantization harness")
     for setting in SETTINGS:
         spellings = [f"--harness-{setting.flag}"] + ([f"--{setting.flag}"] if active else [])
@@ -63,6 +71,94 @@ def is_active(config: pytest.Config) -> bool:
         return asked or read_declared(config.rootpath)[0]
     except HarnessError:
         return True  # the table is there; `begin` says what is wrong with it
+
+
+def anew(config: pytest.Config) -> tuple[str, ...] | None:
+    """The arguments to begin pytest anew with, where it took the value of an option of ours for a path to collect.
+
+    It looks for the project (rootdir, configuration) before it knows any plugin's options: of `--report-dir DIR` it
+    sees a path, and looks around that where there is one; in `--report-dir=DIR` it sees none. None where all is well:
+    there is no such value, or no other path was given and the project found is the folder that pytest was started in.
+    """
+    if ANEW in config.stash:
+        return config.stash[ANEW]
+    given, start = config.known_args_namespace, config.invocation_params.dir
+    line = [*_added(), *map(str, config.invocation_params.args)]
+    if given.inifilename or not any(_is_there(start / value) for value in joined(line, short=True)[1]):
+        return None
+    values = joined(line, short=_has_short(config))[1]
+    found_here = config.rootpath == start and config.inipath is not None and config.inipath.parent == start
+    if not any(_is_there(start / value) for value in values) or (found_here and set(given.file_or_dir) <= set(values)):
+        return None
+    return tuple(joined(list(map(str, config.invocation_params.args)), short=_has_short(config))[0])
+
+
+def _added() -> list[str]:
+    """The arguments that the environment adds, to a worker of pytest-xdist none."""
+    return [] if "PYTEST_XDIST_WORKER" in os.environ else shlex.split(os.environ.get(ADDED, ""))
+
+
+def _has_short(config: pytest.Config) -> bool:
+    """Whether the short names exist, or would if the project were looked for from where pytest was started."""
+    start = config.invocation_params.dir
+    return is_active(config) or any(_declares(folder) for folder in (start, *start.parents))
+
+
+def joined(words: Sequence[str], *, short: bool) -> tuple[list[str], list[str]]:
+    """A command line with our options' values written behind a "=", and those that were words of their own."""
+    spellings = {f"--harness-{setting.flag}" for setting in SETTINGS if setting.read}
+    spellings |= {f"--{setting.flag}" for setting in SETTINGS if setting.read and short}
+    line: list[str] = []
+    values: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            return [*line, word, *rest], values
+        value = next(rest, None) if word in spellings else None
+        if value is None:
+            line.append(word)
+        elif value.startswith("-"):  # the option lacks its value, as argparse will say
+            line += [word, value]
+        else:
+            values.append(value)
+            line.append(f"{word}={value}")
+    return line, values
+
+
+def _declares(folder: Path) -> bool:
+    try:
+        return read_declared(folder)[0]
+    except HarnessError:
+        return True
+
+
+def _is_there(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # a long list is no file name
+        return path.exists()
+    return False
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None, object, object]:
+    """Where pytest has to begin anew, load nothing of the project that it took for the user's."""
+    early_config.stash[ANEW] = again = anew(early_config)
+    if again is not None:
+        args[:] = ["--noconftest"]
+        early_config.known_args_namespace = parser.parse_known_args(args, copy.copy(early_config.option))
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
+    """Begin anew in the user's own project, with the same options spelled so that pytest sees no path in them."""
+    again = anew(config)
+    if again is None:
+        return None
+    if added := _added():
+        os.environ[ADDED] = shlex.join(joined(added, short=_has_short(config))[0])
+    return pytest.main(list(again), config.invocation_params.plugins)
 
 
 def as_argument(read: Callable[[str], Any], text: str) -> Any:
@@ -96,11 +192,18 @@ def begin(config: pytest.Config) -> State:
             raise pytest.UsageError(f"with -n a session must say before its tests that it measures cases: {fix}")
         register(Worker(state, worker), "harness-worker")
     else:
+        from harness.plugin import github
         from harness.plugin.collector import Collector, Publisher
 
         collector = Collector(state)
         register(collector, "harness-collector")
         register(Publisher(state.options), "harness-publisher")
+        if github.wanted():
+            register(github.Workflow(collector), "harness-github")
+        if config.option.collectonly:
+            from harness.plugin.preview import Preview
+
+            register(Preview(state), "harness-preview")
         if state.workers:
             from harness.plugin.xdist import Controller
 
@@ -146,8 +249,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --shard, keep this part of what -m, -k and node ids left; tests that measure no case are in the first."""
-    if (state := config.stash.get(STATE, None)) and state.options.shard:
+    """Cases in plan order; with --shard this part of what -m, -k and node ids left, other tests in the first."""
+    if not (state := config.stash.get(STATE, None)):
+        return
+    state.order(items)
+    if state.options.shard:
         config.hook.pytest_deselected(items=state.cut(items))
 
 
@@ -159,11 +265,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def harness_check(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
+def harness_check(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], Row]]:
     """Measure and judge one case; fails with a small report where the session must fail."""
-    from harness.plugin.state import check
+    from harness.plugin.state import check, tidy
 
-    return functools.partial(check, request, state_of(request.config))
+    yield functools.partial(check, request, state_of(request.config))
+    tidy(request.node)
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,15 @@ from harness.core.errors import HarnessError
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import visible
 from harness.judge import baselines, exact, rules
-from harness.plugin.ending import Ending
+from harness.plugin.ending import Ending, closing
+from harness.plugin.progress_line import ProgressLine
 from harness.plugin.state import ENVIRONMENT, ROW, UNWRITTEN, fails
 from harness.plugin.xdist import case_id
 from harness.published import beside, of_baselines, of_rows
+from harness.report.account import tally
 from harness.results.directory import MEASUREMENTS, PUBLISHED, REPORT, ReportDirectory, published_json, writing
 from harness.run import merge
+from harness.run.forecast import forecast
 from harness.run.local import missing
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 hookimpl = HookimplMarker("pytest")
 FAILED, NO_TESTS = 1, 5  # pytest's exit statuses for failed tests, and for none
+MARKS = {"passed": (".", "PASSED"), "rerun": ("R", "RERUN")}  # of an outcome (pytest-rerunfailures has a third)
 
 
 def command_of(session: pytest.Session) -> str:
@@ -51,6 +55,7 @@ class Collector:
         self.rows: dict[str, Row] = {}
         self.crashed: dict[str, str] = {}
         self.report_path: Path | None = None
+        self.recorded: tuple[int, Sequence[Path]] | None = None  # figures, and the files that they went into
         self.troubles: list[str] = []  # why something could not be written at the end
 
     # which cases
@@ -66,8 +71,10 @@ class Collector:
         if config.option.collectonly or not (cases or state.options.shard):
             return
         config.pluginmanager.register(Ending(), "harness-ending")
-        reporter = config.pluginmanager.get_plugin("terminalreporter")
-        say = reporter.write_line if reporter is not None else print
+        line = ProgressLine(config, lambda: forecast(cases, state.options).seconds)
+        config.pluginmanager.register(line, "harness-progress")
+        state.session.runner.watch = line.watch
+        say = line.say
         try:
             state.session.open(cases, say, self.keep, state.workers)
         except (HarnessError, OSError) as error:
@@ -114,8 +121,9 @@ class Collector:
         figure = f"missing: {visible(row.reason)}"
         if row.value is not None:
             scale, unit, digits = {"B": (2**-20, "MiB", 2), "s": (1e3, "ms", 1)}.get(row.unit, (1.0, row.unit, 4))
-            figure = f"{row.value * scale:.{digits}f} {unit} ({row.verdict})"
-        letter, word = (".", "PASSED") if report.passed else ("F", "FAILED")
+            run = f", run as {row.run_as}" if row.run_as else ""
+            figure = f"{row.value * scale:.{digits}f} {unit}{run} ({row.verdict})"
+        letter, word = MARKS.get(report.outcome, ("F", "FAILED"))
         return report.outcome, letter, f"{word} {figure}"
 
     # the end
@@ -135,9 +143,8 @@ class Collector:
         state = self.state
         self.rows = {row.case.id: row for row in state.session.ahead()} | self.rows
         rows = [self.rows.get(case.id) or missing(case, self.why_not(case)) for case in state.selected]
-        cases, bounds = state.whole or state.selected, state.session.bounds  # a shard has the error rate of the whole
-        tests = rules.tests(cases, bounds, stop_early=state.options.stop_early)
-        rows = exact.settle(rules.settle(rows, tests))
+        tests = state.session.tests_of(state.whole or state.selected)  # a shard has the error rate of the whole
+        rows = exact.settle(rules.settle(rows, tests), set(state.whole) - set(state.selected))
         self.rows = {row.case.id: row for row in rows}
         waits = state.session.directory.waits  # nothing was measured: an earlier report stays as it is
         for step in () if waits else (self._keep, self._record, self._publish):  # each for itself
@@ -157,7 +164,7 @@ class Collector:
         options, whole = self.state.options, self.state.whole
         self.state.session.directory.keep(rows)
         if options.shard and whole:
-            merge.write_shard(options.report_dir, options.shard, whole, tests)
+            merge.write_shard(options.report_dir, options.shard, whole, tests, merge.allowances(options))
 
     def _record(self, rows: Sequence[Row], tests: int, session: pytest.Session) -> None:
         """The baselines, where they are recorded anew."""
@@ -165,9 +172,10 @@ class Collector:
         if options.regenerate:
             with writing(options.baselines):
                 chosen = baselines.to_record(rows, options.regenerate)
-                baselines.record(
+                files = baselines.record(
                     options.baselines, chosen, directory.environments, directory.losses, directory.identities
                 )
+                self.recorded = len(chosen), files
                 homes = {baselines.exact_path(options.baselines, row.case).parent for row in rows}
                 with baselines.recording(options.baselines):
                     baselines.keep_identities(filter(Path.is_dir, homes), directory.identities)
@@ -185,7 +193,7 @@ class Collector:
 
     @hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Planned, ran, missing, and where the report lies."""
+        """Planned, ran, missing or left out, and where the report lies."""
         waits = self.opened and self.state.session.directory.waits
         if not (self.report_path or self.troubles or waits):
             return
@@ -194,18 +202,18 @@ class Collector:
         terminalreporter.section("harness")
         for trouble in self.troubles:
             terminalreporter.write_line(f"ERROR: {trouble}")
-        terminalreporter.write_line(f"{len(rows)} planned, {len(ran)} ran, {len(rows) - len(ran)} missing")
+        terminalreporter.write_line(", ".join(f"{count} {name}" for name, count in tally(rows).items()))
         gpu = [row for row in rows if row.device == "cuda"]
         if gpu:
             terminalreporter.write_line(f"{sum(row in ran for row in gpu)} of {len(gpu)} gpu cases ran")
-        for reason, count in Counter(row.reason for row in rows if row.value is None).items():
+        for reason, count in Counter(row.reason for row in rows if row.missing).items():
             terminalreporter.write_line(f"missing {count}: {visible(reason)}")
+        for reason, count in Counter(row.reason for row in rows if row.left_out).items():
+            terminalreporter.write_line(f"left out {count}: {visible(reason.removeprefix('left out: '))}")
         counts = Counter(row.verdict for row in ran)
         terminalreporter.write_line(", ".join(f"{verdict} {counts[verdict]}" for verdict in Verdict if counts[verdict]))
-        if self.report_path:
-            terminalreporter.write_line(f"report: {self.report_path}")
-        elif waits:
-            terminalreporter.write_line(f"nothing was measured: {self.state.options.report_dir} stays as it was")
+        for line in closing(self, terminalreporter.config):
+            terminalreporter.write_line(line)
 
 
 class Publisher:

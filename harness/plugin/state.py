@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ from harness.core.options import SETTINGS, Options, build, read_declared
 from harness.core.records import Case, Row, Verdict
 from harness.core.values import sealed
 from harness.judge import baselines, exact
-from harness.results.directory import IDENTITIES, ReportDirectory
+from harness.results.directory import ReportDirectory
 from harness.run import measure
 from harness.run import plan as planning
 from harness.run.session import Session, check_engine, has_cuda
@@ -29,6 +28,8 @@ from harness.run.session import Session, check_engine, has_cuda
 ROW = "harness_row"  # as JSON
 ENVIRONMENT = "harness_environment"  # that it was measured in
 UNWRITTEN = "harness_unwritten"  # why a record could not be written
+# and what other tools read of a case: pytest's --junitxml writes them as properties of its test
+TOLD = "value unit interval verdict verdict_reference verdict_baseline device environment".split()
 FOLLOWED = ("device", "baselines")  # options of the session that a test's own measurements follow
 LONGEST = 150  # characters of a test in a folder's name
 
@@ -64,10 +65,25 @@ class State:
         named = (config.option.markexpr, config.option.keyword, *config.args)  # what the user speaks of
         asked = any("invariant" in str(word) for word in named)
         self.invariants = planning.invariant_plan(self.options, self.cuda) if asked else ()
+        self.places = {case: place for place, case in enumerate((*self.invariants, *self.plan))}
         baselines.validate(self.options.baselines)
         self.selected: tuple[Case, ...] = ()  # of this process; the controller's are those of all workers
         self.whole: tuple[Case, ...] = ()  # with --shard, the selected plan before it was cut
         self._session: Session | None = None
+
+    def order(self, items: list[Any]) -> None:
+        """Put the cases of each module into plan order, in the places that they have among other tests.
+
+        Who shuffles tests (pytest-randomly) would have every model loaded anew for each of its cases.
+        """
+        measured: dict[Any, list[tuple[Case, int]]] = {}
+        for place, item in enumerate(items):
+            for case in cases_of([item]):
+                measured.setdefault(item.parent, []).append((case, place))
+        for own in measured.values():
+            moved = [items[place] for _, place in sorted(own, key=lambda one: self.places.get(one[0], 0))]
+            for (_, place), item in zip(own, moved, strict=True):
+                items[place] = item
 
     def cut(self, items: list[Any]) -> list[Any]:
         """Leave pytest's items of this shard in the list; returns the others. What measures no case is of the first."""
@@ -87,8 +103,8 @@ class State:
         self.select(cases_of(items))
 
     def select(self, cases: Iterable[Case]) -> None:
-        """These cases are this session's."""
-        self.selected = tuple(dict.fromkeys(cases))
+        """These cases are this session's, in plan order."""
+        self.selected = tuple(sorted(dict.fromkeys(cases), key=lambda case: self.places.get(case, 0)))
 
     def learn_whole(self, cases: Sequence[Case]) -> None:
         """The plan before it was cut."""
@@ -102,9 +118,7 @@ class State:
             self._session = Session(self.options, planning.threads(), cases, cuda=self.cuda)
             self._session.meant = self.selected
             if self.is_worker:  # held to what the controller's session found when it began
-                inputs = self._session.directory.known_inputs()
-                self._session.runner.identities = json.loads(inputs.pop(IDENTITIES, "{}"))
-                self._session.runner.inputs = inputs
+                self._session.take_over()
                 self._session.runner.say = lambda line: print(line, file=sys.__stderr__, flush=True)
         return self._session
 
@@ -127,13 +141,14 @@ def check(request: pytest.FixtureRequest, state: State, case: Case) -> Row:
     session, options, properties = state.session, state.options, request.node.user_properties
     row, trouble = session.check(case)
     properties.append((ROW, row.to_json()))
+    properties += ((name, str(known)) for name in TOLD if (known := getattr(row, name)) not in (None, ""))
     if row.environment:
         properties.append((ENVIRONMENT, dict(session.world(row))))
     if trouble:
         pytest.fail(f"{case.id}: a bug met while measuring\n{trouble}", pytrace=False)
     if row.value is None:
-        if options.allow_missing:
-            pytest.skip(f"missing: {row.reason}")
+        if options.allow_missing or row.left_out:
+            pytest.skip(row.reason if row.left_out else f"missing: {row.reason}")
         pytest.fail(f"{case.id}: missing: {row.reason}", pytrace=False)
     if options.regenerate:
         write_facts(request, session, row)
@@ -145,9 +160,14 @@ def check(request: pytest.FixtureRequest, state: State, case: Case) -> Row:
         if exact.first_of(row) == case.id:
             pytest.fail(exact.message(row), pytrace=False)
         world = session.environment(row)
-        recorded = session.baselines.find(case, world, baselines.token_limit(row.protocol_id))
+        recorded = session.baselines.serving(row, world)
         pytest.fail(judge.message(row, recorded, world), pytrace=False)
     return row
+
+
+def tidy(node: pytest.Item) -> None:
+    """Take the row back from a test that ends: its call's report has it, and --junitxml prints what is left here."""
+    node.user_properties[:] = [one for one in node.user_properties if one[0] not in (ROW, ENVIRONMENT, UNWRITTEN)]
 
 
 def fails(row: Row, options: Options) -> bool:

@@ -22,7 +22,7 @@ from msgspec import structs
 
 from harness.core.errors import BadSpecification, HarnessError
 from harness.core.options import build, read_declared
-from harness.core.specification import parse, parse_list, parse_models
+from harness.core.specification import parse, parse_list, parse_method, parse_models
 from harness.inputs.models import names
 from harness.published import origins
 from harness.published.pitfalls import PITFALLS
@@ -233,7 +233,7 @@ def of_report(folder: Path, model: str, text: str) -> dict[str, dict[str, Decima
         wanted = (not model or row.model == model) and (not text or row.dataset.partition(":")[0] == text)
         if row.metric != "perplexity" or row.value is None or not wanted or not 0 < row.value < math.inf:
             continue
-        method, protocol = parse(row.method).name, row.protocol or "ours"
+        method, protocol = parse_method(row.method).name, row.protocol or "ours"
         found.setdefault(protocol, {})[method] = Decimal(row.value)
         losses = nll(row.nll) if row.nll else None
         if losses is None:

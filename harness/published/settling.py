@@ -8,7 +8,6 @@ printed figure it is reproduced.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -192,7 +191,7 @@ def replace_rule(rule: Scoring) -> Scoring:
 
 def ids_of(rule: Scoring, text: Reader) -> list[Any]:
     """Token ids of each piece of text that a rule reads, (tokens,) each; no BOS, since no program here puts one."""
-    documents = [*text.corpus.documents] if text.corpus.layout != "file" else documents_of(text.corpus)
+    documents = documents_of(text.corpus)
     documents = documents[: rule.before or None]
     if rule.strip:
         documents = [document.strip() for document in documents]
@@ -207,14 +206,10 @@ def ids_of(rule: Scoring, text: Reader) -> list[Any]:
 
 
 def documents_of(corpus: corpora.Corpus) -> list[str]:
-    """The lines of a file, or of one of JSON strings what they hold."""
-    lines = "".join(corpus.documents).removesuffix("\n").split("\n")
-    if not corpus.name.endswith(".jsonl"):
-        return lines
-    try:
-        return [str(json.loads(line)) for line in lines]
-    except ValueError as error:
-        raise BadFile(f"{corpus.name}: a line is no JSON string ({error}): write one document a line") from error
+    """The rows of a text; of a plain file its lines."""
+    if corpus.layout != "file":
+        return list(corpus.documents)
+    return "".join(corpus.documents).removesuffix("\n").split("\n")
 
 
 def losses(model: Any, ids: Any, device: str, ahead: int = 1) -> Any:

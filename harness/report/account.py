@@ -1,6 +1,7 @@
 """What was planned, ran, is missing and why; the answer in one sentence, and every verdict by itself.
 
 Every verdict by itself: both comparisons, the change, the smallest effect that could have been seen, the look-up.
+One verdict of many rows: the most severe of what was decided, so that what has no record does not hide it.
 Rows and plan are sorted here into what tables and plots ask for: one section a model, device and reference.
 """
 
@@ -12,12 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from harness.core.records import Case, Row, Verdict
 from harness.core.text import NOTHING, percent, plural
 from harness.core.values import decode_number
 from harness.judge.two_reports import INVARIANT, holds, seen
+from harness.methods.quantizing.arguments import LEAST, left_out
 from harness.report.markup import bullets, code, escape, table
 
 # what a session fails on unless an option permits it
@@ -32,6 +34,7 @@ METHOD_FILE = re.compile(r"(?<=/)[^/@\s]+(?=@\S*\.yaml\b|\.yaml\b)")  # the meth
 NAMED = 20  # models, texts or metrics of the opening sentence
 SOME = 6  # of them that still fit a line
 NO_REASON = "no reason was given"
+MISSING, LEFT = "missing", "left out"  # without a value: to be measured yet, or never to be had
 SHOWN = 10  # lines of one list before it is cut; the account below the tables has them all
 MOVED = (Verdict.WORSE, Verdict.BETTER)
 
@@ -50,9 +53,7 @@ def headline(rows: Sequence[Row], planned: Sequence[Case]) -> str:
     where = f" on {texts} under {named('protocol')}" if texts else ""
     against = f"{plural(len(methods), 'method')} against {named('reference')}"
     intended = f"Planned: {against} for {named('model')}{where}; {named('family')}; on {devices}."
-    ran = measured(mine)
-    tally = f"Planned {len(mine):,}, ran {ran:,}, missing {len(mine) - ran:,}."
-    lines = [f"**{opening(mine)}** {intended} {tally}", "", *by_kind(mine)]
+    lines = [f"**{opening(mine)}** {intended} {tally_of(mine).capitalize()}.", "", *by_kind(mine)]
     failed = [row for row in mine if failing(row) and row.verdict is not Verdict.MISSING]
     lines += ["", *failures(failed[:SHOWN])] if failed else []
     if len(failed) > SHOWN:
@@ -64,6 +65,37 @@ def failing(row: Row) -> bool:
     """Whether a session fails on it, unless an option permits it."""
     lost = row.verdict is Verdict.UNUSABLE and bool(row.detail.get("reference_non_finite"))
     return lost or row.verdict in FAILING
+
+
+class Decision(NamedTuple):
+    """A verdict and the row that it comes from; how many comparisons beside it had no record, and their word."""
+
+    verdict: Verdict
+    row: Row
+    alone: int = 0
+    word: Verdict | None = None
+
+    @property
+    def aside(self) -> str:
+        """'2 unrecorded' beside a verdict that was decided without them."""
+        return f"{self.alone} {self.word}" if self.alone and self.verdict is not self.word else ""
+
+
+def decide(rows: Iterable[Row]) -> Decision | None:
+    """The decision of rows, each against the reference and against the record; None of no row."""
+    found: list[tuple[Verdict, Row]] = []
+    for row in rows:
+        own = [verdict for verdict in (row.verdict_reference, row.verdict_baseline) if verdict]
+        if not own or (row.verdict in FAILING and row.verdict not in own):  # as a changed fact, decided by neither
+            own.append(row.verdict)
+        found += [(word, row) for word in own]
+    if not found:
+        return None
+    alone = [item for item in found if item[0] in NO_RECORD]
+    decided = [item for item in found if item[0] not in NO_RECORD]
+    verdict, row = min(decided or alone, key=lambda item: item[0].severity)
+    word = min((item[0] for item in alone), key=lambda verdict: verdict.severity, default=None)
+    return Decision(verdict, row, len(alone), word)
 
 
 def opening(rows: Sequence[Row]) -> str:
@@ -81,7 +113,7 @@ def opening(rows: Sequence[Row]) -> str:
         harm.append(f"{broken:,} beside a reference that is not finite")
     if harm:
         return f"Harm: {', '.join(harm)}."
-    lasting = [row for row in rows if kind(row.case) != SPEED] or rows
+    lasting = [row for row in rows if kind(row.case) != SPEED and not row.left_out] or rows
     records = Counter(against_record(row) for row in lasting)
     compared, alone = (sum(records[verdict] for verdict in kinds) for kinds in (SETTLED, NO_RECORD))
     bounded = sum(row.verdict_reference is Verdict.WITHIN_BOUND for row in lasting)
@@ -120,7 +152,8 @@ def by_kind(rows: Sequence[Row]) -> list[str]:
     for name in (QUALITY, MEMORY, SPEED, BEHAVIOUR):
         if own := groups.get(name):
             ran = [row for row in own if row.value is not None]
-            parts = [f"missing {len(own) - len(ran):,}"] if len(ran) < len(own) else []
+            counts = tally(own)
+            parts = [f"{name} {counts[name]:,}" for name in (MISSING, LEFT) if counts.get(name)]
             if bounded := Counter(row.verdict_reference for row in ran if row.verdict_reference):
                 parts.append(f"against the reference {words(bounded)}")
             if recorded := Counter(verdict for row in ran if (verdict := against_record(row))):
@@ -132,6 +165,18 @@ def by_kind(rows: Sequence[Row]) -> list[str]:
 def measured(rows: Iterable[Row]) -> int:
     """How many rows have a value."""
     return sum(row.value is not None for row in rows)
+
+
+def tally(rows: Sequence[Row]) -> dict[str, int]:
+    """How many cases were planned, ran and are missing, by these words; and were left out, where any was."""
+    counts = {"planned": len(rows), "ran": measured(rows), MISSING: sum(row.missing for row in rows)}
+    left = sum(row.left_out for row in rows)
+    return {**counts, LEFT: left} if left else counts
+
+
+def tally_of(rows: Sequence[Row]) -> str:
+    """'planned 5, ran 4, missing 1'."""
+    return ", ".join(f"{name} {count:,}" for name, count in tally(rows).items())
 
 
 def words(counts: Mapping[Verdict, int]) -> str:
@@ -166,17 +211,19 @@ def failures(rows: Iterable[Row]) -> list[str]:
 
 
 def account(rows: Sequence[Row], planned: Sequence[Case]) -> str:
-    """Planned, ran, missing and why, then every row that failed and what stayed open; "" where nothing did."""
+    """Planned, ran, missing or left out and why, every row that failed, what stayed open; "" where nothing did."""
     mine = rows[: len(set(planned))]
-    lines = []
+    lines, names = [], tuple(tally(mine))
     for (model, device), own in grouped(mine, lambda row: (row.model, row.device)).items():
-        ran = measured(own)
-        numbers = [f"{count:,}" for count in (len(own), ran, len(own) - ran)]
+        counts = tally(own)
+        numbers = [f"{counts.get(name, 0):,}" for name in names]
         lines.append([code(model), escape(device), *numbers, words(Counter(row.verdict for row in own))])
-    headers = ["model", "device", "planned", "ran", "missing", "verdicts"]
+    headers = ["model", "device", *names, "verdicts"]
     parts = [table(headers, lines, words=(0, 1, -1))] if len(lines) > 1 else []  # of one the headline has told
-    if missing := [row for row in mine if row.value is None]:
+    if missing := [row for row in mine if row.missing]:
         parts.append("Missing, by reason:\n\n" + "\n".join(by_reason(missing)))
+    if left := [row for row in mine if row.left_out]:
+        parts.append("Left out, by reason:\n\n" + "\n".join(by_reason(left)))
     failed = [row for row in mine if failing(row) and row.value is not None]
     if len(failed) > SHOWN:  # fewer stand at the top
         parts.append("Failed:\n\n" + "\n".join(failures(failed)))
@@ -320,6 +367,7 @@ Text = tuple[str, str]  # dataset, protocol
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 NO_TEXT: Text = ("", "")
+TIMED = ("latency.prefill", "latency.decode", "latency.forward", "latency.generate", "latency.evaluation")
 NEVER = "never reached: the session ended before it"
 MOST_CASES = 5_000  # of one report with every table: some 2 MB of markdown, more than code hosts render
 
@@ -360,14 +408,56 @@ class Section:
         found = dict.fromkeys(metric for _, metric, where in self.cells if where == text)
         return tuple(metric for metric in found if not family or metric.partition(".")[0] == family)
 
+    @functools.cached_property
+    def timed(self) -> Mapping[str, str]:
+        """Of each timed measure that reads no text the metric to show."""
+        return by_measure(self.metrics(NO_TEXT, "latency"))
+
+    def protocol(self, text: Text) -> str:
+        """A text's protocol: the one asked for, and the one that was run where the model reads less at once."""
+        run = self.run_as.get(text)
+        return text[1] + (f" run as {', '.join(run)}" if run else "")
+
+    @functools.cached_property
+    def run_as(self) -> Mapping[Text, Mapping[str, None]]:
+        """Of each text whose protocol was run as another, which."""
+        found: dict[Text, dict[str, None]] = {}
+        for (_, _, text), row in self.cells.items():
+            if row.run_as:
+                found.setdefault(text, {})[row.run_as] = None
+        return found
+
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of the model, e.g. how its weights were stored."""
-        return tuple(dict.fromkeys(str(note) for row in self.cells.values() if (note := row.detail.get("model_note"))))
+        """What a reader must know of the model, e.g. how its weights were stored, and what a method did not reach."""
+        stored = [str(note) for row in self.cells.values() if (note := row.detail.get("model_note"))]
+        return tuple(dict.fromkeys((*stored, *(note for row in self.cells.values() if (note := unreached(row))))))
 
     def aligned(self, method: str) -> bool:
         """Whether the method's codes can represent the grid on which the model's weights already lie."""
         rows = (row for _, row in self.by_method.get(method, ()))
         return any(row.detail.get("grid_aligned") is True or row.census.get("grid_aligned") is True for row in rows)
+
+
+def unreached(row: Row) -> str:
+    """What a method left of the weights that its scope names, where that is more than a twentieth; '' elsewhere."""
+    found: Any = row.census.get("matrices")
+    if not isinstance(found, dict) or found["share"] >= LEAST:
+        return ""
+    return (
+        f"{row.method} quantized {found['share']:.1%} of the weights that its scope names and left {left_out(found)}; "
+        "its bits per weight count both"
+    )
+
+
+def by_measure(metrics: Iterable[str]) -> dict[str, str]:
+    """Of each timed measure, in the order of TIMED, the metric to show: without arguments where it is, else the first.
+
+    'latency.decode' is answered by 'latency.decode:prompt=2048' where that alone was planned.
+    """
+    found: dict[str, str] = {}
+    for metric in sorted(metrics, key=lambda name: ":" in name):
+        found.setdefault(metric.partition(":")[0], metric)
+    return {name: found[name] for name in TIMED if name in found}
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -75,7 +75,7 @@ class Axis:
             room = max(0.06 * math.log(high / low), 0.002)
             low, high = low * math.exp(-room), high * math.exp(room)
         else:
-            room = 0.08 * (high - low) or 0.1 * high or 1.0
+            room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
             low, high = low - room, high + room
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
 

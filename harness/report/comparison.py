@@ -194,7 +194,7 @@ def _failures(sides: Sequence[SideFacts]) -> str:
         if side.trouble:
             lines.append(f"- {escape(side.label)}: {escape(side.trouble)}")
             continue
-        missing = [row for row in side.rows.values() if row.value is None]
+        missing = [row for row in side.rows.values() if row.missing]
         for reason, rows in grouped(missing, lambda row: row.reason).items():
             names = ", ".join(dict.fromkeys(f"{row.model} {row.method}" for row in rows))
             lines.append(f"- {escape(side.label)}: {plural(len(rows), 'case')} ({escape(names)}): {escape(reason)}")
@@ -288,7 +288,7 @@ def answer(comparison: Comparison, before: str, after: str, where: str) -> str:
     # equal shas of the losses are a pairing of every token too
     tokens = sum(entry.paired or bool(entry.a.nll and entry.a.nll == entry.b.nll) for entry in entries)
     families = grouped(entries, lambda entry: entry.case.family)
-    absent = [entry for entry in entries if entry.a.value is None or entry.b.value is None]
+    absent = [entry for entry in entries if entry.a.missing or entry.b.missing]
     gone = f"{plural(len(absent), 'case')} did not run on both sides ({_methods(absent)}), see below."
     sentences = [
         f"**Moving from {escape(before)} to {escape(after)} {WORDS[comparison.status]}** on {escape(where)}, over "

@@ -15,9 +15,11 @@ from urllib.parse import quote
 
 from harness.core.errors import BadFile, HarnessError
 from harness.core.records import Case, Row, Verdict
+from harness.core.specification import listed, other_model
 from harness.core.text import NOTHING, mib, number, plural, ratio
 from harness.core.values import checksum
 from harness.judge import bounds, two_reports
+from harness.judge.baselines import now
 from harness.judge.two_reports import INVARIANT, Comparison
 from harness.report import account, tables
 from harness.report.account import FAILING, MOST_CASES, MOVED, NO_TEXT, Section, complete, finite, sections
@@ -122,9 +124,7 @@ def render(what: Report | Comparison) -> str:
     """
     if isinstance(what, Comparison):
         return render_comparison(what)
-    report = opened(what)
-    parts = report.rows, report.planned, report.environments
-    return markdown(*parts, notes=report.notes, command=report.command, with_plots=False)
+    return markdown(opened(what), with_plots=False)
 
 
 def opened(report: Report) -> SavedSession:
@@ -147,31 +147,24 @@ def command_of(rows: Iterable[Row]) -> str:
 
 
 def markdown(
-    rows: Sequence[Row],
-    planned: Sequence[Case],
-    environments: Mapping[str, Mapping[str, Any]],
-    *,
-    notes: Sequence[str] = (),
-    command: str = "",
-    with_plots: bool = True,
-    published_figures: Sequence[Mapping[str, Any]] = (),
+    session: SavedSession, *, with_plots: bool = True, published_figures: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """The whole report: the main tables, under what they were taken, what failed or is open, then every figure folded.
 
     Args:
-        rows: measurements in the order written; for one case the last stands.
-        planned: the cases that the session meant to measure; one without a row is shown as missing.
-        environments: by id, as `Environment.to_dict` gives them.
-        notes: lines that a reader must know before the figures.
-        command: what made the report, for the section on reproducing it; "" derives one from the plan.
+        session: its rows in the order written (for one case the last stands); the planned cases, of which one
+            without a row is shown as missing; environments by id; notes that a reader must know before the
+            figures; the command that made it, for the section on reproducing it, where "" derives one from the
+            plan.
         with_plots: embed the images that `svgs` of the same rows gives.
         published_figures: entries of `harness.published`, which have a page of their own: one line tells of it.
     """
-    found = complete(rows, planned)
+    planned = session.planned
+    found = complete(session.rows, planned)
     alone = bool(published_figures) and not found  # nothing was to be measured
     parts = ["# Quantization report"] + [account.headline(found, planned)] * (not alone)
-    if notes:
-        parts.append("\n".join(f"- Note: {escape(note)}" for note in notes))
+    if session.notes:
+        parts.append("\n".join(f"- Note: {escape(note)}" for note in session.notes))
     every, large = sections([row for row in found if row.case.family != INVARIANT]), len(found) > MOST_CASES
     images: Sequence[Sequence[Plot]] = drawn(every) if with_plots and not large else [()] * len(every)
     if large:
@@ -180,7 +173,7 @@ def markdown(
         parts += [part for section, own in zip(every, images, strict=True) for part in _main(section, own)]
         if with_plots and not any(images) and (left := sum(len(plots_of(section)) for section in every)):
             parts.append(f"No plots: there would be {left:,}, more than the {MOST} of one report; merge fewer models.")
-    if under := list(filter(None, conditions(found, environments, clashes_only=large))):
+    if under := list(filter(None, conditions(found, session.environments, clashes_only=large))):
         parts += ["## Environment and protocol", *under]
     if behaved := account.invariants(found):
         parts += ["## Invariants", behaved]
@@ -191,8 +184,8 @@ def markdown(
     parts += [*_every_verdict(found, large), _published(published_figures)]
     if found:
         parts += ["## How to read it", READING]
-    if command or planned:
-        parts += ["## To reproduce", code_block(command or _derived_command(planned))]
+    if session.command or planned:
+        parts += ["## To reproduce", code_block(session.command or _derived_command(planned))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -218,7 +211,7 @@ def _main(section: Section, images: Sequence[Plot]) -> list[str]:
     parts += [f"> {escape(note)}" for note in section.notes()]
     for text in section.texts or (NO_TEXT,):
         if text != NO_TEXT:
-            parts.append(f"### {code(section.model)}: {code(text[0])}, {code(text[1])}")
+            parts.append(f"### {code(section.model)}: {code(text[0])}, {code(section.protocol(text))}")
         parts += [tables.main(section, text), "\n".join(tables.footnotes(section, text))]
         parts += [_image(plot) for plot in images if plot.text == text and plot.kind == "quality"]
     return parts
@@ -229,14 +222,14 @@ def _in_full(section: Section, images: Sequence[Plot]) -> list[str]:
     parts = []
     for text in (*section.texts, NO_TEXT):
         if further := tables.others(section, text):
-            where = f" on {code(text[0])}, {code(text[1])}" if text != NO_TEXT else ""
+            where = f" on {code(text[0])}, {code(section.protocol(text))}" if text != NO_TEXT else ""
             parts += [f"### {code(section.model)}: further metrics{where}", further]
     if memory := tables.memory(section):
         parts += [f"### {code(section.model)}: memory", *(_image(plot) for plot in images if plot.kind == "memory")]
         parts += [memory]
     timed = [(text, name) for text in (NO_TEXT, *section.texts) for name in section.metrics(text, "latency")]
     for text, name in timed:
-        where = f" on {code(text[0])}, {code(text[1])}" if text != NO_TEXT else ""
+        where = f" on {code(text[0])}, {code(section.protocol(text))}" if text != NO_TEXT else ""
         parts += [f"### {code(section.model)}: {code(name)}{where}", tables.latency(section, name, text)]
         parts.append(tables.ratio_note(section, name, text))
     parts += [_image(plot) for plot in images if plot.kind == "latency"]
@@ -253,13 +246,15 @@ def _derived_command(planned: Sequence[Case]) -> str:
     """A pytest command that plans these cases again (token limit and batch size are not in a plan)."""
     fields = ("model", "method", "dataset", "protocol", "metric")
     given = {f"{name}s": [getattr(case, name) for case in planned] for name in fields}
+    own = [method for method in given["methods"] if not other_model(method)]  # another model's is planned beside them
+    given["methods"] = own or [method.partition("=")[0] for method in given["methods"]]
     given["reference"] = [planned[0].reference]
     if len(devices := {case.device for case in planned}) == 1:
         given["device"] = list(devices)
     parts = ["pytest -p harness.plugin --pyargs harness.cases"]
     for name, values in given.items():
         if unique := [value for value in dict.fromkeys(values) if value]:
-            parts.append(f"--{name} {shlex.quote(','.join(unique))}")
+            parts.append(f"--{name} {shlex.quote(listed(unique))}")
     return " ".join(parts)
 
 
@@ -281,7 +276,8 @@ def _overview(section: Section) -> str:
         ("bits/weight", lambda method: number(tables.bits(section, method))),
         ("storage MiB", lambda method: tables.shown(section.row(method, "memory.storage"), mib)),
         ("cases", lambda method: f"{len(rows[method]):,}"),
-        ("missing", lambda method: f"{sum(row.value is None for row in rows[method]):,}"),
+        ("missing", lambda method: f"{account.tally(rows[method])[account.MISSING]:,}"),
+        ("left out", lambda method: f"{left:,}" if (left := sum(row.left_out for row in rows[method])) else NOTHING),
         ("verdict", lambda method: tables.verdict(rows[method])),
     ]
     head = f"## {code(section.model)} on {escape(section.device)}"
@@ -308,25 +304,25 @@ def write(
 ) -> Path:
     """Write report.md with its plots and report.html, each file whole or not at all; returns the report's path.
 
-    `notes` and `command` are kept in session.json, so that `rewrite` gives the same report later; the published figures
+    `notes`, `command` and the time are kept in session.json: `rewrite` gives the same report later. Published figures
     are those that the directory keeps.
     """
     if notes or command:
         digests = {"plan": checksum([case.told() for case in planned]), "environments": checksum(environments)}
-        ReportDirectory(folder).keep_session(command=command, notes=list(notes), **digests)
+        told = {"command": command, "notes": list(notes), "finished": now()}
+        ReportDirectory(folder).keep_session(**told, **digests)
     return _put(folder, SavedSession(tuple(rows), tuple(planned), environments, tuple(notes), command))
 
 
-def _put(folder: Path, told: SavedSession) -> Path:
-    parts = told.rows, told.planned, told.environments
+def _put(folder: Path, session: SavedSession) -> Path:
     figures = directory.published_of(folder)
-    texts = {**svgs(told.rows, told.planned)}
+    texts = {**svgs(session.rows, session.planned)}
     if figures:
         from harness import published
 
         texts[PUBLISHED_PAGE] = f"# Published figures, computed again\n\n{published.section(figures)}"
-    texts[REPORT] = markdown(*parts, notes=told.notes, command=told.command, published_figures=figures)
-    texts[PAGE] = page(*parts, notes=told.notes, command=told.command, published_figures=figures)
+    texts[REPORT] = markdown(session, published_figures=figures)
+    texts[PAGE] = page(session, figures)
     ReportDirectory(folder).put(texts)
     return folder / REPORT
 
@@ -340,10 +336,4 @@ def rewrite(folder: Path) -> Path:
 
 def excerpt(folder: Path, models: Sequence[str]) -> str:
     """The report of some of a session's models as markdown without plots; nothing is written."""
-    session = read_report(folder)
-    known = dict.fromkeys(case.model for case in (*session.planned, *(row.case for row in session.rows)))
-    if unknown := [model for model in models if model not in known]:
-        raise BadFile(f"{folder} holds no case of '{unknown[0]}': it has {', '.join(known)}")
-    rows = [row for row in session.rows if row.model in models]
-    planned = [case for case in session.planned if case.model in models]
-    return markdown(rows, planned, session.environments, notes=session.notes, command=session.command, with_plots=False)
+    return markdown(read_report(folder).only(models), with_plots=False)

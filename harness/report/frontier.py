@@ -116,9 +116,10 @@ class Heading:
 def points(section: Section, text: Text) -> list[Point]:
     """Every method with a quality figure, the reference first."""
     found = []
+    decode = section.timed.get(SPEED, SPEED)
     for method in section.methods:
-        quality, speed = section.row(method, "perplexity.delta", text), section.row(method, SPEED)
-        storage, seconds = section.value(method, "memory.storage"), section.value(method, SPEED)
+        quality, speed = section.row(method, "perplexity.delta", text), section.row(method, decode)
+        storage, seconds = section.value(method, "memory.storage"), section.value(method, decode)
         if method == section.reference:
             own = section.row(method, "perplexity", text)
             found.append(Point(method, 0.0, CENTRE, storage, seconds, None if seconds is None else CENTRE, own))
@@ -187,7 +188,7 @@ def standings(found: Sequence[Point], nll: Nll) -> list[Standing]:
 def heading(section: Section, text: Text) -> Heading:
     """What a table's rows have in common."""
     aligned = frozenset(method for method in section.methods if section.aligned(method))
-    return Heading(section.model, section.device, text, section.reference, aligned)
+    return Heading(section.model, section.device, (text[0], section.protocol(text)), section.reference, aligned)
 
 
 def render(head: Heading, places: Sequence[Standing]) -> str:

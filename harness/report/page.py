@@ -24,14 +24,35 @@ from harness.core.text import MIB, NOTHING, mib, milliseconds, number, perplexit
 from harness.core.values import encode, flatten
 from harness.judge.two_reports import INVARIANT, holds, seen
 from harness.judge.verdicts import command as command_for
-from harness.report.account import METHOD_FILE, SHOWN, complete, failing, grouped, measured, opening, sections
+from harness.report.account import (
+    METHOD_FILE,
+    MISSING,
+    SHOWN,
+    Decision,
+    by_measure,
+    complete,
+    decide,
+    failing,
+    grouped,
+    opening,
+    sections,
+    tally_of,
+)
 from harness.report.charts import Chart, Dot, lanes, plane
-from harness.report.decision import Decision, decide
-from harness.report.facts import facts_of, figure, protocol_of, where
-from harness.report.kinds import ASPECTS, Factor, MethodLine, decisions, lines, loss, pace, share, timed_row
+from harness.report.conditions import facts_of, figure, protocol_of, where
 from harness.report.plots import MOST
-from harness.report.tables import MISSING, TIMED
-from harness.results.directory import PUBLISHED_PAGE
+from harness.report.tables import (
+    ASPECTS,
+    Factor,
+    MethodLine,
+    decisions,
+    lines,
+    loss,
+    pace,
+    share,
+    timed_row,
+)
+from harness.results.directory import PUBLISHED_PAGE, SavedSession
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -77,24 +98,18 @@ def judged(verdict: Verdict, link: str = "", aside: str = "", row: Row | None = 
     return Judged(str(verdict), tone, verdict.severity, link, aside)
 
 
-def page(
-    rows: Sequence[Row],
-    planned: Sequence[Case],
-    environments: Mapping[str, Mapping[str, Any]],
-    *,
-    notes: Sequence[str] = (),
-    command: str = "",
-    published_figures: Sequence[Mapping[str, Any]] = (),
-) -> str:
+def page(session: SavedSession, published_figures: Sequence[Mapping[str, Any]] = ()) -> str:
     """The whole report as HTML, of what `document.markdown` takes."""
+    notes = session.notes
     if published_figures:
         from harness import published  # few reports have any
 
         summary = (
             f"Published figures, computed again: {published.summary(published_figures)} They stand in {PUBLISHED_PAGE}."
         )
-        notes = [*notes, summary]
-    return Page(complete(rows, planned), planned, environments).render(notes, command)
+        notes = (*notes, summary)
+    rows = complete(session.rows, session.planned)
+    return Page(rows, session.planned, session.environments).render(notes, session.command)
 
 
 class Page:
@@ -110,7 +125,7 @@ class Page:
         self.lines = [line for section in self.sections for line in lines(section)]
         self.numbers = {line.key: number for number, line in enumerate(self.lines)}
         timed = dict.fromkeys(row.metric for row in rows if row.case.family == "latency")
-        self.timed = sorted(timed, key=lambda name: TIMED.index(name) if name in TIMED else len(TIMED))[:2]
+        self.timed = list(by_measure(timed).values())[:2]
         self.groups: dict[str, int] = {}  # facts that many cases share, as JSON, with their place in the list
 
     def render(self, notes: Sequence[str], command: str) -> str:
@@ -118,11 +133,10 @@ class Page:
         script, style = (HERE.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
         failed = [row for row in self.mine if failing(row)]
         failed.sort(key=lambda row: row.value is None)  # what was measured first
-        return template().render(
+        return template("page.html.jinja").render(
             opening=opening(self.mine),
             whole=judged(whole.verdict, row=whole.row) if (whole := decide(self.mine)) else None,
-            planned=len(self.mine),
-            ran=measured(self.mine),
+            tally=tally_of(self.mine).capitalize(),
             failed=[self.named(row) for row in failed[:SHOWN]],
             unnamed=max(0, len(failed) - SHOWN),
             notes=[*notes, *(f"{section.model}: {note}" for section in self.sections for note in section.notes())],
@@ -198,7 +212,7 @@ class Page:
                     "aligned": line.key[:4] in aligned,
                     "bits": "" if bits is None else f"{number(bits)} bits/weight",
                     "text": line.text[0],
-                    "protocol": line.text[1],
+                    "protocol": section.protocol(line.text),
                     "cells": (
                         self.quality(line),
                         verdicts.get("quality"),
@@ -237,7 +251,7 @@ class Page:
         if row is None:
             return None
         if row.value is None or found is None:
-            return Cell(MISSING if row.value is None else NOTHING, below, None, self.link(row))
+            return Cell(MISSING if row.missing else NOTHING, below, None, self.link(row))
         words = "1" if found == Factor(1.0) else found.words
         return Cell(words, below, found.value if math.isfinite(found.value) else None, self.link(row))
 
@@ -348,9 +362,7 @@ class Page:
         for (model, device), own in grouped(self.mine, lambda row: (row.model, row.device)).items():
             counts = Counter(row.verdict for row in own)
             verdicts = [(counts[word], judged(word)) for word in Verdict if counts[word]]
-            found.append(
-                {"model": model, "device": device, "planned": len(own), "ran": measured(own), "verdicts": verdicts}
-            )
+            found.append({"model": model, "device": device, "tally": tally_of(own), "verdicts": verdicts})
         return found
 
     def reasons(self) -> list[dict[str, Any]]:
@@ -453,8 +465,8 @@ def sha256(text: str) -> str:
 
 
 @functools.cache
-def template() -> Template:
-    """The page's template: every name in it is escaped, and what a renderer would obey is shown by its code."""
+def template(name: str) -> Template:
+    """A template of this folder: every name in it is escaped, and what a renderer would obey is shown by its code."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
@@ -466,4 +478,4 @@ def template() -> Template:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    return made.get_template("page.html.jinja")
+    return made.get_template(name)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.core.records import Case, Row
-from harness.core.text import MIB, NOTHING, exp, mib, ratio, visible
+from harness.core.text import MIB, exp, mib, ratio, visible
 from harness.core.values import digest
-from harness.report.account import MOST_CASES, NO_TEXT, Section, Text, complete, finite, sections
-from harness.report.tables import TIMED, interval, quality_ratio, time_ratio
+from harness.report.account import MOST_CASES, NO_TEXT, Section, Text, by_measure, complete, finite, sections
+from harness.report.tables import interval, quality_ratio, shown, time_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,8 @@ def plots_of(section: Section) -> tuple[Plot, ...]:
 
     def add(kind: str, text: Text | None, caption: str) -> None:
         name = filename("quality-memory" if kind == "quality" else kind, section, text or NO_TEXT)
-        where = ", ".join((f"{section.model} on {section.device}", *(text or ())))
+        read = (text[0], section.protocol(text)) if text else ()
+        where = ", ".join((f"{section.model} on {section.device}", *read))
         found.append(Plot(kind, section, text, name, f"{caption}: {where}"))
 
     for text in section.texts:
@@ -104,8 +105,9 @@ def sized(section: Section) -> tuple[str, ...]:
 
 def timed(section: Section) -> tuple[str, ...]:
     """The two timed measures worth a panel: prefill and decode where they are, else what there is."""
-    measured = [name for name in TIMED if any(time_ratio(section.row(method, name)) for method in section.methods)]
-    return tuple(measured[:2])
+    planned = section.metrics(NO_TEXT, "latency")
+    measured = [name for name in planned if any(time_ratio(section.row(method, name)) for method in section.methods)]
+    return tuple(by_measure(measured).values())[:2]
 
 
 def filename(kind: str, section: Section, text: Text) -> str:
@@ -317,7 +319,7 @@ def _panel(axes: Axes, section: Section, panel: Panel) -> None:
             if high > low:
                 ends = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 axes.errorbar(value, index, xerr=ends, fmt="none", ecolor=VERMILION, lw=1.4, capsize=3)
-        word = NOTHING if row is None else "missing" if row.value is None else panel.write(value)
+        word = written(row, panel, value)
         axes.annotate(
             word, (end, index), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, bbox=PAPER
         )
@@ -333,6 +335,11 @@ def _panel(axes: Axes, section: Section, panel: Panel) -> None:
     axes.set_yticks(range(len(section.methods)), [plain(method) for method in section.methods])
     axes.set_ylim(len(section.methods) - 0.4, -0.6)  # the reference on top
     axes.grid(axis="y", visible=False)
+
+
+def written(row: Row | None, panel: Panel, value: float) -> str:
+    """The word at a bar's end."""
+    return shown(row, lambda _: panel.write(value))
 
 
 @dataclass(frozen=True)

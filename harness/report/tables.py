@@ -2,6 +2,10 @@
 
 A time belongs to its moment: of two methods only their ratios to the reference compare, each timed in turn with it.
 
+What a line of the main table says is here as numbers too (`MethodLine`), for the page and for other programs: for each
+of quality, memory and speed a ratio to the reference and a verdict, so that a good perplexity does not hide behind a
+latency that compares with nothing.
+
 Ratios of times: to the reference, and to the unquantized model in the dtype in which a method itself runs.
 
 On a card methods run in fp16 beside a reference in fp32, so that a ratio of their times holds dtype and quantization
@@ -14,23 +18,33 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from harness.core.records import Row
 from harness.core.stats import Estimate
 from harness.core.text import NOTHING, exp, mib, milliseconds, number, perplexity, ratio
 from harness.core.values import decode_number
 from harness.judge.rules import log_ratio
-from harness.report.account import MEMORY, NO_TEXT, QUALITY, SPEED, Section, Text, kind
-from harness.report.decision import decide
+from harness.report.account import (
+    MEMORY,
+    MISSING,
+    NO_TEXT,
+    QUALITY,
+    SPEED,
+    Decision,
+    Section,
+    Text,
+    decide,
+    grouped,
+    kind,
+)
 from harness.report.markup import code, escape, table
 
-MISSING = "missing"
+ASPECTS = (QUALITY, MEMORY, SPEED)  # each with a verdict of its own, so that none hides behind another
 ALIGNED, NO_INTERVAL = "†", "‡"  # footnote marks
 SIZES = ("parameters", "footprint", "storage", "storage_after", "load_peak", "run_peak", "file")
 IN_MAIN = ("perplexity", "perplexity.delta")  # shown in the main table, not among the others
-TIMED = ("latency.prefill", "latency.decode", "latency.forward", "latency.generate", "latency.evaluation")
 
 Cell = Callable[[str], str]  # of a method
 Column = tuple[str, Cell]  # with its header
@@ -50,15 +64,14 @@ def main(section: Section, text: Text) -> str:
         ("bits/weight", lambda method: number(bits(section, method))),
         (f"{size.partition('.')[2]} MiB", _values(section, size, NO_TEXT, mib)),
         *((f"{name.partition('.')[2]} / reference [95%]", speed(section, name)) for name in timed(section)),
-        *((name, judged_on(name)) for name in (QUALITY, MEMORY, SPEED)),
+        *((name, judged_on(name)) for name in ASPECTS),
     ]
     return by_method(section, columns, verdicts=3)
 
 
 def timed(section: Section) -> tuple[str, ...]:
     """The two timed measures worth a column: prefill and decode where they are, else what there is."""
-    measured = [name for name in TIMED if any(section.row(method, name) for method in section.methods)]
-    return tuple(measured[:2])
+    return tuple(section.timed.values())[:2]
 
 
 def speed(section: Section, metric: str) -> Cell:
@@ -103,8 +116,8 @@ def label(section: Section, method: str) -> str:
 
 
 def shown(row: Row | None, write: Callable[[float | None], str]) -> str:
-    """A row's value; 'missing' where it was planned and has none."""
-    if row is None:
+    """A row's value; 'missing' where it was planned and has none, unless it was left out."""
+    if row is None or row.left_out:
         return NOTHING
     return MISSING if row.value is None else write(row.value)
 
@@ -115,7 +128,7 @@ def quality(section: Section, method: str, text: Text) -> str:
         return "1" if section.value(method, "perplexity", text) is not None else NOTHING
     row = section.row(method, "perplexity.delta", text)
     if row is not None and row.value is None:
-        return MISSING
+        return shown(row, perplexity)
     low, high = interval(row)
     shown_ratio = ratio(quality_ratio(section, method, text), exp(low), exp(high))
     return shown_ratio + (f" {NO_INTERVAL}" if shown_ratio != NOTHING and "[" not in shown_ratio else "")
@@ -273,6 +286,10 @@ def census(section: Section) -> str:
         value = taken.get(method, {}).get(name)
         return f"{value:,}" if isinstance(value, int) else NOTHING
 
+    def share(method: str) -> str:
+        found = taken.get(method, {}).get("matrices")
+        return f"{found['share']:.1%}" if isinstance(found, dict) else NOTHING
+
     def by_dtype(method: str) -> str:
         sizes = taken.get(method, {}).get("bytes_by_dtype")
         if not isinstance(sizes, dict):
@@ -286,6 +303,8 @@ def census(section: Section) -> str:
         ("bits/weight", lambda method: number(bits(section, method) if method in taken else None)),
         ("MiB by dtype", by_dtype),
     ]
+    if any("matrices" in known for known in taken.values()):  # reports of older harnesses have none
+        columns.insert(3, ("of what its scope names", share))
     return by_method(section, columns)
 
 
@@ -361,3 +380,82 @@ def time_ratio(row: Row | None) -> Estimate | None:
     if row is None or value is None or not math.isfinite(value):
         return None
     return log_ratio(row.detail) or Estimate(value, -math.inf, math.inf, 0, False)
+
+
+def decisions(rows: Iterable[Row]) -> dict[str, Decision]:
+    """For each aspect that was planned its verdict."""
+    own = grouped(rows, lambda row: kind(row.case))
+    return {name: found for name in ASPECTS if (found := decide(own.get(name, ())))}
+
+
+class MethodLine(NamedTuple):
+    """A line of the main table: a model under a method on one text. Its bytes and times repeat on each text."""
+
+    section: Section
+    method: str
+    text: Text
+    rows: tuple[Row, ...]
+
+    @property
+    def key(self) -> tuple[str, str, str, str, Text]:
+        """What tells it from every other line."""
+        return self.section.model, self.section.device, self.section.reference, self.method, self.text
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether its method is what the others are held against."""
+        return self.method == self.section.reference
+
+
+def lines(section: Section) -> Iterator[MethodLine]:
+    """The lines of a section: for each text (or once, where there is none) every method that was planned."""
+    cells = grouped(section.cells.values(), lambda row: (row.method, (row.dataset, row.protocol)))
+    for text in section.texts or (NO_TEXT,):
+        for method in section.methods:
+            own = cells.get((method, text), []) if text != NO_TEXT else []
+            if rows := (*own, *cells.get((method, NO_TEXT), ())):
+                yield MethodLine(section, method, text, rows)
+
+
+class Factor(NamedTuple):
+    """A ratio to the reference, with its 95% interval where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def words(self) -> str:
+        """As every table of the report writes it."""
+        return ratio(self.value, self.low, self.high)
+
+
+def loss(line: MethodLine) -> Factor | None:
+    """Perplexity over the reference's on the same tokens."""
+    section, method, text = line.section, line.method, line.text
+    if line.is_reference:
+        return Factor(1.0) if section.value(method, "perplexity", text) is not None else None
+    value = quality_ratio(section, method, text)
+    low, high = interval(section.row(method, "perplexity.delta", text))
+    return None if value is None else Factor(value, exp(low), exp(high))
+
+
+def share(line: MethodLine) -> Factor | None:
+    """Storage over the reference's, exact."""
+    own, reference = (line.section.value(name, "memory.storage") for name in (line.method, line.section.reference))
+    return Factor(own / reference) if own is not None and reference else None
+
+
+def timed_row(line: MethodLine, metric: str) -> Row | None:
+    """A timed measure of a line: of its text where that is read, else of the model."""
+    return line.section.row(line.method, metric, line.text) or line.section.row(line.method, metric)
+
+
+def pace(line: MethodLine, metric: str) -> Factor | None:
+    """Time over the reference's, from the blocks of one run in which both were timed; of the reference its A/A."""
+    row = timed_row(line, metric)
+    found = time_ratio(row) if row is not None and row.value is not None else None
+    if found is None:
+        return None
+    low, high = (exp(end) if math.isfinite(end) else None for end in (found.low, found.high))
+    return Factor(exp(found.value) or 0.0, low, high)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import unquote
@@ -378,6 +378,18 @@ class SavedSession:
     command: str = ""  # that made it, from session.json where there is one
     folder: Path | None = None  # None for a bare measurements.jsonl: no per-token NLL at hand
     identities: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # facts of models, by the rows' digests
+    finished: str = ""  # when its report was written first, in UTC; '' of older ones
+
+    def only(self, models: Sequence[str] = (), methods: Sequence[str] = ()) -> SavedSession:
+        """The part of some models or methods (all where none is named); BadFile where one has no case here."""
+        cases = dict.fromkeys((*self.planned, *(row.case for row in self.rows)))
+        for name, wanted in (("model", models), ("method", methods)):
+            known = dict.fromkeys(getattr(case, name) for case in cases)
+            if unknown := [one for one in wanted if one not in known]:
+                raise BadFile(f"{self.folder} holds no case of '{unknown[0]}': it has {', '.join(known)}")
+            cases = {case: None for case in cases if not wanted or getattr(case, name) in wanted}
+        rows = tuple(row for row in self.rows if row.case in cases)
+        return replace(self, rows=rows, planned=tuple(case for case in self.planned if case in cases))
 
     def to_pandas(self) -> Any:
         """The rows as a pandas DataFrame, one a measured case, under the names of `flat.COLUMNS`."""
@@ -424,7 +436,7 @@ def read_report(path: Path) -> SavedSession:
         planned = cases_of(path / PLAN, written)
     environments = _json(path / ENVIRONMENTS, dict[str, dict[str, Any]], remembered.environments) or {}
     identities = _json(path / IDENTITIES, dict[str, dict[str, str]]) or {}
-    told = (*notes, *remembered.notes), remembered.command, path, identities
+    told = (*notes, *remembered.notes), remembered.command, path, identities, remembered.finished
     return SavedSession(tuple(rows), planned, environments, *told)
 
 
@@ -436,6 +448,7 @@ class _Remembered:
     notes: tuple[str, ...] = ()
     plan: str = ""  # digests of plan.json and environments.json
     environments: str = ""
+    finished: str = ""
 
 
 def cases_of(path: Path, written: Iterable[Mapping[str, str]]) -> tuple[Case, ...]:

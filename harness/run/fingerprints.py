@@ -21,6 +21,11 @@ def files(model: str) -> str:
     return f"{STAMPS} {model}"
 
 
+def protocol_of(dataset: str, protocol: str, model: str) -> str:
+    """The entry of how a text is read for a model, in full: `TokenPlan.protocol_id`."""
+    return f"reading of {dataset} under {protocol} for {model}"
+
+
 def portable(inputs: Mapping[str, str]) -> dict[str, str]:
     """Those of a session's inputs that hold on other machines too: what files contain, not where and when."""
     return {name: value for name, value in inputs.items() if not name.startswith(STAMPS)}

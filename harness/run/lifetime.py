@@ -1,15 +1,24 @@
-"""How long a process that answers requests lives: never longer than who asks. No torch."""
+"""How long a process that answers requests lives: never longer than who asks, nor without a step. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+from harness.core import progress
+
+LOOK_SECONDS = 5.0  # between two looks at what a process did
+STEP_BYTES = 1 << 16  # written: more than what it says of itself
+STEP_SECONDS = 2.0  # computed: more than threads that wait take in half an hour
 
 
 def end_with_controller(connection: Connection, grace: float = 0.0) -> None:
@@ -34,3 +43,35 @@ def end_with_controller(connection: Connection, grace: float = 0.0) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="harness-controller-watch").start()
+
+
+@contextlib.contextmanager
+def work_told(what: Callable[[], str], every: float = LOOK_SECONDS) -> Iterator[None]:
+    """Meanwhile what this process writes and computes is told as steps (`progress`) of `what`.
+
+    For a download or a conversion inside a library that tells nothing: one that only waits takes no step, and is seen
+    to hang.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        written, computed = _written(), time.process_time()
+        while not over.wait(every):
+            if _written() - written >= STEP_BYTES or time.process_time() - computed >= STEP_SECONDS:
+                progress.alive(what())
+                written, computed = _written(), time.process_time()
+
+    thread = threading.Thread(target=watch, daemon=True, name="harness-work-watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _written() -> int:
+    """Bytes that this process has written so far; 0 where the system does not count them."""
+    counters = Path("/proc/self/io")
+    lines = counters.read_text("utf-8").splitlines() if os.access(counters, os.R_OK) else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("wchar:")), 0)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from harness.core.values import parse_json, sha256_text
 from harness.inputs.models import identity_facts, sizes
 from harness.inputs.texts import corpora
 from harness.methods.quantizing import bnb
-from harness.methods.quantizing.stored import weight_owners
+from harness.methods.quantizing.stored import WEIGHT, StoredWeight, held, owners, place, plain_class
 from harness.run import plan as planning
 from harness.run.group import Group, answered, failure
 from harness.run.local import Process, Runner
@@ -154,25 +155,41 @@ def changed_weights(original: nn.Module, module: nn.Module) -> Iterator[Quantize
     """The weights that a module stores otherwise than the original: under another class, or in no floating tensor.
 
     The other must have every module of the original under its name. Storage is whatever hangs on the module in the
-    weight's place, its bias excepted; what several share is counted with the first.
+    weight's place, but its bias and weights that are as they were; what several share is counted with the first.
     """
-    seen: set[int] = set()
-    for name in weight_owners(original):
-        old, new = original.get_submodule(name), module.get_submodule(name)
-        weight = new._parameters.get("weight")
+    changed: list[tuple[str, nn.Module]] = []
+    left, seen = set[int](), set[int]()
+    for name in owners(original):
+        old, key = place(original, name)
+        new, now = (module.get_submodule(name), WEIGHT) if key == WEIGHT else place(module, name)
+        weight = new._parameters.get(now)
         plain = weight is not None and weight.is_floating_point() and not hasattr(weight, "__tensor_flatten__")
-        if type(old) is type(new) and plain:
+        if plain_class(old) is plain_class(new) and plain:
+            left.add(id(weight))
             continue
-        bias = {id(tensor) for path, tensor in new.named_parameters() if path.rpartition(".")[2] == "bias"}
+        store = dict(held(new)).get(now)
+        changed.append((name, store if isinstance(store, StoredWeight) else new))
+    for name, holder in changed:
+        old, key = place(original, name)
+        weights = dict(held(old))
+        beside = {"bias", *(one for one in old._parameters if one not in weights)}
+        others = left | {id(tensor) for path, tensor in holder.named_parameters() if path.rpartition(".")[2] in beside}
         storages = {
             tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-            for tensor in sizes.held(new)
-            if id(tensor) not in bias
+            for tensor in sizes.held(holder)
+            if id(tensor) not in others
         }
-        fresh = sum(size for key, size in storages.items() if key not in seen)
+        fresh = sum(size for storage, size in storages.items() if storage not in seen)
         seen.update(storages)
-        elements = old._parameters["weight"].numel()  # type: ignore[union-attr]
-        yield QuantizedWeight(name, type(old).__name__, elements, fresh, _not_loaded)
+        was = weights[key]
+        elements = math.prod(was.layout if isinstance(was, StoredWeight) else was.shape)
+        yield QuantizedWeight(name, plain_class(old).__name__, elements, fresh, _not_loaded)
+
+
+def homes(original: nn.Module) -> set[str]:
+    """The modules that hold weights, by name."""
+    placed = ((name, place(original, name)[1]) for name in owners(original))
+    return {name if key == WEIGHT else name.rpartition(".")[0] for name, key in placed}
 
 
 def facts_of(live: Live, weights: str) -> dict[str, str]:
@@ -228,9 +245,13 @@ class LiveRunner(Runner):
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Token plans, so that a text that cannot be read or scored is said before anything is measured."""
         for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
-            corpora.check(parse(dataset), self.options.declared)
-        for dataset, protocol in dict.fromkeys((case.dataset, case.protocol) for case in cases if case.dataset):
-            self._group_of(cases[0]).plan_of(dataset, protocol)
+            with self.costing(case for case in cases if case.dataset == dataset):
+                corpora.check(parse(dataset), self.options.declared)
+        left = self.fit(cases)
+        for text in dict.fromkeys((case.dataset, case.protocol) for case in left if case.dataset):
+            with self.costing(case for case in left if (case.dataset, case.protocol) == text):
+                self._group_of(left[0]).plan_of(*text)
+        self.fit(cases)
         self.identities = {identity_digest(self.identity): self.identity}
         return {}
 
@@ -306,7 +327,7 @@ class LiveGroup(Group):
     def counted(self, model: nn.Module, original: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The census; {} where no reference, or one of other modules, says how many weights there are."""
         names = {name for name, _ in model.named_modules()}
-        if self.live.reference is None or not set(weight_owners(original[""])) <= names:
+        if self.live.reference is None or not homes(original[""]) <= names:
             return {}
         return super().counted(model, original)
 

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -21,17 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 from harness.core import gpus
 from harness.core.catalog import member, member_of
-from harness.core.errors import DEVICE, HarnessError
+from harness.core.errors import DEVICE, HarnessError, refused
 from harness.core.files import locked
-from harness.core.progress import WAITING
+from harness.core.progress import WAITING, Piece
 from harness.core.records import Case, Row, Verdict
 from harness.core.specification import parse
+from harness.core.text import plural
 from harness.inputs.models import names
 from harness.inputs.texts import corpora
 from harness.methods.quantizing import compiled
-from harness.metrics.measuring.checks import LAYER
 from harness.results.directory import IDENTITIES
-from harness.run.messages import Asked, Job, Reply, Stop
+from harness.run.messages import UNFIT, Asked, Job, Reply, Stop
+from harness.run.plan import models_of
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -44,10 +46,19 @@ WORKERS = "PYTEST_XDIST_WORKER_COUNT"  # pytest-xdist's, which share the cores
 DEATHS = 2  # a group whose process died this often is given up: the machine cannot carry it
 ENDING_SECONDS = 5  # for a process to end once it is told to
 Arrived = Callable[[Row, Mapping[str, Any]], None]
+Watch = Callable[[Piece], None]
+
+
+def unseen(piece: Piece) -> None:
+    """Nobody looks."""
 
 
 class Died(Exception):
     """The group's process ended without an answer, or was ended because none came."""
+
+
+class Hung(Died):
+    """It was ended since it took no step for too long."""
 
 
 @dataclass
@@ -57,10 +68,11 @@ class Process:
     process: BaseProcess
     connection: Any
     log: Path
-    patience: float | None = None  # seconds without a step forward until it counts as hung; None waits for ever
+    patience: float  # seconds without a step forward until it counts as hung
     predicted: Mapping[str, int] = field(default_factory=dict)
     ended: bool = False  # by itself, behind its last answer, or by us
     asked: int = 0  # requests so far: the number of the last
+    watch: Watch = unseen  # gets the pieces of work that may be shown
 
     def ask(self, verb: str, argument: Any, say: Callable[[str], None] = lambda line: None) -> Reply:
         """Send a request and wait for its answer; `Died` when the process ends instead, or hangs.
@@ -86,17 +98,20 @@ class Process:
                 if reply.text.startswith(WAITING) and reply.text != step:
                     say(reply.text)
                 step = reply.text
+                if reply.data is not None:
+                    self.watch(Piece(**reply.data))
             elif reply.kind == "predicted":
                 self.predicted = dict(reply.data or {})
             elif reply.kind == "said":
                 say(reply.text)
+                step = reply.text
             elif number != self.asked:
                 raise Died(f"the group's process answered request {number} where {self.asked} was asked")
             else:
                 self.ended = reply.blamed == DEVICE
                 return reply  # type: ignore[no-any-return]
-        minutes = f"{(self.patience or 0) / 60:g} minutes"
-        raise Died(f"the group's process hung at {step}: no step in {minutes} (--progress-timeout), so it was ended")
+        minutes = f"{self.patience / 60:g} minutes"
+        raise Hung(f"the group's process hung at {step}: no step in {minutes} (--progress-timeout), so it was ended")
 
     @property
     def need(self) -> str:
@@ -113,7 +128,7 @@ class Process:
             cause = {"SIGKILL": "killed (SIGKILL: out of memory?)", "SIGSEGV": "segmentation fault (SIGSEGV)"}
             how = cause.get(name, f"died of {name}")
         else:
-            lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+            lines = self.log.read_text("utf-8", "replace").strip().splitlines() if self.log.is_file() else []
             how = f"ended with exit status {code}" + (f" ({lines[-1][:200]})" if lines else "")
         return f"the group's process was {how}" if how.startswith("killed") else f"the group's process: {how}"
 
@@ -162,8 +177,10 @@ class Runner:
         self.environments: dict[str, dict[str, Any]] = {}
         self.inputs: Mapping[str, str] = {}  # what weights and texts were when the session began, where that is known
         self.identities: Mapping[str, Mapping[str, str]] = {}  # facts of the prepared models by their digest
+        self.unfit: dict[Case, str] = {}  # cases whose model or text cannot be had, and why
         self.arrived: Arrived = lambda row, world: None  # told of rows that were measured ahead
         self.say: Callable[[str], None] = lambda line: None  # gets a line where a lock is waited for
+        self.watch: Watch = unseen  # gets the pieces of work, as they begin
         self.crowded = int(os.environ.get(WORKERS) or 1) > 1  # others measure on these cores at the same time
         self._group = ("", "")  # and how its threads wait
         self._process: Process | None = None
@@ -174,42 +191,82 @@ class Runner:
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Make checkpoints and token plans in a process of their own, once the assets are known to be there.
 
+        A model or text that cannot be had costs its own cases, which are `unfit` then, each with the reason.
+
         Returns what identifies the weights and texts (`group.prepare`): every group is held to it.
 
         Raises:
-            HarnessError: what is the user's to act on, before anything ran.
+            HarnessError: what is the user's to act on, before anything ran: no case is left.
         """
         self.check_assets(cases)
         _, note = compiled.kept_in()
         if note and importlib.util.find_spec("numba"):
             say(note)
-        told = dict(self.consult("prepare", cases, say).data or {})
+        told = self._prepared(self.fit(cases), say)
+        for case, reason in told.pop(UNFIT, ()):
+            self.unfit[case] = reason
+        self.fit(cases)
+        for (model, reason), count in Counter((case.model, reason) for case, reason in self.unfit.items()).items():
+            say(f"harness: {plural(count, 'case')} of {model} cannot be measured: {reason}")
         self.identities = told.pop(IDENTITIES, {})
         self.inputs = told
         return self.inputs
 
+    def _prepared(self, cases: Sequence[Case], say: Callable[[str], None]) -> dict[str, Any]:
+        """What `group.prepare` answers; where its process dies, the models are prepared one by one."""
+        models = dict.fromkeys(case.model for case in cases)
+        try:
+            return dict(self.consult("prepare", cases, say).data or {})
+        except HarnessError as error:
+            if len(models) == 1:
+                return {UNFIT: [(case, str(error)) for case in cases]}
+        whole: dict[str, Any] = {UNFIT: [], IDENTITIES: {}}
+        for model in models:
+            told = self._prepared([case for case in cases if case.model == model], say)
+            whole[UNFIT] += told.pop(UNFIT, [])
+            whole[IDENTITIES] |= told.pop(IDENTITIES, {})
+            whole |= told
+        return whole
+
+    def fit(self, cases: Sequence[Case]) -> list[Case]:
+        """Those that can be measured as far as is known; HarnessError with the reasons where there is none."""
+        left = [case for case in cases if case not in self.unfit]
+        if not left:
+            raise HarnessError("; ".join(dict.fromkeys(self.unfit[case] for case in cases)))
+        return left
+
     def check_assets(self, cases: Sequence[Case]) -> None:
-        """HarnessError, without torch, where a model or text is nowhere to be found or may not be opened."""
+        """Note, without torch, whose model or text is nowhere to be found or may not be opened."""
         options = self.options
-        for model in dict.fromkeys(case.model for case in cases if case.model != LAYER):
-            permitted = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-            names.locate(parse(model), options.declared, **permitted)
+        permitted = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+        for model in models_of(cases):
+            with self.costing(case for case in cases if model in models_of([case])):
+                names.locate(parse(model), options.declared, **permitted)
         for dataset in dict.fromkeys(case.dataset for case in cases if case.dataset):
-            corpora.check(parse(dataset), options.declared)
+            with self.costing(case for case in cases if case.dataset == dataset):
+                corpora.check(parse(dataset), options.declared)
+
+    @contextlib.contextmanager
+    def costing(self, cases: Iterable[Case]) -> Iterator[None]:
+        """Cases that are unfit where what is done within fails."""
+        try:
+            yield
+        except (HarnessError, OSError) as error:
+            for case in cases:
+                self.unfit.setdefault(case, refused(error) or str(error))
 
     def consult(self, verb: str, cases: Sequence[Case], say: Callable[[str], None]) -> Reply:
         """Ask about all cases, in a process that loads no model; its failure is the session's, its death is not yet."""
         for tries in range(DEATHS):
             try:
                 process = self._start(cases[0], {})
-                process.patience = None  # a download or a conversion takes its time and tells no steps
                 try:
                     reply = process.ask(verb, list(cases), say)
                 finally:
                     process.close()
                 break
             except Died as error:
-                if tries + 1 == DEATHS:
+                if tries + 1 == DEATHS or isinstance(error, Hung):
                     raise HarnessError(f"preparing {cases[0].model} failed: {error}") from error
         if reply.kind == "error":
             raise HarnessError(reply.text)
@@ -226,6 +283,8 @@ class Runner:
 
     def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
         """One row without verdict, and a traceback where a bug was met; timed cases run with nothing beside them."""
+        if case in self.unfit:
+            return missing(case, self.unfit[case]), ""
         deaths = self._deaths.setdefault(case.group, [])
         with contextlib.ExitStack() as stack:
             try:
@@ -252,6 +311,8 @@ class Runner:
             if reply.kind == "row" and reply.row is not None:
                 self.environments[reply.row.environment] = dict(reply.data or {})
                 return reply.row, ""
+            if reply.kind == "left out":
+                return left_out(case, reply.text), ""
             if reply.kind == "error":
                 return missing(case, reply.text + (process.need if reply.blamed else "")), ""
             return missing(case, reply.text.strip().splitlines()[-1]), reply.text
@@ -300,7 +361,7 @@ class Runner:
                 with environment_variables(variables), without_main(), deadline(patience):
                     process.start()
                 there.close()
-                return Process(process, here, job.log, patience)
+                return Process(process, here, job.log, patience, watch=self.watch)
             except (OSError, EOFError) as error:
                 if tries + 1 == DEATHS:
                     fix = ": set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
@@ -392,3 +453,8 @@ def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
 def missing(case: Case, reason: str) -> Row:
     """A planned case without a number, and why."""
     return Row.of(case, verdict=Verdict.MISSING, reason=reason)
+
+
+def left_out(case: Case, reason: str) -> Row:
+    """A planned case that this text or model can have no figure of, and why."""
+    return Row.of(case, verdict=Verdict.NOT_COMPARABLE, reason=f"left out: {reason}")

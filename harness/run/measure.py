@@ -21,6 +21,7 @@ from harness import report
 from harness.core.errors import HarnessError, UnknownName
 from harness.core.options import SETTINGS, Options, build, read_declared
 from harness.core.records import Case, Row
+from harness.core.specification import listed
 from harness.judge import baselines, exact, rules
 from harness.report.document import command_of, measured_into
 from harness.run import merge
@@ -102,8 +103,8 @@ def measure(
         `harness.render(rows)` makes a report of them; they can be compared token by token in this process.
 
     Raises:
-        HarnessError: one line on what a caller must mend: an unknown option, name or argument, a model or text that is
-            not there, no CUDA device for any case.
+        HarnessError: one line on what a caller must mend: an unknown option, name or argument, no CUDA device for any
+            case; a model or text that cannot be had, where that leaves no case (else its cases are rows without value).
     """
     kept = options.get("report_dir") is not None
     if not kept:  # a folder for as long as this process lives
@@ -154,7 +155,7 @@ def options_of(given: Mapping[str, Any]) -> Options:
             continue
         read = known[name].read
         try:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            text = listed(value) if isinstance(value, list | tuple) else str(value)
             values[name] = read(text) if read else bool(value)
         except HarnessError as error:
             raise HarnessError(f"{name}={value!r}: {error}") from error
@@ -185,13 +186,14 @@ def run(session: Session, cases: Sequence[Case], whole: Sequence[Case], say: Say
             directory.append(row, session.world(row) if row.environment else {})
             rows.append(row)
             say(f"{case.id}: {f'{row.value:.6g} {row.unit}' if row.value is not None else row.reason} ({row.verdict})")
-        rows = exact.settle(rules.settle(rows, session.tests))
+        rows = exact.settle(rules.settle(rows, session.tests), set(whole) - set(cases))
         if directory.waits:
             say(f"nothing was measured: {directory.folder} stays as it was")
         else:
             directory.keep(rows)
             if options.shard:
-                merge.write_shard(directory.folder, options.shard, whole, session.tests)
+                allowed = merge.allowances(options)
+                merge.write_shard(directory.folder, options.shard, whole, session.tests, allowed)
             if kept:
                 report.write(directory.folder, rows, cases, directory.environments, command=command_of(rows))
         measured_into(directory.folder, directory.environments)

@@ -18,11 +18,11 @@ from typing import Any
 from harness import report
 from harness.core.errors import BadFile
 from harness.core.files import replace_bytes
-from harness.core.options import Shard
+from harness.core.options import Options, Shard
 from harness.core.records import Case, Row
 from harness.core.schema import read_json
 from harness.core.values import sealed
-from harness.judge import rules
+from harness.judge import exact, rules
 from harness.results.directory import (
     LOSSES,
     MEASUREMENTS,
@@ -41,6 +41,7 @@ from harness.run.shards import partition, plan_digest
 FREE = frozenset({"detail", "seconds", "key", "environment", "samples", "spread", "interval", "baseline"})
 UNSTEADY = frozenset({"memory.load_peak", "memory.run_peak"})
 DROPPED = frozenset({"--shard", "--harness-shard", "--resume"})  # options that the merged whole no longer has
+ALLOWANCES = ("allow_missing", "allow_changed_input")  # options that keep an exit status at 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Part:
     shard: Shard | None = None
     whole: tuple[Case, ...] = ()  # the plan before it was cut
     tests: int = 0  # statistical tests of the whole plan (`rules.tests`)
+    allowed: frozenset[str] = frozenset()  # of ALLOWANCES, those that it ran with
 
 
 @dataclass(frozen=True)
@@ -61,36 +63,51 @@ class Merged:
     report: Path
     rows: tuple[Row, ...]
     absent: tuple[int, ...]  # shards that never came, counted from 1
+    allowed: frozenset[str] = frozenset()  # of ALLOWANCES, those that every part ran with
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """What shard.json holds: which part it is of how many, the whole plan with its digest, and its tests."""
+    """What shard.json holds: which part of how many it is, the whole plan, its digest and tests, what it allowed."""
 
     index: int
     count: int
     plan: str
     tests: int
     cases: tuple[dict[str, str], ...]
+    allowed: tuple[str, ...] = ()
 
 
-def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int) -> None:
-    """Say beside a report which part of which plan it is, and how many statistical tests the whole plan makes."""
-    cases = [case.told() for case in whole]
-    facts = {"index": shard.index, "count": shard.count, "plan": plan_digest(whole), "tests": tests, "cases": cases}
+def allowances(options: Options) -> list[str]:
+    """The options that keep a session at exit status 0, those that are on."""
+    return [name for name in ALLOWANCES if getattr(options, name)]
+
+
+def write_shard(folder: Path, shard: Shard, whole: Sequence[Case], tests: int, allowed: Sequence[str] = ()) -> None:
+    """Say beside a report which part of which plan it is, how many statistical tests the whole plan makes, and what
+    was allowed.
+    """
+    told = {"cases": [case.told() for case in whole], "allowed": list(allowed)}
+    facts = {"index": shard.index, "count": shard.count, "plan": plan_digest(whole), "tests": tests, **told}
     ReportDirectory(folder).put({SHARD: json.dumps(sealed(facts)) + "\n"})
 
 
 def read_part(folder: Path) -> Part:
     """A directory with its shard.json, where it has one; BadFile names what is wrong with it."""
     session, path = read_report(folder), folder / SHARD
+    allowed = {name for name in ALLOWANCES if _given(session.command, name.replace("_", "-"))}
     if not path.is_file():
-        return Part(folder, session)
+        return Part(folder, session, allowed=frozenset(allowed))
     written = read_json(path, ShardFile, "measure that shard again")
     shard, whole = Shard(written.index, written.count), cases_of(path, written.cases)
     if plan_digest(whole) != written.plan or not 1 <= shard.index <= shard.count:
         raise BadFile(f"{path} does not hold the plan that it names: measure that shard again")
-    return Part(folder, session, shard, whole, written.tests)
+    return Part(folder, session, shard, whole, written.tests, frozenset({*allowed, *written.allowed}))
+
+
+def _given(command: str, flag: str) -> bool:
+    """Whether a command line holds a flag."""
+    return bool({f"--{flag}", f"--harness-{flag}"} & set(command.split()))
 
 
 def merge(folders: Sequence[Path], out: Path) -> Merged:
@@ -108,10 +125,11 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
     rows = joined(parts, whole)
     if parts[0].tests:
         rows = rules.settle(rows, parts[0].tests)
+    rows = exact.settle(rows)
     if absent and (shard := parts[0].shard):
         cut = partition(whole, shard.count)
         gone = {case: f"shard {index}/{shard.count} never came" for index in absent for case in cut[index - 1]}
-        rows = [missing(row.case, gone[row.case]) if row.value is None and row.case in gone else row for row in rows]
+        rows = [missing(row.case, gone[row.case]) if row.missing and row.case in gone else row for row in rows]
     ReportDirectory(out).claim("-o ")
     try:
         used = {row.environment for row in rows}
@@ -134,7 +152,7 @@ def merge(folders: Sequence[Path], out: Path) -> Merged:
         raise BadFile(f"{out} cannot be written: {error.strerror or error}") from error
     notes = tuple(dict.fromkeys(note for part in parts for note in part.session.notes))
     path = report.write(out, rows, whole, worlds, notes=notes, command=command)
-    return Merged(path, tuple(rows), absent)
+    return Merged(path, tuple(rows), absent, frozenset.intersection(*(part.allowed for part in parts)))
 
 
 def plan_of(parts: Sequence[Part]) -> tuple[tuple[Case, ...], tuple[int, ...]]:

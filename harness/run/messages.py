@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.options import Options
+from harness.core.progress import Piece
 from harness.core.records import Case, Figure, Row
 from harness.metrics.measuring.sequential import ALPHA
+
+UNFIT = "unfit"  # of what preparing answers: (case, reason) of those whose model or text cannot be had
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Repetition:
 class Reply:
     """One answer: a row, a key, predicted bytes, or why there is none."""
 
-    # what `data` or `text` holds: 'row', 'key', 'seconds', 'done', ...; 'error' (one line), 'bug' (traceback);
-    # and before an answer 'at' (the step that it is at), 'said' (a line for the user), 'predicted' (bytes)
+    # what `data` or `text` holds: 'row', 'key', 'seconds', 'done', ...; 'error' or 'left out' (one line), 'bug'
+    # (traceback); and before an answer 'at' (the step that it is at), 'said' (a line for the user), 'predicted' (bytes)
     kind: str
     row: Row | None = None
     text: str = ""
@@ -90,6 +93,6 @@ class ReplyLine:
         with self._one_at_a_time:
             self._connection.send((self._number, reply))
 
-    def at(self, step: str) -> None:
-        """Say which step the answer has come to."""
-        self.send(Reply("at", text=step))
+    def at(self, piece: Piece) -> None:
+        """Say which piece of work the answer has come to; its numbers only where somebody may show them."""
+        self.send(Reply("at", text=piece.what, data=piece._asdict() if piece.shown else None))

@@ -21,7 +21,7 @@ from harness.core.environment import usable_cores
 from harness.core.errors import BadSpecification, HarnessError, UnknownName
 from harness.core.options import Declared, Options
 from harness.core.records import Case
-from harness.core.specification import Specification
+from harness.core.specification import Specification, parse, parse_method
 from harness.inputs.models import names as models
 from harness.inputs.texts import corpora, protocols
 from harness.methods.quantizing import arguments, calibration
@@ -83,10 +83,13 @@ def threads() -> int:
 
 def plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     """Every case the options ask for, grouped by device, model and method, the reference first."""
+    options = replace(options, reference=reference_of(options))
     methods = chosen_methods(options)
     members = chosen_members(options.metrics)
     for model in options.models:
         models.declared_source(model, options.declared)
+    if options.reference.model:
+        models.declared_source(parse(options.reference.model), options.declared)
     for dataset in options.datasets:
         corpora.resolve(dataset, options.declared)
     planned: dict[Case, None] = {}  # a set that keeps its order
@@ -128,6 +131,8 @@ def whole(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
 
 def invariant_plan(options: Options, cuda_visible: bool) -> tuple[Case, ...]:
     """Every invariant of the methods asked for, on a layer and on the tiny models; a process's cases together."""
+    own = replace(reference_of(options), model="")  # checked on layers and models of their own
+    options = replace(options, reference=own)
     methods = chosen_methods(options)
     planned: list[Case] = []
     for device in devices(options, cuda_visible):
@@ -147,11 +152,30 @@ def devices(options: Options, cuda_visible: bool) -> tuple[str, ...]:
     return ("cuda",) if cuda_visible else ("cpu",)
 
 
+def reference_of(options: Options) -> Specification:
+    """The reference asked for: a method, or that of another model; a known or declared model's name is its fp32."""
+    asked = options.reference
+    if asked.model or asked.name in catalog.methods():
+        return asked
+    try:
+        models.declared_source(asked, options.declared)
+    except UnknownName:
+        return asked  # taken for a method, whose names are listed
+    return Specification("fp32", model=str(asked))
+
+
+def models_of(cases: Iterable[Case]) -> list[str]:
+    """Every model that the cases read: their own, and those of references."""
+    named = ((case.model, parse_method(case.reference).model) for case in cases if case.model != checks.LAYER)
+    return list(dict.fromkeys(name for pair in named for name in pair if name))
+
+
 def chosen_methods(options: Options) -> list[tuple[Specification, Method]]:
     """The reference, then the methods asked for; unknown names list the known ones."""
     known = catalog.methods()
     core = ordered(name for name, method in known.items() if method.core)
-    asked = list(options.methods) or [Specification(name) for name in core]
+    usual = [options.reference.name] if options.reference.model else core  # as it is, against what it was made from
+    asked = list(options.methods) or [Specification(name) for name in usual]
     if ALL_INSTALLED in asked:
         asked = [item for item in asked if item != ALL_INSTALLED]
         asked += [Specification(name) for name in ordered(known) if not missing_packages(known[name])]
@@ -200,15 +224,19 @@ def chosen_members(asked: Iterable[str]) -> list[Member]:
             chosen |= {member.name: member for member in families[name].members if member.core}
         elif name in members:
             chosen[name] = members[name]
+        elif ":" in name:
+            chosen |= {member.name: member for member in catalog.members_given(name)}
         else:
             raise UnknownName("metric", name, {*families, *members, "all"})
     if not chosen:
         raise BadSpecification("--metrics names nothing to measure")
     order = list(members)
-    return sorted(
-        chosen.values(),
-        key=lambda member: (MEMORY_FIRST.get(member.name.partition(".")[0], 3), order.index(member.name)),
-    )
+
+    def place(member: Member) -> tuple[int, int]:
+        name = member.name.partition(":")[0]  # behind it: arguments
+        return MEMORY_FIRST.get(name.partition(".")[0], 3), order.index(name)
+
+    return sorted(chosen.values(), key=place)
 
 
 def mine(whole: Sequence[Case], options: Options) -> Sequence[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from harness.core.options import read_declared
 from harness.core.text import MIB
 from harness.inputs import hub
 from harness.inputs.models import names
+from harness.inputs.models.context import context_of
 from harness.methods.quantizing.arguments import resolve
 from harness.run.plan import missing_packages
 
@@ -39,7 +41,8 @@ def predict(
 ) -> dict[str, Any]:
     """What `python -m harness memory` answers, by key.
 
-    `memory.parameters`, `.footprint` and `.storage` in bytes, `bits_per_weight`, `linear_elements`, `dtype`.
+    `memory.parameters`, `.footprint` and `.storage` in bytes, `bits_per_weight`, `linear_elements`, `dtype`; of
+    a method `matrices`, how much of what the model multiplies by it reaches (`arguments.reach`).
     With `device` 'cuda' also what a card must hold: `cuda.load_peak` and `cuda.run_peak`, bytes; of the latter
     `cuda.weights`, `cuda.activations` and, behind `decode`, the cache's, of which `cuda.kv_cache` is what it holds
     after the last token. `cuda.window` and `cuda.decode` are tokens, `cuda.not_counted` says what is left out.
@@ -47,20 +50,18 @@ def predict(
     """
     chosen, arguments = _method(method, dtype, device)
     from harness.inputs.models import sizes
+    from harness.metrics.measuring import census
 
     limit = sizes.parse_size(fits) if fits else None
-    config = find_config(model)
     if device != "cuda" and (window is not None or decode is not None):
         raise HarnessError("--window and --decode are of a card's forward: add --device cuda")
-    from transformers import AutoModelForCausalLM
-
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise HarnessError(f"{model} ({config.model_type}) is no causal language model that transformers knows")
+    config = _causal(model)
     answer: dict[str, Any] = {**sizes.predict(config, chosen, arguments), "dtype": arguments.dtype}
+    answer |= census.predicted(config, chosen, arguments, answer["bits_per_weight"], answer["linear_elements"])
     if device == "cuda":
         from harness.metrics.measuring import card_memory
 
-        context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
+        context = context_of(config) or UNLIMITED
         window, decode = min(WINDOW, context) if window is None else window, decode or 0
         if window < 1 or decode < 0:
             raise HarnessError(f"--window is 1 or more, --decode 0 or more, not {window} and {decode}")
@@ -86,6 +87,32 @@ def predict(
             answer |= {"load_peak": peak, "load_peak_is": loading.how}
         answer |= {"limit": limit, "fits": peak <= limit}
     return answer
+
+
+@functools.cache
+def kept_and_peak(model: str, method: str, device: str) -> tuple[int, int]:
+    """Bytes that a model under a method keeps, and holds at most while it loads or, on a card, reads a window."""
+    chosen, arguments = _method(method, None, device)
+    from harness.inputs.models import sizes
+
+    config = _causal(model)
+    kept = int(sizes.predict(config, chosen, arguments)["memory.storage"])
+    if device == "cuda":
+        from harness.metrics.measuring import card_memory
+
+        card = card_memory.predict(config, chosen, arguments, min(WINDOW, context_of(config) or UNLIMITED), 0)
+        return kept, max(card.load_peak, card.run_peak)
+    return kept, sizes.loading_peak(config, chosen, arguments).bytes
+
+
+def _causal(model: str) -> PretrainedConfig:
+    """`find_config` of a causal language model."""
+    config = find_config(model)
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise HarnessError(f"{model} ({config.model_type}) is no causal language model that transformers knows")
+    return config
 
 
 def _method(text: str, dtype: str | None, device: str) -> tuple[Method, Arguments]:
@@ -157,6 +184,7 @@ def read_config(path: Path) -> PretrainedConfig:
     except Exception as error:  # whatever a configuration class makes of a wrong value
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BadFile(f"{path}: transformers does not take it as '{kind}': {reason[:200]}") from error
+    config.name_or_path = str(path.parent)  # beside which its weights may lie
     return config
 
 
@@ -164,9 +192,15 @@ def in_words(model: str, method: str, answer: dict[str, Any]) -> str:
     """A prediction for a terminal."""
     lines = [f"{model} under {method}, {answer['dtype']} where not quantized (predicted; no weights were read)"]
     lines += [_line(key, answer[f"memory.{key}"]) for key in ("parameters", "footprint", "storage")]
-    lines.append(
-        f"{'bits per weight':<16}{answer['bits_per_weight']:>18.4f}   over {answer['linear_elements']:,} quantized"
-    )
+    found = answer.get("matrices") or {}
+    over = f"{answer['linear_elements']:,} quantized"
+    if rest := found.get("named", 0) - found.get("reached", 0):
+        over += f" and {rest:,} left out"
+    lines.append(f"{'bits per weight':<16}{answer['bits_per_weight']:>18.4f}   over {over}")
+    if found:
+        lines.append(f"{'reached':<16}{found['share']:>18.2%}   of {found['named']:,} in matrices of {found['stack']}")
+        for word, left in (("left out", found["left"]), ("elsewhere", found["elsewhere"])):
+            lines += [f"{word:<16}{count:>18,}   in {name}" for name, count in left.items()]
     if "cuda.run_peak" in answer:
         window, decode = answer["cuda.window"], answer["cuda.decode"]
         what = f"a prompt of {window} tokens and {decode} decoded" if decode else f"one forward over {window} tokens"

@@ -33,7 +33,6 @@ from harness.judge.baselines import (
     holds,
     provenance,
     read_exact,
-    token_limit,
 )
 from harness.judge.verdicts import shown
 from harness.report.account import change, measure
@@ -102,7 +101,7 @@ def propose(report: Path, folder: Path) -> Proposal:
             refused.append((row, f"its environment {row.environment} is not in environments.json, or changed there"))
             continue
         world = Environment.from_dict(worlds[row.environment])
-        recorded = known.find(row.case, world, token_limit(row.protocol_id))
+        recorded = known.serving(row, world)
         told: Any = {"bounds": rules, "recorded": recorded, "environment": world, "nll": nll, "identities": identities}
         judged = judge.judge(row, member_of(row.case), **told)
         if member_of(row.case).exact:

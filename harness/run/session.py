@@ -15,13 +15,14 @@ from harness.core.errors import HarnessError, refused
 from harness.core.files import timing_lock
 from harness.core.records import Case, Row, Verdict
 from harness.judge import baselines, bounds, exact, known_faults, rules
-from harness.judge.baselines import changes, exact_facts, token_limit
+from harness.judge.baselines import changes, exact_facts
 from harness.metrics.measuring import sequential
 from harness.results import losses
 from harness.results.directory import IDENTITIES, ReportDirectory
 from harness.run import plan
+from harness.run.fingerprints import protocol_of
 from harness.run.local import Arrived, Runner, missing
-from harness.run.messages import Asked, Stop
+from harness.run.messages import UNFIT, Asked, Stop
 
 if TYPE_CHECKING:
     from harness.core.options import Options
@@ -44,14 +45,14 @@ class Session:
         `cuda` says whether a case can run on a CUDA device. `runner` makes what measures: by default, the engine.
         """
         self.options, self.cuda = options, cuda
-        self.meant = tuple(cases)  # in plan order; of a shard's, its own alone once they are prepared
+        self.whole = self.meant = tuple(cases)  # in plan order, of all shards; and this session's own, once prepared
         self._gone: set[Case] = set()  # of those, without a figure
         self._failing: dict[str, Case] = {}  # by group: the case that fails for changed exact facts
         self.directory = ReportDirectory(options.report_dir)
         self.bounds = bounds.load(options.baselines)
         self.faults = known_faults.load(options.baselines)
         self.baselines = baselines.Baselines(options.baselines)
-        self.tests = rules.tests(cases, self.bounds, stop_early=options.stop_early)
+        self.tests = self.tests_of(cases)
         if options.engine == "ray" and runner is None:
             from harness.run.ray.ray_runner import RayRunner as runner  # local: only where Ray is asked for
         # machine-wide: a latency measured in one session must not run beside another session's cases
@@ -88,13 +89,31 @@ class Session:
                 say(f"harness: {lacking}")
             self.directory.keep_plan(cases)
             if workers:
-                self.directory.keep_inputs({**inputs, IDENTITIES: json.dumps(dict(self.runner.identities))})
+                self.hand_over(inputs)
         except HarnessError:
             self.directory.release()
             raise
         except OSError as error:
             self.directory.release()
             raise HarnessError(refused(error) or str(error)) from error
+
+    def hand_over(self, inputs: Mapping[str, str]) -> None:
+        """Leave what preparing found to pytest-xdist's workers."""
+        unfit = [[case.told(), reason] for case, reason in self.runner.unfit.items()]
+        found = {IDENTITIES: json.dumps(dict(self.runner.identities)), UNFIT: json.dumps(unfit)}
+        self.directory.keep_inputs({**inputs, **found})
+
+    def take_over(self) -> None:
+        """In such a worker: be held to what the controller's session found; what cannot be had is not tried again."""
+        inputs = self.directory.known_inputs()
+        self.runner.identities = json.loads(inputs.pop(IDENTITIES, "{}"))
+        self.runner.unfit = {Case(**told): reason for told, reason in json.loads(inputs.pop(UNFIT, "[]"))}
+        self.runner.inputs = inputs
+
+    def tests_of(self, cases: Sequence[Case]) -> int:
+        """How many statistical tests a session of these cases makes."""
+        unpaired = self.baselines.unpaired(cases)
+        return rules.tests(cases, self.bounds, stop_early=self.options.stop_early, unpaired=unpaired)
 
     def absent(self, case: Case) -> str:
         """Why a case cannot run here at all; '' when it can."""
@@ -103,9 +122,20 @@ class Session:
     def prepare(self, cases: Sequence[Case], say: Callable[[str], None]) -> Mapping[str, str]:
         """Make what the cases need; returns what identifies it, to be held to for the whole session."""
         self.meant = tuple(cases)
+        self.whole = self.whole or self.meant
         inputs = self.runner.prepare(cases, say)
+        self.refuse_loss()
         self.runner.begin(cases, lambda case: Asked(case, self.resumable.get(case.id), self.stop(case)))
         return inputs
+
+    def refuse_loss(self) -> None:
+        """HarnessError where a resumed session would put missing rows in the place of measured ones."""
+        for case, reason in self.runner.unfit.items():
+            if case.id in self.resumable:
+                raise HarnessError(
+                    f"{case.model} cannot be measured now, and its measured rows in {self.options.report_dir} stay: "
+                    f"run again when what it needs can be had ({reason})"
+                )
 
     def check(self, case: Case) -> tuple[Row, str]:
         """Measure and judge a case; returns its row and, where a bug was met, the traceback."""
@@ -118,6 +148,8 @@ class Session:
             row, trouble = missing(case, f"not judged: {error}"), ""
         if row.value is None:
             self._gone.add(case)
+        else:  # at another try
+            self._gone.discard(case)
         return row, trouble
 
     def ahead(self) -> list[Row]:
@@ -131,7 +163,9 @@ class Session:
         rule = self.bounds.against_reference(case)
         world, most = capture(case.device, self.runner.threads), self.options.max_tokens
         limits = (f"first {most}", "all") if most else ("all",)
-        recorded = next(filter(None, (self.baselines.find(case, world, limit) for limit in limits)), None)
+        reading = baselines.reading_of(self.runner.inputs.get(protocol_of(case.dataset, case.protocol, case.model), ""))
+        found = (self.baselines.find(case, world, limit, reading) for limit in limits)
+        recorded = next(filter(None, found), None)
         known = recorded if recorded and recorded.carries else None
         variance = sequential.variance_bound(known.interval, known.count) if known else None
         alpha = rules.level(self.tests) if rule else rules.ALPHA  # without a bound nothing is tested
@@ -142,7 +176,7 @@ class Session:
         world = self.environment(row)
         if row.case.family == "invariant":
             return known_faults.judge(row, self.faults, world)
-        recorded = self.baselines.find(row.case, world, token_limit(row.protocol_id))
+        recorded = self.baselines.serving(row, world)
         kept = self.options.baselines  # losses are those of this report, or recorded ones of any model
         judged = judge.judge(
             row,
@@ -168,11 +202,14 @@ class Session:
 
     def _first(self, case: Case, lines: Sequence[str]) -> Case:
         """The case that fails for changed exact facts: of a census, which every case of a group meets, the first one
-        in plan order that is not known to have no figure; of bytes, the first here that met any.
+        of the whole plan, or the first one here where that is known to have no figure; of bytes, the first here that
+        met any.
         """
         if any(line.startswith("census ") for line in lines):
-            group = (one for one in self.meant if one.group == case.group and one.family != "invariant")
-            return next((one for one in group if one not in self._gone), case)
+            group = [one for one in self.whole if one.group == case.group and one.family != "invariant"]
+            own = set(self.meant)
+            first = (one for place, one in enumerate(group) if place == 0 or one in own)
+            return next((one for one in first if one not in self._gone), case)
         return self._failing.setdefault(case.group, case) if lines else case
 
     def environment(self, row: Row) -> Environment:

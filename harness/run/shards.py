@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import heapq
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from harness.core.records import Case
 from harness.core.values import digest
@@ -64,13 +64,17 @@ def billions(model: str) -> float:
     return float(number) / (1.0 if unit in "bB" else 1000.0)
 
 
-def costs(cases: Sequence[Case]) -> list[float]:
-    """Predicted seconds of each case, in plan order; a group's loading is on its first case."""
+def costs(cases: Sequence[Case], weigh: Callable[[Case], float] = lambda case: 1.0) -> list[float]:
+    """Predicted seconds of each case, in plan order; a group's loading is on its first case.
+
+    `weigh` says how much longer a case is than one of SECONDS, its loading aside.
+    """
     loaded: set[str] = set()
     answered: set[tuple[str, ...]] = set()
     prices = []
     for case in cases:
-        seconds = SECONDS.get(case.metric) or SECONDS.get(case.family) or SECONDS["perplexity"]
+        seconds = SECONDS.get(case.metric.partition(":")[0]) or SECONDS.get(case.family) or SECONDS["perplexity"]
+        seconds *= weigh(case)
         if case.family in SHARED_FAMILIES:
             run = (case.group, case.family, case.dataset, case.protocol)
             seconds *= DERIVED if run in answered else 1.0

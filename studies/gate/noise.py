@@ -255,14 +255,13 @@ def work(series: Series, name: str, texts: Mapping[str, str], keep: Path, folder
     with tempfile.TemporaryDirectory() as scratch, running(kernel):
         read = edited(folder, kernel.config, Path(scratch)) if kernel.config else folder
         checkpoint = checkpoints.materialise(parse(f"path:{read}"), Declared(Path.cwd()))
-        padding = getattr(checkpoints.tokenizer(checkpoint), "pad_token_id", None) or 0
         for text, count in series.methods.items():
             paths = [path_of(keep, series, name, text, piece.name) for piece in pieces[:count]]
             if all(path.is_file() for path in paths):
                 continue
             method, given, batch, _ = as_run(text, "cpu", kernel.batch, catalog.methods())
             model = method.load(checkpoint, given, "cpu")
-            told: dict[str, Any] = {"device": "cpu", "batch_size": batch, "padding_id": padding}
+            told: dict[str, Any] = {"device": "cpu", "batch_size": batch}
             for piece, path in zip(pieces, paths, strict=False):
                 if path.is_file():
                     continue

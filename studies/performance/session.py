@@ -87,7 +87,7 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
 
 def measure_main(models: Sequence[str]) -> dict[str, Any]:
     """The main job, as `tox run -e report` runs it."""
-    folder = ROOT / "harness-report"  # kept: README's table is its report's
+    folder = ROOT / "harness-report"  # kept: the tables of README and docs/explanation/main-job.md are its report's
     shutil.rmtree(folder, ignore_errors=True)
     return {"main": timed(folder)}
 

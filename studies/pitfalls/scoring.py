@@ -280,7 +280,7 @@ def missing_bos(bench: Bench) -> Shown:
     and scores the same tokens. What it costs shrinks with the window, which the figures beside show.
     """
     model, bos = bench.open(), bench.tokenizer.bos_token_id
-    adds = protocols.leading_token(bench.tokenizer) is not None
+    adds = protocols.leading_token(bench.tokenizer, "".join(bench.corpus.documents)) is not None
 
     def at(width: int) -> tuple[NDArray[np.float32], NDArray[np.float32], Estimate]:
         plan = replace(bench, width=width).plan

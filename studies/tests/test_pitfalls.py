@@ -181,5 +181,5 @@ def test_the_sink_head_rests_on_bos_and_then_changes_nothing() -> None:
 
 
 def test_the_made_tokenizer_adds_a_bos_of_itself() -> None:
-    assert protocols.leading_token(sink.leading_tokenizer()) == tiny.EOS
-    assert protocols.leading_token(tiny.tokenizer()) is None
+    assert protocols.leading_token(sink.leading_tokenizer(), "ba be") == tiny.EOS
+    assert protocols.leading_token(tiny.tokenizer(), "ba be") is None

@@ -1,16 +1,23 @@
+import ast
 import contextlib
+import errno
 import multiprocessing
 import os
+import re
+import tempfile
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 
+import harness
 from harness.core import files
+from harness.core.errors import HarnessError
 from harness.core.files import (
     append_line,
     cache_dir,
+    cache_folder,
     locked,
     owned,
     read_plain,
@@ -171,10 +178,89 @@ def test_a_pipe_is_refused_and_never_waited_on(tmp_path: Path) -> None:
     assert read_plain(tmp_path / "file") == b"abc"
 
 
+@pytest.mark.parametrize("mask", [0o077, 0o777])
+def test_a_lock_is_everybodys_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with locked(tmp_path / "a"):
+            pass
+        held = owned(tmp_path / "b")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666}
+    assert held is not None
+    held.close()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_lock_of_another_users_is_taken_by_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path, real = tmp_path / "lock", os.open
+    path.touch()
+
+    def opened(name: Path, flags: int, *more: int) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise OSError(number, os.strerror(number))
+        return real(name, flags, *more)
+
+    monkeypatch.setattr(os, "open", opened)
+    first = owned(path)
+    assert first is not None
+    assert owned(path) is None
+    first.close()
+
+
+def unnamed(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in whatever encoding the locale has."""
+    function, given = call.func, {word.arg: word.value for word in call.keywords}
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if "encoding" in given or None in given:
+        return False
+    if name in ("read_text", "write_text"):
+        return len(call.args) <= (name == "write_text")
+    if name in ("run", "Popen", "check_output", "check_call"):
+        return bool(given.keys() & {"text", "universal_newlines"})
+    modes = [str(one.value) for one in (*call.args, *given.values()) if isinstance(one, ast.Constant)]
+    text = any(re.fullmatch("[rwaxt+]{1,3}", mode) for mode in modes)
+    binary = any(re.fullmatch("[rwax+]*b[rwax+]*", mode) for mode in modes)
+    if name == "open" and isinstance(function, ast.Attribute) and (call.args or given):
+        return text  # os.open, and whatever else of ours is called so, has no such mode
+    return name in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile") and not binary
+
+
+WRONG = ("open(p)", "open(p, 'w')", "p.open()", "p.open('a')", "os.fdopen(1)", "p.read_text()", "p.write_text(t)")
+FINE = ("open(p, 'rb')", "p.open('xb')", "p.read_text('utf-8')", "run(c)", "os.open(p, 0)", "session.open(cases)")
+
+
+def test_every_text_names_its_encoding() -> None:
+    for line in (*WRONG, "run(c, text=True)", *FINE):
+        (call,) = [node for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call)]
+        assert unnamed(call) is (line not in FINE), line
+    found = [
+        f"{path}:{node.lineno}"
+        for path in sorted(Path(harness.__file__).parent.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Call) and unnamed(node)
+    ]
+    assert found == []
+
+
 def test_a_read_only_cache_has_its_timing_lock_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
     assert timing_lock() == tmp_path / "timing.lock"
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # as where a file system is mounted read-only
     assert tmp_path not in timing_lock().parents
-    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "new"))  # not there yet: it will be made
+    monkeypatch.undo()
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "new"))  # not there yet: it is made
     assert timing_lock() == tmp_path / "new" / "timing.lock"
+    monkeypatch.setenv("HARNESS_CACHE", "/dev/null/cache")  # nor can be
+    assert timing_lock().parent == Path(tempfile.gettempdir())
+
+
+def test_a_cache_that_cannot_be_made_names_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    assert cache_folder("scratch").is_dir()
+    monkeypatch.setenv("HARNESS_CACHE", "/proc/nowhere")
+    with pytest.raises(HarnessError, match=r"No such file or directory.*set HARNESS_CACHE"):
+        cache_folder("scratch")

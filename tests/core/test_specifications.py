@@ -1,9 +1,20 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.core.errors import BadSpecification
-from harness.core.specification import Specification, parse, parse_list, parse_model, parse_models
+from harness.core.specification import (
+    Specification,
+    items,
+    listed,
+    parse,
+    parse_list,
+    parse_model,
+    parse_models,
+    with_column,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +56,23 @@ def test_lists_refuse_duplicates() -> None:
         parse_list("nf4,nf4")
 
 
+def test_a_comma_belongs_to_a_path_where_it_is_written_so(tmp_path: Path) -> None:
+    for name in ("text:a,b.txt", "path:/data/one, two,three", "gpt2=path:/a,b", "nf4:block=64"):
+        assert items(listed([name, "lee"])) == [name, "lee"]
+    assert [str(one) for one in parse_list(r"text:a\,b.txt,lee")] == ["text:a,b.txt", "lee"]
+    (tmp_path / "a,b.txt").touch()
+    with pytest.raises(BadSpecification, match=r"a comma that belongs to a path is written '\\,'"):
+        parse_list(f"lee,text:{tmp_path}/a,b.txt")
+
+
+def test_a_column_stands_behind_what_it_is_of() -> None:
+    assert with_column("C:/x.csv:column=body") == ("C:/x.csv", "body")
+    assert with_column("a:b.txt") == ("a:b.txt", "")
+    assert str(parse("text:x.csv:column=body")) == "text:x.csv:column=body"
+    with pytest.raises(BadSpecification, match="names no column"):
+        with_column("x.csv:column=")
+
+
 def test_a_model_may_say_where_its_name_is_read_from() -> None:
     named = parse_model("gpt2=path:/a=b")
     assert (str(named), named.source, named) == ("gpt2", "path:/a=b", parse("gpt2"))
@@ -60,7 +88,7 @@ NAMES = st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True)
 WORDS = st.from_regex(r"[a-z0-9*@+/._-]{1,8}", fullmatch=True)
 SPECIFICATIONS = st.builds(
     Specification,
-    NAMES.filter(lambda name: name not in {"path", "hub", "package", "text", "ptb"}),
+    NAMES.filter(lambda name: name not in {"path", "hub", "package", "text", "text-raw", "ptb"}),
     st.lists(WORDS, max_size=3).map(tuple),
     st.dictionaries(NAMES, WORDS, max_size=3).map(lambda pairs: tuple(sorted(pairs.items()))),
 )

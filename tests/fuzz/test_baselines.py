@@ -85,13 +85,15 @@ def test_traps(folder: Path, monkeypatch: pytest.MonkeyPatch, trap: str, name: s
     assert not (folder / "pwned").exists()
 
 
-@pytest.mark.parametrize(("name", "load"), [("bounds.toml", bounds.load), ("known_faults.toml", known_faults.load)])
+@pytest.mark.parametrize(
+    ("whole", "load"), [(ROOT / "bounds.toml", bounds.load), (known_faults.SHIPPED, known_faults.load)]
+)
 @quick
 @given(data=st.data())
-def test_damaged_rules(folder: Path, name: str, load: object, data: st.DataObject) -> None:
-    (folder / name).write_bytes(data.draw(damaged((ROOT / name).read_bytes())))
+def test_damaged_rules(folder: Path, whole: Path, load: object, data: st.DataObject) -> None:
+    (folder / whole.name).write_bytes(data.draw(damaged(whole.read_bytes())))
     survives(load, folder)  # type: ignore[arg-type]
-    (folder / name).unlink()
+    (folder / whole.name).unlink()
 
 
 @slow

@@ -13,17 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from harness.core.contracts import Checkpoint
 from harness.core.errors import HarnessError
-from harness.inputs.models import checkpoints
+from harness.inputs.models import adapters, checkpoints
 from harness.inputs.models import folder as weightfiles
-from harness.inputs.models.gguf_format import architectures
+from harness.inputs.models.gguf_format import architectures, hyperparameters
 from harness.inputs.models.gguf_format.file import GgufFile
 from harness.inputs.texts import protocols
 from studies import tiny
 from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import HOSTILE, altered, damaged, json_values, texts
+from tests.gguf_models import NAMED, TENSORS, Shaped, rewritten, stated
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +222,106 @@ def test_the_sound_ones_are_read(copy: Path, gguf: Path, tmp_path: Path) -> None
     converted(gguf, tmp_path / "out")
     with pytest.raises(HarnessError):
         checked(tmp_path / "nowhere")
+
+
+values = st.one_of(
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    st.floats(width=32),
+    texts,
+    st.lists(st.integers(0, 2**32), max_size=3),
+    st.lists(st.booleans(), max_size=3),
+)
+keys = st.one_of(st.sampled_from(NAMED), texts.map(lambda text: f"rope.scaling.{text}"), texts)
+
+
+@quick
+@given(
+    architecture=st.sampled_from(sorted(hyperparameters.KNOWN)),
+    key=keys,
+    value=values,
+    factors=st.lists(st.floats(width=32), max_size=4),
+)
+def test_no_key_of_a_gguf_file_is_ignored(architecture: str, key: str, value: object, factors: list[float]) -> None:
+    """Of any name and value: it changes the model, it says what is so anyway, or the file is refused."""
+
+    def read(more: dict[str, object], **tensors: Shaped) -> dict[str, object] | None:
+        named = {f"{name}.weight": tensor for name, tensor in tensors.items()}
+        return survives(hyperparameters.attributes, "x", stated(architecture, more), {**TENSORS, **named})
+
+    before, found = read({}), read({key: value})
+    known = {*NAMED, "rope.scale_linear"}
+    assert found is None or found != before or key in known
+    read({key: value}, rope_freqs=Shaped(len(factors), values=factors))
+    read({key: value}, rope_factors_long=Shaped(4, values=factors), rope_factors_short=Shaped(4, values=factors))
+
+
+@slow
+@given(key=st.one_of(st.sampled_from(NAMED), texts), value=values)
+def test_gguf_with_a_key_of_any_kind_is_converted_or_refused(
+    gguf: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    survives(converted, rewritten(gguf, tmp_path / "x.gguf", {key: value}), tmp_path / "out")
+
+
+# adapters
+
+
+@pytest.fixture
+def adapted(copy: Path) -> Path:
+    """A model with a sound adapter beside it."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.randn(2, 64, generator=generator), torch.randn(192, 2, generator=generator)
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+    save_file({f"{name}A.weight": low, f"{name}B.weight": high}, copy / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "fan_in_fan_out": True, "alpha_pattern": {}}
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    return copy
+
+
+def merged(folder: Path, destination: Path) -> dict[str, torch.Tensor]:
+    """What a run does with an adapter, up to the weights."""
+    from harness.core.errors import reading
+
+    found = adapters.beside(folder, "model 'x'", allow_pickle=False)
+    assert found is not None
+    destination.mkdir(exist_ok=True)
+    with reading("the adapter"):
+        adapters.merge(folder, found, destination, "model 'x'")
+    return dict(load_file(destination / "model.safetensors"))
+
+
+@slow
+@given(data=st.data())
+def test_adapters_of_any_settings(adapted: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Merged by the settings, or refused: never passed over."""
+    sound = json.loads((adapted / "adapter_config.json").read_text())
+    (adapted / "adapter_config.json").write_text(json.dumps(data.draw(altered(sound))))
+    before = load_file(adapted / "model.safetensors")
+    found = survives(merged, adapted, tmp_path / "out")
+    name = "transformer.h.0.attn.c_attn.weight"
+    still = json.loads((adapted / "adapter_config.json").read_text())
+    alpha = still.get("lora_alpha", 8) if isinstance(still, dict) else 0
+    assert found is None or not torch.equal(found[name], before[name]) or not alpha
+    (adapted / "adapter_config.json").write_text(json.dumps(sound))
+
+
+@slow
+@given(data=st.data())
+def test_damaged_adapters(adapted: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = adapted / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(data.draw(damaged(whole)))
+    survives(merged, adapted, tmp_path / "out")
+    path.write_bytes(whole)
+
+
+@slow
+@given(name=texts, shape=st.lists(st.integers(0, 4), max_size=3))
+def test_adapters_with_tensors_of_any_name(adapted: Path, tmp_path: Path, name: str, shape: list[int]) -> None:
+    path = adapted / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for written in (name, f"base_model.model.{name}", f"base_model.model.transformer.h.0.{name}.lora_A.weight"):
+        save_file({written: torch.ones(shape)}, path)
+        survives(merged, adapted, tmp_path / "out")
+    path.write_bytes(whole)

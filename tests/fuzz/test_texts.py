@@ -16,14 +16,16 @@ from tests.fuzz.bounds import quick, slow, survives
 from tests.fuzz.damage import HOSTILE, texts
 
 PROTOCOLS = ("chunk:32", "stride:32:16", "gptq:32", "rolling:32", "half:32", "sentence")
+TABLES = tuple(f"a{ending}" for ending in sorted(corpora.SPECIAL))
 
 
 @quick
 @given(data=st.one_of(st.binary(max_size=300), texts.map(lambda text: text.encode(errors="surrogatepass"))))
 def test_any_bytes_are_a_text_or_refused(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "text.txt").write_bytes(data)
-    for kind in ("text", "ptb"):
-        survives(corpora.read, parse(f"{kind}:{tmp_path / 'text.txt'}"), Declared(tmp_path))
+    kinds = [("text", "text.txt"), ("text-raw", "text.txt"), ("ptb", "text.txt"), *(("text", name) for name in TABLES)]
+    for kind, name in kinds:
+        (tmp_path / name).write_bytes(data)
+        survives(corpora.read, parse(f"{kind}:{tmp_path / name}"), Declared(tmp_path))
 
 
 @slow

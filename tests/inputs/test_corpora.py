@@ -1,7 +1,14 @@
+import bz2
+import csv
+import gzip
 import hashlib
+import importlib
+import io
+import json
+import lzma
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -13,7 +20,7 @@ from harness.core.errors import BadFile, BadSpecification, HarnessError, Missing
 from harness.core.options import Declared
 from harness.core.specification import Specification, parse
 from harness.inputs import hub
-from harness.inputs.texts import corpora
+from harness.inputs.texts import columns, corpora
 
 
 def read(text: str, declared: Declared | None = None) -> corpora.Corpus:
@@ -61,14 +68,113 @@ def test_the_calibration_text_has_other_articles_than_the_text_that_is_measured(
     assert not runs(fifty) & runs(background)
 
 
-def test_text_keeps_every_byte(tmp_path: Path) -> None:
+def test_text_keeps_every_byte_but_its_order_mark(tmp_path: Path) -> None:
     data = "\ufeffone\r\ntwo\n\n three \u2028 \n"
     (tmp_path / "a.txt").write_bytes(data.encode())
-    text = read(f"text:{tmp_path}/a.txt")
-    assert text.joined("gptq").texts == (data,)
-    assert text.joined("sentence").texts == ("\ufeffone\r", "two", "", " three \u2028 ")
-    assert text.revision == hashlib.sha256(data.encode()).hexdigest()
-    assert text.name == "text:a.txt"  # no folder of this machine
+    for kind, begins in (("text-raw", "\ufeff"), ("text", "")):
+        text = read(f"{kind}:{tmp_path}/a.txt")
+        assert text.joined("gptq").texts == (begins + data[1:],)
+        assert text.joined("sentence").texts == (f"{begins}one\r", "two", "", " three \u2028 ")
+        assert text.revision == hashlib.sha256((begins + data[1:]).encode()).hexdigest()
+        assert text.name == f"{kind}:a.txt"  # no folder of this machine
+
+
+ROWS = ("One, two.", 'He said "no"\nand went \u2028 on.', "", "Käse \N{GRINNING FACE}")
+
+
+def parquet(rows: Sequence[str]) -> bytes:
+    arrow, writer = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))  # both untyped
+    file = io.BytesIO()
+    writer.write_table(arrow.table({"id": [1] * len(rows), "text": rows, "body": rows}), file)
+    return file.getvalue()
+
+
+def csv_of(rows: Sequence[str], separator: str = ",") -> bytes:
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=separator).writerows([["id", "text", "body"], *([1, row, row] for row in rows)])
+    return file.getvalue().encode()
+
+
+def json_of(rows: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"id": 1, "text": row or None, "body": row} for row in rows]
+
+
+TABLES = {
+    "a.json": json.dumps(json_of(ROWS)).encode(),
+    "a.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in json_of(ROWS)).encode(),
+    "a.ndjson": b"\xef\xbb\xbf" + "\n\n".join(map(json.dumps, json_of(ROWS))).encode(),
+    "lines.json": "\n".join(map(json.dumps, json_of(ROWS))).encode(),  # what many call .json
+    "a.csv": csv_of(ROWS),
+    "A.CSV": b"\xef\xbb\xbf" + csv_of(ROWS),
+    "a.tsv": csv_of(ROWS, "\t"),
+    "a.parquet": parquet(ROWS),
+    "a.jsonl.gz": gzip.compress("\n".join(map(json.dumps, json_of(ROWS))).encode()),
+    "a.csv.xz": lzma.compress(csv_of(ROWS)),
+    "a.parquet.bz2": bz2.compress(parquet(ROWS)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_as_what_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(TABLES[name])
+    text, named = read(f"text:{tmp_path}/{name}"), read(f"text:{tmp_path}/{name}:column=body")
+    assert text.documents == named.documents == ROWS
+    assert text.joined("chunk").texts == ("\n\n".join(ROWS),)
+    assert text.joined("rolling").texts == text.joined("sentence").texts == ROWS
+    assert text.revision == named.revision == hashlib.sha256("\0".join(ROWS).encode()).hexdigest()
+    assert (text.name, named.name) == (f"text:{name}", f"text:{name}:column=body")
+    with pytest.raises(BadFile, match=r"row 1 has no text in 'title'; with text it has .*text, body: .*:column=text"):
+        read(f"text:{tmp_path}/{name}:column=title")
+
+
+def test_packed_text_and_strings_in_json_are_texts_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\ufeffone\n".encode()))
+    assert read(f"text:{tmp_path}/a.txt.gz").documents == ("one\n",)
+    (tmp_path / "a.jsonl").write_text('"one"\n"two"\n', encoding="utf-8")
+    assert read(f"text:{tmp_path}/a.jsonl").documents == ("one", "two")
+    assert read(f"text-raw:{tmp_path}/a.jsonl").documents == ('"one"\n"two"\n',)
+    assert read(f"text:{tmp_path}/a.jsonl").joined("gptq").texts == ("one\n\ntwo",)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.json", b'[{"content": "x"}]', "no text in 'text'; with text it has content: name one with :column=content"),
+        ("a.json", b'[{"id": 1}]', "no text in 'text', nor in any other column"),
+        ("a.json", b"[1]", "row 1 has no text and no columns: it is of type int"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 1}', "row 2 has no text in 'text'"),
+        ("a.jsonl", b'{"text": "x"}\nno json', "cannot be read"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "cannot be read"),
+        ("a.json", b'[{"text": " "}]', "holds no text"),
+        ("a.json", b"[" * 100_000, "cannot be read"),
+        ("a.csv", b"text\nOne, two.\n", "line 2 has not as many fields as the header"),
+        ("a.csv", b"id,text\n1\n", "line 2 has not as many fields as the header"),
+        ("a.csv", b"label;text\n1;One\n", "with text it has label;text"),
+        ("a.csv", b"text\n\xff\n", "cannot be read"),
+        ("a.parquet", b"no parquet", "cannot be read"),
+        ("a.txt.gz", b"no gzip", "cannot be read"),
+        ("a.txt.xz", lzma.compress(b"one")[:20], "cannot be read"),
+        ("a.txt", b"\xef\xbb\xbf", "is empty"),
+        ("a.zip", b"PK\x03\x04\xff", "is not UTF-8 text"),
+    ],
+)
+def test_a_table_without_text_is_one_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(HarnessError, match=message) as caught:
+        corpora.check(parse(f"text:{tmp_path}/{name}"), Declared(Path()))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plain_text_has_no_columns_and_a_long_field_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    with pytest.raises(BadSpecification, match="is a text without columns"):
+        read(f"text:{tmp_path}/a.txt:column=body")
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000, encoding="utf-8")
+    assert len(read(f"text:{tmp_path}/a.csv").documents[0]) == 200_000
+
+
+def test_the_endings_that_are_looked_at_are_those_that_are_read() -> None:
+    assert corpora.SPECIAL == {*columns.ROWS, *columns.UNPACKED}
 
 
 @pytest.mark.parametrize(
@@ -243,8 +349,14 @@ def test_hub_rows_take_the_text_column(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, Table(sentence=["a"]))
     assert read("hub:org/name").documents == ("a",)
     serve(monkeypatch, Table(one=["a"], two=["b"]))
-    with pytest.raises(BadFile, match="no column 'text' and not just one column of strings: one, two"):
+    with pytest.raises(
+        BadFile, match="and not just one column of strings: one, two; name one as hub:org/name:column=one"
+    ):
         read("hub:org/name")
+    named = read("hub:org/name@main:column=two")
+    assert (named.documents, named.name) == (("b",), "hub:org/name:column=two")
+    with pytest.raises(BadFile, match="has no column 'three': one, two; name one as hub:org/name:column=one"):
+        read("hub:org/name:column=three")
     serve(monkeypatch, Table(text=["", " "]))
     with pytest.raises(BadFile, match="holds no text"):
         read("hub:org/name")

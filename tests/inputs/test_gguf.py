@@ -1,4 +1,4 @@
-"""GGUF files of the four architectures, written, read back and run.
+"""GGUF files of the known architectures, written, read back and run.
 
 Every tokenizer here is made up: no real one of GPT-2, OLMo or Phi-3 is at hand, of Llama's only the embedded model's.
 """
@@ -17,11 +17,12 @@ import transformers
 from harness.__main__ import main
 from harness.core import catalog
 from harness.core.contracts import Arguments
-from harness.core.errors import HarnessError
+from harness.core.errors import BadFile, HarnessError
 from harness.core.options import Declared, build
 from harness.core.specification import parse, parse_list
 from harness.inputs.models import checkpoints, sizes
 from harness.inputs.models.gguf_format import architectures, file, tokenizers, write
+from harness.inputs.texts import protocols
 from harness.metrics.measuring import census
 from harness.run.plan import plan
 from tests.gguf_models import MADE_UP, TEXT, byte_level, save, sentencepiece, word_level
@@ -122,6 +123,69 @@ def test_llama_cpp_s_entries_are_there(make: Any) -> None:
         assert facts["tokenizer.ggml.token_type"].count(tokenizers.BYTE) == 256
         assert facts["tokenizer.ggml.add_space_prefix"] is True
         assert facts["tokenizer.ggml.add_bos_token"] is True
+
+
+def cutting(name: str) -> Any:
+    """A byte-level tokenizer that cuts text as a pre-tokenizer of llama.cpp does, with merges across its borders."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    made, cut = byte_level(), tokenizers.SPLITTERS[name]
+    core = made.backend_tokenizer
+    core.model.ignore_merges = cut.whole
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
+    steps += [pre_tokenizers.Split(Regex(cut.pattern), "isolated")] if cut.pattern else []
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut.pattern)]
+    )
+    if cut.normalizer:
+        core.normalizer = normalizers.NFC()
+    return made
+
+
+@pytest.mark.parametrize("name", tokenizers.SPLITTERS)
+def test_a_byte_level_tokenizer_goes_there_and_back(name: str, tmp_path: Path) -> None:
+    text = "In 2001 it wasn't 12345; THE the e\u0301 HelloWorld\n\n\tx = 3.14\r\n  \u0439\u0438 don't"
+    made = cutting(name)
+    facts = tokenizers.metadata(made, 320)
+    assert tokenizers.SPLITTERS[facts["tokenizer.ggml.pre"]] == tokenizers.SPLITTERS[name]
+    tokenizers.write({**facts, "tokenizer.ggml.pre": name}, tmp_path)
+    again: Any = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again(text).input_ids == made(text).input_ids
+    assert again.decode(again(text).input_ids) == made.decode(made(text).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("facts", "first"),
+    [
+        ({"tokenizer.ggml.pre": "llama-bpe"}, 0),  # llama.cpp adds BOS where nothing is said, for these
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, None),
+        ({"tokenizer.ggml.pre": "qwen2"}, None),
+        ({"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.add_bos_token": True}, 0),
+    ],
+)
+def test_bos_is_added_where_llama_cpp_adds_it(facts: dict[str, Any], first: int | None, tmp_path: Path) -> None:
+    found = tokenizers.metadata(byte_level(), 320)
+    del found["tokenizer.ggml.add_bos_token"]
+    tokenizers.write({**found, **facts}, tmp_path)
+    again: Any = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert protocols.leading_token(again, "the cat") == first
+    pieces = tokenizers.metadata(sentencepiece(), 320)
+    del pieces["tokenizer.ggml.add_bos_token"]
+    tokenizers.write(pieces, tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert protocols.leading_token(again, "the cat") == again.bos_token_id
+
+
+def test_a_tokenizer_that_cuts_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    facts = tokenizers.metadata(byte_level(), 320)
+    for pre, match in (("house", "cuts text as 'house'; known are gpt-2, "), (None, "does not say how it cuts text")):
+        with pytest.raises(BadFile, match=match):
+            tokenizers.convert(tmp_path / "x.gguf", {**facts, "tokenizer.ggml.pre": pre}, tmp_path)
+    del facts["tokenizer.ggml.pre"]
+    with pytest.raises(BadFile, match="does not say"):
+        tokenizers.convert(tmp_path / "x.gguf", facts, tmp_path)
+    tokenizers.convert(tmp_path / "x.gguf", {**facts, "general.architecture": "gpt2"}, tmp_path)  # older than the key
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 def test_a_word_level_tokenizer_goes_as_its_json(tmp_path: Path) -> None:

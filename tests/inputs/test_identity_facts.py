@@ -183,13 +183,23 @@ def test_the_models_own_code_counts_where_it_runs(folder: Path) -> None:
     assert changed_facts(facts(folder), facts(other)) == []  # not trusted, not run
 
 
-def test_an_adapter_counts_where_it_is_applied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_first_gptq_files_say_beside_their_config_counts(folder: Path) -> None:
+    before = facts(folder)
+    write(folder / "quantize_config.json", {"bits": 4})
+    assert facts(folder) == before  # nothing of it is packed
+    save_file({**TENSORS, "model.c.qweight": np.ones((2, 2), np.int32)}, folder / "model.safetensors")
+    packed = facts(folder)
+    assert packed["config.quantization_config.bits"] == "4"
+    write(folder / "quantize_config.json", {"bits": 4, "checkpoint_format": "gptq_v2"})
+    assert changed_facts(packed, facts(folder)) == ["config.quantization_config.checkpoint_format: absent -> gptq_v2"]
+    edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert identity_digest(facts(folder)) == identity_digest(packed)
+
+
+def test_an_adapter_counts(folder: Path) -> None:
     plain = facts(folder)
     write(folder / "adapter_config.json", {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "/somewhere"})
     save_file({"lora_A": np.ones(4, np.float32)}, folder / "adapter_model.safetensors")
-    monkeypatch.setattr(identity_facts, "applies_adapters", lambda: False)
-    assert facts(folder) == plain
-    monkeypatch.setattr(identity_facts, "applies_adapters", lambda: True)
     before = facts(folder)
     assert before.keys() - plain.keys() == {"adapter.peft_type", "adapter.r", "adapter.weights"}
     save_file({"lora_A": np.zeros(4, np.float32)}, folder / "adapter_model.safetensors")

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from harness.core import catalog
+from harness.core import catalog, progress
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.core.files import sha256_file
 from harness.core.options import Declared
@@ -288,12 +288,18 @@ def test_the_hub_resolves_a_revision_to_a_commit(tmp_path: Path, monkeypatch: py
     assert found.names == ("config.json", "model.safetensors", "tokenizer.json")
 
     def snapshot_download(repository: str, **options: Any) -> str:
+        with options.pop("tqdm_class")(total=8, unit="B", desc="Reconstructing") as bar:
+            bar.update(4)
+            bar.refresh()
         fetched.append(options)
         return str(config.parent)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(progress, "note", lambda *step: told.append(step))
     assert download_model(found) == config.parent
     assert fetched == [{"revision": COMMIT, "allow_patterns": list(found.names)}]
+    assert set(told) == {("fetching org/name", 4, 8, "B")}
     info.siblings = [sibling for sibling in info.siblings if sibling.rfilename != "model.safetensors"]
     _ask.cache_clear()
     assert "only pickled weights" in complaint(MissingAsset, "hub:org/name@v1", declared(tmp_path))

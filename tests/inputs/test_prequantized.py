@@ -30,25 +30,30 @@ def logits(checkpoint: Checkpoint) -> torch.Tensor:
     return promises.logits(checkpoints.open_model(checkpoint, "fp32", "cpu"))
 
 
+@pytest.mark.parametrize(("architecture", "stated"), [("llama", True), ("gpt2", True), ("gpt2", False)])
 @pytest.mark.parametrize("method", ["bnb-nf4", "bnb-int8"])
-def test_bitsandbytes_serialized(method: str, tmp_path: Path, cache: Path) -> None:
-    """Saved by transformers, read back as the fp32 numbers that the library's codes stand for."""
-    plain = promises.checkpoint("llama", tmp_path / "plain")
+def test_bitsandbytes_serialized(architecture: str, method: str, stated: bool, tmp_path: Path, cache: Path) -> None:
+    """Saved by transformers, read back as the fp32 numbers that its codes stand for; with `quant_method` or not."""
+    plain = promises.checkpoint(architecture, tmp_path / "plain")
     chosen = catalog.methods()[method]
     arguments = resolve(parse(method), chosen, "cpu")
     model: Any = chosen.load(plain, arguments, "cpu")
     expected = {weight.name: weight.dequantize() for weight in chosen.quantized(model)}
     model.save_pretrained(tmp_path / "packed")
+    if not stated:
+        config = json.loads((tmp_path / "packed" / "config.json").read_text())
+        del config["quantization_config"]["quant_method"]
+        (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
     checkpoints.tokenizer(plain).save_pretrained(tmp_path / "packed")
     said: list[str] = []
     found = checkpoints.materialise(parse(f"path:{tmp_path}/packed"), Declared(tmp_path), say=said.append)
     state = checkpoints.open_model(found, "fp32", "cpu").state_dict()
-    assert len(expected) == 14
+    assert len(expected) == (8 if architecture == "gpt2" else 14)
     for name, weight in expected.items():
-        torch.testing.assert_close(state[f"{name}.weight"], weight, rtol=0, atol=2e-3 if method == "bnb-int8" else 1e-6)
-    assert torch.equal(
-        state["model.norm.weight"], checkpoints.open_model(plain, "fp32", "cpu").state_dict()["model.norm.weight"]
-    )
+        near = 2e-3 if method == "bnb-int8" else 1e-6
+        torch.testing.assert_close(state[f"{name}.weight"], weight, rtol=0, atol=near)
+    norm = "transformer.ln_f.weight" if architecture == "gpt2" else "model.norm.weight"
+    assert torch.equal(state[norm], checkpoints.open_model(plain, "fp32", "cpu").state_dict()[norm])
     assert "weights were stored by bitsandbytes" in found.note
     assert said == [f"unpacking the quantized path:{tmp_path}/packed to fp32 (once)"]
     assert not hasattr(checkpoints.read_config(found), "quantization_config")
@@ -66,8 +71,11 @@ def test_other_kinds_are_refused_and_a_missing_library_is_named(
     def write(kind: str) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": kind}}))
 
-    write("awq")
-    with pytest.raises(HarnessError, match="quantized already, by 'awq', which is not read here"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    with pytest.raises(HarnessError, match="does not say by what"):
+        names.locate(parse(f"path:{tmp_path}"), Declared(tmp_path))
+    write("hqq")
+    with pytest.raises(HarnessError, match="quantized already, by 'hqq', which is not read here"):
         names.locate(parse(f"path:{tmp_path}"), Declared(tmp_path))
     write("compressed-tensors")
 
@@ -112,3 +120,11 @@ def test_compressed_tensors(tmp_path: Path, cache: Path) -> None:
     for name, weight in expected.items():
         torch.testing.assert_close(state[f"{name}.weight"], weight, rtol=0, atol=1e-5)
     assert "compressed-tensors (pack-quantized)" in found.note
+
+
+def test_a_config_that_says_so_of_plain_weights_is_told(tmp_path: Path, cache: Path) -> None:
+    promises.checkpoint("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(HarnessError, match="says that it is quantized by bitsandbytes, and no weight of it is: take"):
+        checkpoints.materialise(parse(f"path:{tmp_path}"), Declared(tmp_path))

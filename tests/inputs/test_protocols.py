@@ -138,9 +138,28 @@ def test_sentence_longer_than_the_context_goes_in_pieces() -> None:
 @pytest.mark.parametrize("name", ["chunk", "stride", "gptq", "rolling", "half"])
 def test_width_is_capped_by_the_context_and_the_names_show_it(name: str) -> None:
     plan = planned(f"{name}:512", corpus(numbers(100)), context=16)
-    assert plan.protocol == ("stride:16:16" if name == "stride" else f"{name}:16")
+    assert plan.protocol == ("stride:16:8" if name == "stride" else f"{name}:16")
     assert " of 16" in plan.protocol_id
     assert max(len(window.ids) - 1 for window in plan.windows) <= 16  # what is fed
+
+
+@pytest.mark.parametrize(
+    ("asked", "run"),
+    [
+        ("chunk:2048", "chunk:256"),
+        ("stride:2048:1024", "stride:256:128"),
+        ("stride:2048:1", "stride:256:1"),
+        ("stride:512:512", "stride:256:256"),
+        ("stride:256:64", "stride:256:64"),
+        ("sentence", "sentence"),
+    ],
+)
+def test_a_window_that_shrinks_keeps_its_share_of_overlap(asked: str, run: str) -> None:
+    assert str(protocols.parse(parse(asked)).within(256)) == run
+    text = corpus(numbers(1000))
+    one, other = planned(asked, text, context=256), planned(run, text, context=256)
+    assert (one.protocol, one.protocol_id) == (run, other.protocol_id)
+    assert shown(one) == shown(other)
 
 
 def test_limit_cuts_the_joined_text() -> None:
@@ -254,7 +273,7 @@ def test_bos_rule_refuses_what_it_does_not_know() -> None:
             return {"input_ids": [7, 8, *ids] if add_special_tokens else ids}
 
     with pytest.raises(HarnessError, match="no rule for such a BOS"):
-        protocols.leading_token(Two())
+        protocols.leading_token(Two(), "1 2")
 
 
 def test_bos_is_found_before_a_trailing_eos() -> None:
@@ -263,8 +282,22 @@ def test_bos_is_found_before_a_trailing_eos() -> None:
             ids = super().__call__(text, add_special_tokens=False)["input_ids"]
             return {"input_ids": [BOS, *ids, EOS] if add_special_tokens else ids}
 
-    assert protocols.leading_token(Both()) == BOS
-    assert protocols.leading_token(Words()) is None
+    assert protocols.leading_token(Both(), "1 2") == BOS
+    assert protocols.leading_token(Words(), "1 2") is None
+
+
+def test_bos_is_read_from_the_measured_text() -> None:
+    """A vocabulary without a token for any letter of a usual word, as those of DNA are."""
+
+    class Bases(Words):
+        def __call__(self, text: str, *, add_special_tokens: bool = True, **wanted: Any) -> dict[str, Any]:
+            ids = [10 + "ACGT".index(letter) for letter in text if letter in "ACGT"]
+            return {"input_ids": [BOS] * (add_special_tokens and self.adds_bos) + ids}
+
+    for text in ("ACGT" * 5, " " * 2000 + "ACGT" * 5):  # where its beginning has no token, more is read
+        assert shown(planned("chunk:8", corpus(text), Bases(adds_bos=True)))[0] == ([BOS, *(10, 11, 12, 13) * 2][:8], 7)
+        assert shown(planned("chunk:8", corpus(text), Bases()))[0][0][0] == 10
+    assert protocols.leading_token(Bases(adds_bos=True), "harness") is None  # nothing to put it before
 
 
 def plan_of(scored: list[int], aggregate: str) -> TokenPlan:

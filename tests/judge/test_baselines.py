@@ -305,6 +305,35 @@ def test_the_same_reference_serves_before_another(tmp_path: Path) -> None:
     assert values[2] is not None
 
 
+def test_a_record_serves_every_name_of_the_same_windows(tmp_path: Path) -> None:
+    told = f"{PROTOCOL[:-3]}disjoint of {{}}, tail kept; scored: all; aggregate: exp; normaliser: token"
+    ids = {width: told.format(width) for width in (256, 512)}
+    record(tmp_path, [row(protocol_id=ids[256])], worlds(WORLD), tmp_path)  # chunk:512 of a model that reads 256
+    store = Baselines(tmp_path)
+    for name in ("chunk:512", "chunk:256", "chunk:2048"):
+        found = store.serving(replace(row(protocol_id=ids[256]), protocol=name), WORLD)
+        assert found is not None
+        assert (found.value, found.protocol) == (30.5, "chunk:512")
+    assert store.serving(replace(row(protocol_id=ids[512]), protocol="chunk:256"), WORLD) is None
+    assert store.serving(replace(row(protocol_id=""), protocol="chunk:256"), WORLD) is None
+    record(tmp_path, [replace(row(31.0, protocol_id=ids[256]), protocol="chunk:256")], worlds(WORLD), tmp_path)
+    for name, value in (("chunk:256", 31.0), ("chunk:512", 30.5)):  # each its own, where there is one
+        found = Baselines(tmp_path).serving(replace(row(protocol_id=ids[256]), protocol=name), WORLD)
+        assert found is not None
+        assert found.value == value
+
+
+def test_the_tiny_models_record_of_chunk_512_serves_chunk_256() -> None:
+    folder = Path(__file__).parents[2] / "baselines"
+    path = folder / "tiny-gpt2" / "fp32@cpu+avx2.yaml"
+    kept = next(one for one in read_overlay(path)[1] if (one.metric, one.protocol) == ("perplexity", "chunk:512"))
+    case = Case("tiny-gpt2", "fp32", "synthetic", "chunk:256", "perplexity", "cpu")
+    asked = Row.of(case, protocol_id=kept.protocol_id)
+    found = Baselines(folder).serving(asked, kept.environment)
+    assert found is not None
+    assert (found.value, found.protocol_id) == (kept.value, kept.protocol_id)
+
+
 def test_another_limit_of_tokens_is_recorded_beside_and_never_found_instead(tmp_path: Path) -> None:
     ids = {name: f"text: lee; tokens: {name}, tokenizer x" for name in ("the first 1024", "the first 4096", "all")}
     short, long = (row(value, protocol_id=ids[name]) for value, name in ((40.0, "the first 1024"), (30.0, "all")))
@@ -463,6 +492,8 @@ def test_facts_of_bytes_and_of_texts() -> None:
         "lee": {"chunk:512": {"first 4096": {"token_hash": "f" * 64, "tokens": 4096}}}
     }
     assert exact_facts(latency(), replace(PERPLEXITY, timed=True)) == {}
+    reached = storage(census={**CENSUS, "matrices": {"share": 0.5}})  # it follows from the rest
+    assert exact_facts(reached, STORAGE) == exact_facts(storage(), STORAGE)
 
 
 def test_the_prediction_is_the_fact_where_a_measurement_differs() -> None:

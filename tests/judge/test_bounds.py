@@ -47,6 +47,20 @@ def test_nothing_is_promised_of_four_bits_or_one_scale_a_tensor(defaults: Bounds
     assert defaults.against_reference(case(method)) is None
 
 
+def test_against_another_model_only_a_rule_that_names_references_speaks(tmp_path: Path, defaults: Bounds) -> None:
+    other = case("absmax-int8")._replace(reference="fp32=path:base")
+    assert defaults.against_reference(other) is None
+    assert compute_of("bf16=path:base", "cuda") == "bf16"
+    (tmp_path / "bounds.toml").write_text(
+        "schema = 1\n[[reference]]\nmetrics = ['perplexity.delta']\nreferences = ['*=path:base']\nratio = 1.02\n"
+        "reason = 'what 4 bits may lose of it'\n"
+    )
+    rule = load(tmp_path).against_reference(other)
+    assert rule is not None
+    assert rule.ratio == 1.02
+    assert load(tmp_path).against_reference(case("nf4")) is None  # its own reference is none of those
+
+
 def test_only_the_paired_loss_is_bounded(defaults: Bounds) -> None:
     for metric in ("perplexity", "latency.decode", "memory.storage", "divergence.kl"):
         assert defaults.against_reference(case("absmax-int8", metric)) is None

@@ -28,7 +28,7 @@ def bounds(tmp_path_factory: pytest.TempPathFactory) -> Bounds:
     return load(tmp_path_factory.mktemp("none"))
 
 
-def row(metric: str, value: float, **more: Any) -> Row:
+def row(metric: str, value: float | None, **more: Any) -> Row:
     member = catalog.member(metric)
     assert member is not None
     text = {"dataset": "lee", "protocol": "chunk:4", "protocol_id": "text: lee", "token_hash": "f" * 64}
@@ -157,6 +157,14 @@ def test_times(bounds: Bounds, change: float, reach: float, verdict: Verdict) ->
         return row("latency.decode", 0.1, detail={**ends, "aa_floor": 0.02, "prompt_tokens": 128})
 
     assert both(timed(0.5), timed(0.5 + change), bounds) is verdict
+
+
+def test_a_figure_that_neither_side_can_have_decides_nothing(bounds: Bounds) -> None:
+    gone = row("perplexity.word", None, verdict=Verdict.NOT_COMPARABLE, reason="left out: no words")
+    plain, nothing = row("memory.storage", 1000.0), dict[str, NDArray[Any]]()
+    found = compare([gone, plain], [gone, plain], nothing.get, nothing.get, bounds=bounds)
+    assert [entry.verdict for entry in found.entries] == [None, Verdict.SAME]
+    assert (found.status, found.entries[0].reason) == (0, "left out: no words")
 
 
 @pytest.mark.parametrize("whose", ["A", "B"])

@@ -102,13 +102,21 @@ def test_the_tests_of_a_session_are_counted(bounds: Bounds) -> None:
     assert rules.tests(both + exact + timed, bounds, stop_early=False) == 5
     assert rules.tests(both, bounds, stop_early=True) == 4  # and absmax-int8 against its bound: nf4 has none
     assert rules.tests(exact, bounds, stop_early=False) == 1
+    assert rules.tests(both, bounds, stop_early=False, unpaired={both[1]}) == 4  # its value has no losses behind it
     assert rules.level(5) == pytest.approx(0.01)
 
 
 def test_a_perplexity_and_its_delta_share_one_step(bounds: Bounds) -> None:
-    """p .014 and .015 of one model's losses, .026 and .4 of others: three tests, and Holm's .0167 rejects the first."""
+    """p .014 and .015 of one model's losses, .026 and .4 of others: three tests, and Holm's .0167 rejects the first.
+
+    A delta by its two values alone is a test of its own: of four Holm's .0125 rejects none.
+    """
     one = made(0.01, 0.014)
-    delta = replace(one, metric="perplexity.delta", detail={"change": {**one.detail["change"], "p": 0.015}})
+    change = {**one.detail["change"], "p": 0.015}
+    alone = replace(one, metric="perplexity.delta", detail={"change": change})
+    delta = replace(alone, detail={"change": {**change, "rms": 0.02, "rms_limit": 1.0}})
+    rows = rules.settle([alone, one, made(0.01, 0.026), made(0.01, 0.4)], 4)
+    assert {row.verdict for row in rows} == {Verdict.WITHIN_NOISE}
     settled = rules.settle([delta, one, made(0.01, 0.026), made(0.01, 0.4)], 3)
     assert [row.verdict for row in settled] == [
         Verdict.WITHIN_NOISE, Verdict.WORSE, Verdict.WITHIN_NOISE, Verdict.WITHIN_NOISE,

@@ -81,6 +81,29 @@ def test_groups_fail_each_for_themselves() -> None:
     assert failing(exact.settle(rows)) == ["memory.parameters", "memory.parameters"]
 
 
+def test_a_shard_leaves_the_failure_to_the_shard_that_has_the_first() -> None:
+    rows = session()[1:]
+    assert exact.settle(rows, {FIRST}) == rows
+    assert failing(rows) == []
+
+
+def test_of_several_that_fail_the_first_does_where_their_rows_come_together() -> None:
+    """As of shards: bytes moved in two of them, and neither knew of the other."""
+    bytes_ = "memory.footprint on cpu: 1000 -> 132072"
+    one = exact.hold(row(FIRST, Verdict.WORSE), ["memory.parameters on cpu: 1 -> 2"], WHERE, FIRST)
+    two = exact.hold(row(FOOTPRINT, Verdict.WORSE), [bytes_], WHERE, FOOTPRINT)
+    three = exact.hold(row(LOSS), [CENSUS], WHERE, FOOTPRINT)
+    assert failing([one, two, three]) == ["memory.parameters", "memory.footprint"]
+    for rows in ([one, two, three], [Row.from_json(each.to_json()) for each in (one, two, three)]):
+        settled = exact.settle(rows)
+        assert failing(settled) == ["memory.parameters"]
+        assert settled[1:] == [
+            exact.hold(row(FOOTPRINT, Verdict.WORSE), [bytes_], WHERE, FIRST),
+            exact.hold(row(LOSS), [CENSUS], WHERE, FIRST),
+        ]
+        assert exact.settle(settled) == settled
+
+
 @pytest.mark.parametrize("method", ["nf4", "nf4:block=64"])
 def test_the_message_has_the_line_its_place_and_two_commands(method: str) -> None:
     case = FIRST._replace(method=method)

@@ -441,6 +441,18 @@ def test_a_changed_identity_is_named_fact_by_fact(bounds: Bounds, facts: dict[st
         assert found.reason.endswith(said)
 
 
+def test_another_base_is_another_input(bounds: Bounds) -> None:
+    """Of a model that is measured against another one, whose config was edited."""
+    facts = {"old": {"config.rope_theta": "10000"}, "new": {"config.rope_theta": "11000"}}
+    measured = row(DELTA, 0.1, identity="same", detail={"reference_identity": "new"})
+    then = record(measured, 0.1, identity="same", detail={"reference_identity": "old"})
+    found = judged(measured, DELTA, bounds, then, identities=facts.get)
+    assert found.verdict_baseline is Verdict.INPUT_CHANGED
+    assert "of the reference, config.rope_theta: 10000 -> 11000" in found.reason
+    same = record(measured, 0.1, identity="same", detail={"reference_identity": "new"})
+    assert judged(measured, DELTA, bounds, same, identities=facts.get).verdict_baseline is not Verdict.INPUT_CHANGED
+
+
 def test_one_identity_under_another_revision_is_the_same_model(bounds: Bounds) -> None:
     """A checkpoint in other shards; records of before identities were noted go by the revision."""
     measured = row(PERPLEXITY, PPL, identity="same", revision="s" * 40)

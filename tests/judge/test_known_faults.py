@@ -15,7 +15,7 @@ from harness import judge
 from harness.core.environment import Environment
 from harness.core.errors import BadFile
 from harness.core.records import Case, Row, Verdict
-from harness.judge.known_faults import NAME, Fault, applying, load
+from harness.judge.known_faults import NAME, SHIPPED, Fault, applying, load
 from harness.judge.known_faults import judge as judged
 from harness.metrics.measuring.checks import CHECKS, LAYER, MODELS
 from harness.report.account import invariants
@@ -45,6 +45,12 @@ def write(folder: Path, **changed: str | None) -> Path:
     return folder
 
 
+def alone(folder: Path) -> tuple[Fault, ...]:
+    """What the folder lists, without what the package lists too."""
+    shipped = {fault.id for fault in load(SHIPPED.parent)}
+    return tuple(fault for fault in load(folder) if fault.id not in shipped)
+
+
 def row(value: float, *, holds: bool = False, metric: str = "invariant.state_dict", **detail: Any) -> Row:
     case = Case("layer", "bnb-nf4", "", "", metric, "cpu")
     return Row.of(case, value=value, detail={"holds": holds, "limit": "0.09", **detail})
@@ -55,7 +61,7 @@ def fails(found: Row) -> bool:
 
 
 def test_as_listed_it_is_green_and_named(tmp_path: Path) -> None:
-    found = judged(row(1.14), load(write(tmp_path)), HERE)
+    found = judged(row(1.14), alone(write(tmp_path)), HERE)
     assert (found.verdict, fails(found)) == (Verdict.SAME, False)
     assert found.detail["fault"] == "broken"
     assert "tracker#1" in found.reason
@@ -64,13 +70,13 @@ def test_as_listed_it_is_green_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0.99, 1.21, math.nan])
 def test_another_figure_fails(tmp_path: Path, value: float) -> None:
-    found = judged(row(value), load(write(tmp_path)), HERE)
+    found = judged(row(value), alone(write(tmp_path)), HERE)
     assert (found.verdict, fails(found)) == (Verdict.OUT_OF_BOUND, True)
     assert "looks different: a figure of 1 to 1.2" in found.reason
 
 
 def test_an_exception_is_held_to_the_letter(tmp_path: Path) -> None:
-    faults = load(write(tmp_path, figure=None, exception='"AssertionError: K must be even"'))
+    faults = alone(write(tmp_path, figure=None, exception='"AssertionError: K must be even"'))
     same = judged(row(math.inf, exception="AssertionError: K must be even"), faults, HERE)
     other = judged(row(math.inf, exception="AssertionError: K must be odd"), faults, HERE)
     silent = judged(row(1.1), faults, HERE)
@@ -78,11 +84,11 @@ def test_an_exception_is_held_to_the_letter(tmp_path: Path) -> None:
 
 
 def test_an_exception_where_a_figure_was_listed_fails(tmp_path: Path) -> None:
-    assert fails(judged(row(math.inf, exception="ValueError: new"), load(write(tmp_path)), HERE))
+    assert fails(judged(row(math.inf, exception="ValueError: new"), alone(write(tmp_path)), HERE))
 
 
 def test_a_fault_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
-    found = judged(row(0.0, holds=True), load(write(tmp_path)), HERE)
+    found = judged(row(0.0, holds=True), alone(write(tmp_path)), HERE)
     assert (found.verdict, fails(found)) == (Verdict.BETTER, False)
     assert "is gone" in found.reason
     assert "is gone" in invariants([found])
@@ -90,17 +96,17 @@ def test_a_fault_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", [OLD, PLAIN])
 def test_elsewhere_a_break_is_new(tmp_path: Path, world: Environment) -> None:
-    faults = load(write(tmp_path))
+    faults = alone(write(tmp_path))
     assert fails(judged(row(1.14), faults, world))
     assert judged(row(0.0, holds=True), faults, world).verdict is Verdict.WITHIN_BOUND
-    assert applying(tmp_path, world) == []
+    assert "broken" not in {fault.id for fault in applying(tmp_path, world)}
 
 
 def test_a_stated_property_is_no_fault(tmp_path: Path) -> None:
-    faults = load(write(tmp_path, property="true"))
+    faults = alone(write(tmp_path, property="true"))
     assert "stated property" in judged(row(1.14), faults, HERE).reason
     assert judged(row(0.0, holds=True), faults, HERE).verdict is Verdict.WITHIN_BOUND
-    assert applying(tmp_path, HERE) == []
+    assert "broken" not in {fault.id for fault in applying(tmp_path, HERE)}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +128,6 @@ def test_bad_files_are_one_line(tmp_path: Path, changed: dict[str, str | None], 
 
 
 def test_other_bad_files(tmp_path: Path) -> None:
-    assert load(tmp_path) == ()
     (tmp_path / NAME).write_text("[[fault]]\n")
     with pytest.raises(BadFile, match="schema"):
         load(tmp_path)
@@ -132,7 +137,15 @@ def test_other_bad_files(tmp_path: Path) -> None:
 
 
 def listed() -> tuple[Fault, ...]:
-    return load(ROOT / "baselines")
+    return load(SHIPPED.parent)
+
+
+def test_a_folder_without_a_list_has_the_packages_and_an_entry_of_its_own_stands_for_one(tmp_path: Path) -> None:
+    shipped = load(tmp_path)
+    assert shipped == listed() != ()
+    own = load(write(tmp_path, id=f'"{shipped[0].id}"'))
+    assert len(own) == len(shipped)
+    assert own[0].reference == "tracker#1"
 
 
 def test_the_repositorys_faults_speak_of_invariants_that_there_are() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, L
 from transformers.pytorch_utils import Conv1D
 
 from harness.core.contracts import Arguments
-from harness.core.errors import UnknownName
+from harness.core.errors import HarnessError, UnknownName
 from harness.methods.bitsandbytes import METHODS
 from harness.methods.quantizing import bnb
 
@@ -91,6 +91,19 @@ def test_unknown_quantization_type_is_an_error() -> None:
     chosen = bnb.options(bnb.Format("nf5"), Arguments("fp32"), [])
     with pytest.raises(UnknownName, match=r"unknown 4-bit quantization type 'nf5'; did you mean 'nf4'\?"):
         bnb.configuration(chosen)
+
+
+def test_what_a_processor_s_kernel_cannot_lay_out_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleDict({"good": nn.Linear(64, 32, device="meta"), "bad": Conv1D(50, 64), "short": nn.Linear(32, 64)})
+    bnb.refuse_unpackable(model, ["good", "bad"])  # where no processor is so particular
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
+    bnb.refuse_unpackable(model, ["good"])
+    with pytest.raises(
+        HarnessError, match="pieces of 32 outputs by 64 inputs, and bad has 50 by 64: a limit of the libr"
+    ):
+        bnb.refuse_unpackable(model, ["good", "bad"])
+    with pytest.raises(HarnessError, match="and short has 64 by 32"):
+        bnb.refuse_unpackable(model, ["short"])
 
 
 def test_skip_list_holds_head_and_tied_embeddings() -> None:

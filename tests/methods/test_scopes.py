@@ -127,14 +127,16 @@ def test_selecting_nothing_is_an_error(scope: Scope, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_weights_out_of_reach_are_an_error_and_not_left_in_silence() -> None:
+def test_packed_experts_and_their_router_are_matrices_too() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2, tie_word_embeddings=False)
         )
-    with pytest.raises(HarnessError, match=r"'linear' covers model\.layers\.0\.mlp\.experts\.\w+ \(2x\d+x\d+, Mixtral"):
-        select(model, Scope())
+    experts = ["mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert set(select(model, Scope())) == inside("llama", LLAMA[0] + experts)
+    assert set(select(model, Scope("mlp", names="*experts"))) == inside("llama", experts[1:])
     assert set(select(model, Scope("attention"))) == inside("llama", LLAMA[0])
+    assert set(select(model, Scope(), linear=True)) == inside("llama", LLAMA[0])
 
 
 def test_a_model_without_layers() -> None:

@@ -1,21 +1,23 @@
 """The census counts what is there, and refuses a model that holds less than it was asked for."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, OlmoConfig
 
 from harness.core.contracts import Arguments, Method, QuantizedWeight, Scope
-from harness.core.errors import IncompleteQuantization
+from harness.core.errors import HarnessError, IncompleteQuantization
 from harness.core.values import digest
 from harness.inputs.models import sizes as memory
 from harness.methods import absmax_int8, nf4
 from harness.methods.quantizing.codes import Recipe
 from harness.methods.quantizing.stored import apply
 from harness.methods.references import METHODS as REFERENCES
-from harness.metrics.measuring.census import census
+from harness.metrics.measuring.census import census, reached
 
 BLOCK = {"block": 64}
 
@@ -120,3 +122,12 @@ def test_bits_per_weight() -> None:
 
     assert memory.bits_per_weight([weight(64, 36), weight(192, 60)], "fp32") == 3.0
     assert memory.bits_per_weight([], "fp16") == 16.0
+
+
+def test_without_a_list_of_layers_only_a_method_with_a_scope_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    found: Any = SimpleNamespace(name="m", dtype="", scoped=False, requires=("library",))
+    assert reached(model, found, Arguments("fp32", None, {}), ["0.weight"]) == {}
+    found.scoped = True
+    with pytest.raises(HarnessError, match="has no list of layers"):
+        reached(model, found, Arguments("fp32", Scope(), {}), ["0.weight"])

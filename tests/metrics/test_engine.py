@@ -26,6 +26,14 @@ CONFIGURATIONS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
     "granite": lambda: transformers.GraniteConfig(**LLAMA, logits_scaling=3.0),  # logits divided after the head
     "gemma2": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=2.0),  # logits capped
+    "rembert": lambda: transformers.RemBertConfig(  # a layer of its own before the head, which is wider than the model
+        **SMALL,
+        num_attention_heads=4,
+        input_embedding_size=16,
+        output_embedding_size=48,
+        is_decoder=True,
+        initializer_range=0.3,
+    ),
 }
 HEAD_ALONE = {"gpt2", "llama"}  # the logits are the head's, nothing more
 
@@ -88,10 +96,13 @@ def test_batches_change_nothing_and_keep_the_order(name: str, batch_size: int) -
         assert abs(float(alone.mean() - together.mean())) < 1e-5
 
 
-def test_padding_is_never_scored_nor_attended_to() -> None:
+def test_padding_is_never_scored_nor_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     made = [protocols.all_but_first(text(length, seed=length)) for length in (5, 12, 3, 9)]
-    results = [engine.score(model, made, device="cpu", batch_size=4, padding_id=padding) for padding in (0, 7, 60)]
+    results = []
+    for padding in (0, 7, 60):
+        monkeypatch.setattr(engine, "PADDING", padding)
+        results.append(engine.score(model, made, device="cpu", batch_size=4))
     assert len(results[0]) == 4 + 11 + 2 + 8
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
@@ -103,14 +114,14 @@ def test_a_mask_is_given_only_where_lengths_differ(monkeypatch: pytest.MonkeyPat
     run = model.transformer.forward
 
     def spy(*arguments: Any, **more: Any) -> Any:
-        if more["input_ids"].shape[0] > 1:
+        if "input_ids" in more and more["input_ids"].shape[0] > 1:  # the probe gives whole models theirs
             seen.append((tuple(more["input_ids"].shape), "attention_mask" in more))
         return run(*arguments, **more)
 
     monkeypatch.setattr(model.transformer, "forward", spy)
     made = [protocols.all_but_first(text(length)) for length in (6, 9, 9, 9, 9, 5)]
     engine.score(model, made, device="cpu", batch_size=2)
-    assert seen == [((2, 8), False), ((2, 8), False), ((2, 5), True)]
+    assert seen[-3:] == [((2, 8), False), ((2, 8), False), ((2, 5), True)]  # a probe may come before
 
 
 @pytest.mark.parametrize(
@@ -242,3 +253,58 @@ def test_an_error_beside_another_window_is_raised_and_the_threads_come_back(two_
     with pytest.raises(RuntimeError, match="no memory"):
         engine.score(model, protocols.chunk(text(64), 16, None), device="cpu", concurrent=True)
     assert torch.get_num_threads() == 2
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 24}
+STRETCHED = {
+    "longrope": LONG | {"long_factor": [1.0, 2.0, 3.0, 4.0], "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_a_window_s_figure_is_its_own_whatever_runs_beside_or_before_it(kind: str, two_threads: None) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA, max_position_embeddings=24, rope_parameters=STRETCHED[kind])
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    made = [protocols.all_but_first(text(length, seed=length)) for length in (12, 60, 24, 26, 40, 40, 60, 9, 25)]
+    fresh = [engine.score(copy.deepcopy(model), [window], device="cpu") for window in made]
+    for batch in (1, 3, 7, 0):
+        for _ in range(2):  # the second time behind the longest
+            found = engine.score(model, made, device="cpu", batch_size=batch, concurrent=True)
+            np.testing.assert_allclose(found, np.concatenate(fresh), atol=1e-4)
+    again = [
+        engine.compare_predictions(model, copy.deepcopy(model), [made[1], window], device="cpu") for window in made
+    ]
+    assert all(one.kl.max() < 1e-6 for one in again)
+
+
+def test_windows_are_not_padded_where_that_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shapes = copy.deepcopy(model_of("llama")), list[list[int]]()
+    turn = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: turn(x, position_ids * x.shape[1])  # by the longest row
+
+    def seen(model: Any, chosen: list[Window], *_: Any) -> NDArray[np.float32]:
+        shapes.append([len(one.ids) for one in chosen])
+        return np.zeros(sum(one.scored for one in chosen), np.float32)
+
+    monkeypatch.setattr(engine, "batch_nll", seen)
+    made = [protocols.all_but_first(text(length)) for length in (9, 9, 6, 6, 5)]
+    engine.score(model, made, device="cpu", batch_size=3)
+    assert shapes == [[9, 9], [6, 6], [5]]
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_model_that_looks_ahead_is_found(decoder: bool) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL, num_attention_heads=4, is_decoder=decoder, initializer_range=0.3)
+    model = transformers.BertLMHeadModel(config).eval()
+    for ids in (text(40), text(2), np.full(20, 7), np.zeros(20, dtype=np.int64)):
+        assert engine.looks_ahead(model, ids, "cpu") is not decoder
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_causal_model_does_not_look_ahead(name: str) -> None:
+    model = model_of(name)
+    assert not engine.looks_ahead(model, text(40), "cpu")
+    assert not engine.looks_ahead(copy.deepcopy(model).bfloat16(), text(40), "cpu")

@@ -28,6 +28,7 @@ from transformers import (
 
 from harness.core import catalog
 from harness.core.contracts import Checkpoint, Subject, TokenPlan, Window
+from harness.core.errors import HarnessError
 from harness.core.records import Case, Figure
 from harness.core.specification import parse
 from harness.core.values import encode
@@ -457,3 +458,51 @@ def test_nothing_of_ours_stands_between_a_users_forward_and_the_clock(name: str,
     assert operations(ours, build) == operations(plain, build)
     if name == "fp32" and kind == "prefill":  # a frozen head is copied whole: the comparison sees it
         assert operations(ours.requires_grad_(False), build) != operations(plain, build)
+
+
+def test_other_lengths_are_members_of_their_own() -> None:
+    names = [member.name for member in catalog.members_given("latency:prompt=512:generate=128:batch=4")]
+    assert names == [
+        "latency.prefill:batch=4:prompt=512",
+        "latency.decode:batch=4:prompt=512",
+        "latency.generate:batch=4:generate=128:prompt=512",
+    ]
+    assert [member.name for member in catalog.members_given("latency:batch=2")] == [
+        "latency.prefill:batch=2",
+        "latency.decode:batch=2",
+    ]
+    assert [member.name for member in catalog.members_given("latency.decode:prompt=128:batch=1")] == ["latency.decode"]
+    for name in names:
+        found = catalog.member(name)
+        assert found is not None
+        assert (found.name, found.timed, found.unit) == (name, True, "s")
+    assert catalog.member("latency.none:batch=4") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("latency:prompts=4", "unknown argument of latency 'prompts'; did you mean 'prompt=N'"),
+        ("latency.prefill:generate=4", "unknown argument of latency.prefill 'generate'"),
+        ("latency:quick", "unknown argument of latency 'quick'"),
+        ("latency:batch=0", "'0' is no whole number above zero"),
+        ("memory:batch=4", "unknown argument of memory 'batch'"),
+        ("speed:batch=4", "unknown metric 'speed'"),
+    ],
+)
+def test_an_argument_that_is_none_is_said(text: str, said: str) -> None:
+    with pytest.raises(HarnessError, match=said):
+        catalog.members_given(text)
+
+
+def test_asked_lengths_are_what_runs() -> None:
+    fake = Fake(llama(), llama(), device=ScriptedCpu(seconds_of(0.2, 0.1, warm=6)), repetitions=6)
+    shapes: list[tuple[int, ...]] = []
+    fake.model.register_forward_pre_hook(lambda module, args, more: shapes.append(tuple(more["input_ids"].shape)),
+                                         with_kwargs=True)  # fmt: skip
+    (member,) = catalog.members_given("latency.generate:prompt=20:generate=5:batch=3")
+    detail = METRIC.measure(cast(Subject, fake), member).detail
+    assert set(shapes) == {(3, 20), (3, 1)}
+    assert (detail["prompt_tokens"], detail["new_tokens"], detail["batch"]) == (20, 5, 3)
+    assert detail["tokens_per_second"] == pytest.approx(15 / 0.2, rel=0.01)
+    assert detail["reference_tokens_per_second"] == pytest.approx(15 / 0.1, rel=0.01)

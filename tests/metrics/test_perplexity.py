@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from harness.core.contracts import TokenPlan, Window
-from harness.core.errors import HarnessError
+from harness.core.errors import HarnessError, LeftOut
 from harness.core.records import Figure
 from harness.core.specification import parse
 from harness.inputs.texts import protocols
@@ -107,6 +107,16 @@ def test_per_word_and_byte_by_hand() -> None:
     assert bits.spread == pytest.approx(2 * 3 / 12 / math.log(2))  # SE of the mean is 2 nats over 3 tokens
     with pytest.raises(HarnessError, match=r"perplexity\.word: the tokenizer cannot say how many words"):
         measured("perplexity.word", plan_of([2, 1]), losses)
+
+
+def test_a_text_without_blanks_has_no_words_and_no_infinity() -> None:
+    losses = [4.0] * 500  # 2000 nats in one word: its perplexity would be infinite
+    plan = plan_of([250, 250], word=1, byte=1500)
+    with pytest.raises(LeftOut, match="white space parts this text into 1 word of 1,500 bytes each"):
+        measured("perplexity.word", plan, losses)
+    assert measured("perplexity.byte", plan, losses).value == pytest.approx(math.exp(2000 / 1500))
+    assert measured("perplexity.bits_per_byte", plan, losses).value == pytest.approx(2000 / 1500 / math.log(2))
+    measured("perplexity.word", plan_of([250, 250], word=30, byte=1500), losses)  # 50 bytes: as in Thai, still words
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,8 @@ class Project:
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setenv("HARNESS_CACHE", str(CACHE))
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):  # of a workflow that runs these tests
+        monkeypatch.delenv(name, raising=False)
     site = pytester.path / "site"
     info = site / "faults-1.0.dist-info"
     info.mkdir(parents=True)

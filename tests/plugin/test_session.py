@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -34,6 +35,18 @@ def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def told(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """What --junitxml is to say of a row."""
+    names = "value unit verdict verdict_reference verdict_baseline device environment".split()
+    interval = [("interval", str(tuple(row["interval"])))] if row["interval"] else []
+    return sorted([*interval, *((name, str(row[name])) for name in names if row[name] not in (None, ""))])
+
+
+def properties(path: Path) -> list[list[tuple[str, str]]]:
+    cases = ElementTree.parse(path).iter("testcase")
+    return sorted(sorted((one.attrib["name"], one.attrib["value"]) for one in case.iter("property")) for case in cases)
+
+
 def test_a_first_run_is_unrecorded_and_two_workers_give_the_same_report(project: Project, by_metric: Pick) -> None:
     wanted = ("--methods", "absmax-int8,nf4", "--metrics", "perplexity,memory,latency.decode")
     result = project.run(*wanted, "-n", "0", "--report-dir", "one", "-v")
@@ -52,18 +65,25 @@ def test_a_first_run_is_unrecorded_and_two_workers_give_the_same_report(project:
     assert {"report.md", "measurements.jsonl", "environments.json", "plan.json", "nll"} <= names
     assert "nf4" in project.report("one")
     assert "| `fp32` (reference)" in project.report("one")
-    result.stdout.fnmatch_lines(["*PASSED * ppl (unrecorded)*", f"{len(rows)} planned, {len(rows)} ran, 0 missing"])
+    result.stdout.fnmatch_lines(
+        ["*PASSED * ppl, run as chunk:256 (unrecorded)*", f"{len(rows)} planned, {len(rows)} ran, 0 missing"]
+    )
     assert not (project.path / "baselines").exists()  # nothing is written without a regeneration flag
 
-    assert project.run(*wanted, "-n", "2", "--report-dir", "two").ret == 0
+    assert project.run(*wanted, "-n", "2", "--report-dir", "two", "--junitxml", "two.xml").ret == 0
     assert steady(project.rows("one")) == steady(project.rows("two"))
     assert project.identities("one") == project.identities("two") != {}
     assert len(project.rows("one")) == len(project.rows("two"))
+    assert properties(project.path / "two.xml") == sorted(map(told, project.rows("two")))
     threads = {row["detail"].get("threads") for row in project.rows("two") if row["metric"] == "latency.decode"}
     assert threads == {row["detail"].get("threads") for row in project.rows("one") if row["metric"] == "latency.decode"}
 
 
-def test_one_group_going_down_leaves_the_rest_standing(project: Project, by_metric: Pick) -> None:
+def test_one_group_going_down_leaves_the_rest_standing(
+    project: Project, by_metric: Pick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project.path / "summary.md"))
     result = project.run("--methods", "segfault,killed,oom,bug,lazy,nf4", "--metrics", "memory.storage")
     assert result.ret == 1
     rows = project.rows()
@@ -77,6 +97,10 @@ def test_one_group_going_down_leaves_the_rest_standing(project: Project, by_metr
     assert by_metric(rows, "nf4")["memory.storage"]["value"] > 0
     result.stdout.fnmatch_lines(["*KeyError: 'a bug'*", "7 planned, 2 ran, 5 missing"])
     assert "segmentation fault" in project.report()
+    case = "tiny-gpt2/lazy/memory.storage/cpu"
+    result.stdout.fnmatch_lines([f"::error title={case}%3A missing::*c_attn*%0Ameasure again: pytest *{case}"])
+    assert result.stdout.str().count("\n::error") == 5
+    assert (project.path / "summary.md").read_text().startswith("# Quantization report\n\n**Harm: 5 missing.**")
 
 
 def test_a_non_finite_reference_makes_its_dependents_unusable(project: Project, by_metric: Pick) -> None:

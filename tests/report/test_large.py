@@ -10,9 +10,9 @@ import pytest
 from harness.__main__ import main
 from harness.core.records import Case, Row, Verdict
 from harness.report.account import MOST_CASES
-from harness.report.document import markdown
 from harness.report.plots import svgs
 from harness.results.directory import ReportDirectory
+from tests.report.test_report import markdown
 
 METHODS = ("fp32", "nf4")
 

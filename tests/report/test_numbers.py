@@ -17,8 +17,10 @@ import pytest
 
 from harness.__main__ import main
 from harness.core.records import Case, Row, Verdict
-from harness.report import rewrite
-from harness.report.document import markdown
+from harness.report import read_report, rewrite
+from harness.report.export import export
+from harness.report.page import page
+from tests.report.test_report import markdown
 
 MADE = Path(__file__).parent / "data" / "made-session"
 LINES: list[dict[str, Any]] = [json.loads(line) for line in (MADE / "measurements.jsonl").read_text().splitlines()]
@@ -96,6 +98,7 @@ COLUMNS: dict[str, Expected] = {
     "modules quantized": lambda method, _: [told(method, "quantized_modules")],
     "weights quantized": lambda method, _: [told(method, "quantized_elements")],
     "parameters left": lambda method, _: [told(method, "left_elements")],
+    "of what its scope names": lambda method, _: [100 * told(method, "matrices")["share"]],
     "MiB by dtype": lambda method, _: [size / MIB for size in told(method, "bytes_by_dtype").values()],
     "quality": alone("quality"),
     "memory": alone("memory"),
@@ -196,6 +199,119 @@ def test_a_wrong_number_is_seen(made: Path) -> None:
             held(text.replace(shown, shown.replace(old, new)))
 
 
+LATEX_COLUMNS: dict[str, Expected] = {
+    "perplexity": COLUMNS["perplexity"],
+    "ratio": quality,
+    "bits/weight": COLUMNS["bits/weight"],
+    "storage, MiB": lambda method, _: [row_of(method, "memory.storage")["value"] / MIB],
+    "prefill time": lambda method, _: pace(method, "latency.prefill"),
+    "decode time": lambda method, _: pace(method, "latency.decode"),
+}
+
+
+def test_every_number_of_the_latex_is_its_rows() -> None:
+    text = export(MADE, "latex", None)
+    head, *body = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if line.endswith(r" \\")]
+    assert head[1:] == list(LATEX_COLUMNS)
+    count = 0
+    for line in body:
+        for header, cell in zip(head[1:], line[1:], strict=True):
+            if cell in ("--", "missing"):
+                continue
+            numbers, values = NUMBER.findall(cell), LATEX_COLUMNS[header](line[0], "")
+            assert len(numbers) == len(values), (header, line[0], cell, values)
+            assert all(map(agrees, numbers, values)), (header, line[0], cell, values)
+            count += len(numbers)
+    assert count > 30
+
+
+# the data of the HTML: what is known of each case
+
+FIGURES: dict[str, Callable[[dict[str, Any]], Sequence[float]]] = {
+    "median (of its own moment: compare the ratio)": lambda row: [1000 * row["value"]],
+    "the reference's median, timed in turn with it": lambda row: [1000 * row["detail"]["reference_p50"]],
+    "95% interval": lambda row: row["interval"],
+    "observations": lambda row: [row["count"]],
+    "bits per weight": lambda row: [row["bits_per_weight"]],
+    "seconds to measure": lambda row: [row["seconds"]],
+}
+
+
+def measured(row: Mapping[str, Any], value: float) -> list[float]:
+    """As a figure with its unit is written: bytes as bytes and MiB, seconds as milliseconds."""
+    return [value, value / MIB] if row["unit"] == "B" else [1000 * value if row["unit"] == "s" else value]
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def near(shown: str, value: float) -> bool:
+    """Whether a number of so many significant digits is the value."""
+    return math.isclose(float(shown.replace(",", "")), value, rel_tol=6e-3, abs_tol=1e-12) and (
+        agrees(shown, value) or "e" in shown or "." not in shown
+    )
+
+
+def test_every_number_of_the_pages_data_is_its_rows() -> None:
+    text = page(read_report(MADE))
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    count = 0
+    for case, planned in zip(data["cases"], json.loads((MADE / "plan.json").read_text()), strict=True):
+        row = row_of(planned["method"], planned["metric"])
+        if not row or row["value"] is None:
+            assert case["figure"] == "missing"
+            continue
+        shown = NUMBER.findall(case["figure"])
+        ends = row["interval"] or []
+        values: Sequence[float] = (
+            log_ratios(row) if "log_ratio" in row["detail"] else measured(row, row["value"]) + ends
+        )
+        assert len(shown) in (len(values), 1), (case["figure"], values)  # of a time without a usable interval the ratio
+        assert all(map(near, shown, values)), (case["figure"], values)
+        groups = {head: dict(pairs) for head, pairs in (data["groups"][place] for place in case["groups"])}
+        for name, words in groups["Figure"].items():
+            numbers = NUMBER.findall(words)
+            if name in ("value", "spread"):
+                values = measured(row, row[name])
+            else:
+                values = FIGURES[name](row)
+            assert len(numbers) == len(values), (name, words, values)
+            assert all(map(near, numbers, values)), (name, words, values)
+            count += len(numbers)
+        told = dict(flat(row["detail"]))
+        for name, words in groups.get("As measured", {}).items():
+            value = row["samples"] if name == "samples" else told[name]
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                assert near(words, value), (name, words, value)
+                count += 1
+    assert count > 150
+
+
+def test_the_ends_at_a_glance_are_the_largest_and_the_smallest() -> None:
+    text = page(read_report(MADE))
+    ends = re.findall(r"<dt>([^<]*)</dt><dd><a [^>]*>([^<]*)</a>.*?<b>× ([^<]*)</b></dd>", text)
+    methods = [line["method"] for line in LINES if line["method"] != REFERENCE]
+    decode = {name: row_of(name, "latency.decode") for name in methods}
+    deltas = {name: row_of(name, "perplexity.delta").get("value") for name in methods}
+    bytes_of = {name: row_of(name, "memory.storage").get("value") for name in methods}
+    share = row_of(REFERENCE, "memory.storage")["value"]
+    paces = {name: log_ratios(row)[0] for name, row in decode.items() if "log_ratio" in row.get("detail", {})}
+    losses = {name: math.exp(value) for name, value in deltas.items() if value is not None}
+    sizes = {name: value / share for name, value in bytes_of.items() if value is not None}
+    known = {"loss": losses, "slowest decode": paces, "fastest decode": paces, "largest": sizes, "smallest": sizes}
+    assert len(ends) == 6
+    for what, method, figure in ends:
+        values = known.get(what) or losses
+        most = what.startswith(("largest", "slowest"))
+        assert method == (max if most else min)(values, key=lambda name: values[name]), what
+        assert agrees(NUMBER.findall(figure)[0], values[method])
+
+
 def six() -> list[Row]:
     """Reference and one method: perplexity, its ratio, storage, decode."""
     text = {"protocol_id": "text: lee; tokens: the first 4096", "token_hash": "a" * 64, "environment": "e"}
@@ -224,6 +340,6 @@ def test_a_report_of_six_cases_fits_on_two_screens() -> None:
     assert len(lines) <= 80
     first = next(place for place, line in enumerate(lines) if line.startswith("| method"))
     assert first <= 12  # the table comes first
-    assert "128 tokens, 1 token behind it; batch 1" in text
+    assert "128 tokens, 1 token behind it, batch 1; 16 blocks" in text
     assert "2 threads, which wait as a plain script's do (OMP_WAIT_POLICY is not set)" in text
     assert text.index("## Environment and protocol") < text.index("<details>")

@@ -26,10 +26,10 @@ import pytest
 from harness.__main__ import main
 from harness.core.records import Case, Row, Verdict
 from harness.report import read_report, render
-from harness.report.account import opening
+from harness.report.account import decide, opening
 from harness.report.charts import Axis
-from harness.report.decision import decide
 from harness.report.page import PAGEFUL, page
+from harness.results.directory import SavedSession
 from tests.report.test_report import cells
 
 MADE = Path(__file__).parent / "data" / "made-session"
@@ -75,8 +75,7 @@ class Reading(HTMLParser):
 
 def made() -> tuple[str, Any]:
     session = read_report(MADE)
-    parts = session.rows, session.planned, session.environments
-    return page(*parts, notes=session.notes, command=session.command), session
+    return page(session), session
 
 
 def figures(text: str) -> list[float]:
@@ -200,9 +199,9 @@ def test_what_has_no_record_does_not_hide_what_was_decided() -> None:
 
 
 def test_nothing_measured_is_a_page_too() -> None:
-    assert opening([]) in page([], [], {})
+    assert opening([]) in page(SavedSession((), ()))
     planned = [Case("m", "nf4", "lee", "chunk:512", "perplexity", "cpu")]
-    text = page([], planned, {})
+    text = page(SavedSession((), tuple(planned)))
     assert "Nothing was measured: 0 of 1 planned case ran." in text
     assert Reading(text).data["cases"][0]["figure"] == "missing"
 
@@ -226,7 +225,7 @@ def hostile() -> str:
         )
         for place, case in enumerate(cases)
     ]
-    return page(rows, cases, {"e": {HOSTILE: HOSTILE}}, notes=[HOSTILE], command=HOSTILE)
+    return page(SavedSession(tuple(rows), tuple(cases), {"e": {HOSTILE: HOSTILE}}, (HOSTILE,), HOSTILE))
 
 
 def test_names_with_html_and_script_are_text() -> None:
@@ -283,7 +282,7 @@ def many(lines: int) -> str:
         made_row = Row.of(case, value=30.0 + place % 2 * (1 + place / 1e4), unit="ppl", verdict=Verdict.WITHIN_NOISE)
         rows.append(replace(made_row, protocol_id="windows", token_hash="a", environment="e"))
     rows[-3] = replace(rows[-3], verdict=Verdict.WORSE, reason="it grew")
-    return page(rows, [one.case for one in rows], {"e": {"python": "3.11"}})
+    return page(SavedSession(tuple(rows), tuple(one.case for one in rows), {"e": {"python": "3.11"}}))
 
 
 # in a browser
@@ -301,7 +300,7 @@ frame.onload = async () => {
     const all = (selector) => [...page.querySelectorAll(selector)];
     const methods = () => all("#main tbody .method a").map((link) => link.textContent);
     const header = (name) => all("#main thead th").find((own) => own.textContent === name);
-    await until(() => one("#controls:not([hidden])") || one("#panel"));
+    await until(() => one("main"));
     %s
   } catch (error) { said.failed = String(error.stack); }
   said.pwned = window.pwned;

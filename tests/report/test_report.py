@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,22 @@ from pytest_regressions.file_regression import FileRegressionFixture
 from harness.core.errors import BadFile, HarnessError, MissingAsset
 from harness.core.records import Case, Row, Verdict
 from harness.core.values import digest
-from harness.report import read_report, rewrite, write
+from harness.report import conditions, document, read_report, rewrite, write
 from harness.report.account import NEVER, complete, sections
-from harness.report.document import markdown
-from harness.results.directory import nll_reader
+from harness.results.directory import SavedSession, nll_reader
 
 DATA = Path(__file__).parent / "data"
 MADE = DATA / "made-session"  # figures made up by hand: five methods, one killed, one case never reached
+
+
+def markdown(
+    rows: Sequence[Row],
+    planned: Sequence[Case],
+    worlds: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str] = (),
+    command: str = "",
+) -> str:
+    return document.markdown(SavedSession(tuple(rows), tuple(planned), worlds, tuple(notes), command))
 
 
 def case(method: str, metric: str, *, text: bool | None = None, model: str = "m") -> Case:
@@ -304,11 +314,51 @@ def test_two_token_plans_under_one_name_are_said_to_be_two() -> None:
     assert "2 different token plans, which do not compare" in markdown(rows, [item.case for item in rows], {})
 
 
+def test_a_window_that_shrank_says_so_in_every_heading() -> None:
+    told = {"protocol": "chunk:256"}
+    names = [(method, metric) for method in ("fp32", "nf4") for metric in ("perplexity", "perplexity.word")]
+    rows = [row(*name, 20.0, unit="ppl", detail=told) for name in names]
+    rows += [dataclasses.replace(one, protocol="chunk:256") for one in rows]
+    report = markdown(rows, [item.case for item in rows], {})
+    assert "### `m`: `lee`, `chunk:512 run as chunk:256`\n" in report
+    assert "### `m`: `lee`, `chunk:256`\n" in report
+    assert "further metrics on `lee`, `chunk:512 run as chunk:256`\n" in report
+
+
+def test_a_figure_that_is_left_out_is_no_failure_and_keeps_its_reason() -> None:
+    rows = [row("fp32", "perplexity", 20.0), row("fp32", "perplexity.byte", 2.0)]
+    rows.append(row("fp32", "perplexity.word", None, verdict=Verdict.NOT_COMPARABLE, reason="left out: no words"))
+    report = markdown(rows, [item.case for item in rows], {})
+    assert "**Harm" not in report
+    assert "left out: no words" in report
+    assert "perplexity.word" not in cells(report, "fp32", 1)  # no figure: no column
+    assert "Planned 3, ran 2, missing 0, left out 1." in report
+    assert "- Quality, 3 cases: left out 1; " in report
+    assert "Left out, by reason:\n\n- 1 case not comparable: left out: no words" in report
+    assert "Missing, by reason" not in report
+
+
 def test_an_unknown_environment_is_named() -> None:
     rows = [row("fp32", "perplexity", 20.0, environment="abc"), row("nf4", "perplexity", 20.0, environment="def")]
     report = markdown(rows, [item.case for item in rows], {"abc": {"versions": {"torch": "2.9"}, "flags": ["a", "b"]}})
     assert "- Environment `abc` (1 row): flags a, b, versions.torch 2.9" in report
     assert "`def` is not in environments.json." in report
+
+
+def test_the_derived_command_leaves_another_models_reference_to_its_option() -> None:
+    reference = "fp32=path:base, v1"
+    planned = [
+        case(method, "perplexity", model="path:b")._replace(reference=reference) for method in (reference, "nf4")
+    ]
+    assert "--methods nf4 --" in markdown([], planned, {})
+    alone = markdown([], planned[:1], {})
+    assert "--methods fp32 --" in alone
+    assert "--reference 'fp32=path:base\\, v1'" in alone
+
+
+def test_weights_are_listed_under_the_model_that_they_are_of() -> None:
+    rows = [row("fp32=path:base", "perplexity", 20.0, revision="aa"), row("nf4", "perplexity", 21.0, revision="bb")]
+    assert conditions.weights(rows) == ["Weights of `path:base`: `aa`", "Weights of `m`: `bb`"]
 
 
 def test_the_derived_command_plans_the_same_cases() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.core.records import Case, Row, Verdict
 from harness.report.account import verdicts
-from harness.report.document import markdown
+from tests.report.test_report import markdown
 
 DIFFERENCE = ["torch: 2.13.0 -> 2.14.0", "threads: 2 -> 4"]
 

@@ -46,10 +46,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def worse(folder: Path, cases: Sequence[Case], meant: Sequence[Case], gone: Sequence[Case] = ()) -> list[str]:
-    """The metrics that fail in a process that measures some of the cases that are meant."""
+def worse(
+    folder: Path, cases: Sequence[Case], meant: Sequence[Case], gone: Sequence[Case] = (), shard: Sequence[Case] = ()
+) -> list[str]:
+    """The metrics that fail in a process that measures some of the cases that are meant, or of its shard's."""
     options = Options(Declared(folder), report_dir=folder / "report", baselines=folder / "baselines")
     session = Session(options, 1, meant, runner=lambda *_, **__: Measured(gone))  # type: ignore[arg-type]
+    session.meant = tuple(shard) or session.meant
     rows = [session.check(case)[0] for case in cases]
     return [one.metric for one in rows if Verdict.WORSE in (one.verdict, one.verdict_baseline)]
 
@@ -57,7 +60,9 @@ def worse(folder: Path, cases: Sequence[Case], meant: Sequence[Case], gone: Sequ
 def test_the_first_of_what_is_meant_fails_wherever_it_is_measured(folder: Path) -> None:
     assert worse(folder, PLAN, PLAN) == ["memory.parameters"]
     assert worse(folder, PLAN[1:], PLAN) == []  # another worker has it
-    assert worse(folder, PLAN[1:], PLAN[1:]) == ["memory.footprint"]  # -k, --lf or --shard left it out
+    assert worse(folder, PLAN[1:], PLAN[1:]) == ["memory.footprint"]  # -k or --lf left it out
+    assert worse(folder, PLAN[1:], PLAN, shard=PLAN[1:]) == []  # another shard has it
+    assert worse(folder, PLAN[:1], PLAN, shard=PLAN[:1]) == ["memory.parameters"]
 
 
 def test_one_without_a_figure_leaves_it_to_the_next(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from harness.core.errors import BadFile
 from harness.core.identity import identity_digest
 from harness.core.options import Shard
 from harness.core.records import Case, Row, Verdict
+from harness.judge.exact import hold
 from harness.results import losses
 from harness.results.directory import read_report
 from harness.run.merge import merge, merged_command, write_shard
 from harness.run.shards import partition
 
 PLAN = [Case("m", method, "", "", metric, "cpu") for method in ("fp32", "a", "b") for metric in ("memory.storage", "x")]
+PLAN_OF_ONE = [Case("m", "a", "", "", f"memory.{name}", "cpu") for name in ("parameters", "footprint", "storage")]
 
 
 def a_row(case: Case, value: float | None = 1.0, **more: Any) -> Row:
@@ -29,7 +32,9 @@ def a_row(case: Case, value: float | None = 1.0, **more: Any) -> Row:
     return replace(Row.of(case, value=value, unit="B", verdict=verdict, environment="e" * 12), **more)
 
 
-def a_folder(path: Path, rows: list[Row], shard: Shard | None = None, plan: list[Case] | None = None) -> Path:
+def a_folder(
+    path: Path, rows: list[Row], shard: Shard | None = None, plan: list[Case] | None = None, allowed: Sequence[str] = ()
+) -> Path:
     path.mkdir(parents=True)
     (path / "measurements.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     (path / "plan.json").write_text(json.dumps([row.case.told() for row in rows]))
@@ -37,7 +42,7 @@ def a_folder(path: Path, rows: list[Row], shard: Shard | None = None, plan: list
     told = {"command": f"pytest --models m --report-dir {path.name} --shard {shard}", "notes": []}
     (path / "session.json").write_text(json.dumps(told))
     if shard:
-        write_shard(path, shard, plan or PLAN, 1)
+        write_shard(path, shard, plan or PLAN, 1, allowed)
     return path
 
 
@@ -111,6 +116,47 @@ def test_a_measurement_stands_before_a_reason(tmp_path: Path) -> None:
         assert all(row.value == 1.0 for row in merge(order, out).rows)
     alone = merge([broken, *folders[1:]], tmp_path / "alone")
     assert {row.reason for row in alone.rows if row.value is None} == {"killed"}
+
+
+def test_one_changed_fact_of_a_group_that_was_cut_fails_once(tmp_path: Path) -> None:
+    """The case that should fail was not reached, and the others pointed to it from another shard."""
+    first, _, third = (case for case in PLAN_OF_ONE)
+    told = [hold(a_row(case), ["census on cpu, buffers: 0 -> 8"], "m/a.yaml", first) for case in PLAN_OF_ONE]
+    one = a_folder(tmp_path / "1", [a_row(first, None, reason="killed")], Shard(1, 2), PLAN_OF_ONE)
+    two = a_folder(tmp_path / "2", told[1:], Shard(2, 2), PLAN_OF_ONE)
+    merged = merge([one, two], tmp_path / "out")
+    assert [row.verdict for row in merged.rows] == [Verdict.MISSING, Verdict.WORSE, Verdict.SAME]
+    assert merged.rows[2].case == third
+    assert merged.rows[2].reason == f"exact facts changed: see {PLAN_OF_ONE[1].id}"
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "status"),
+    [
+        ((), (), 1),
+        ((), ("--allow-changed-input",), 0),
+        (("allow_changed_input",), (), 0),
+    ],
+)
+def test_what_every_shard_was_allowed_is_allowed_to_the_whole(
+    tmp_path: Path, written: tuple[str, ...], given: tuple[str, ...], status: int
+) -> None:
+    changed, rest = a_row(PLAN[0], verdict=Verdict.INPUT_CHANGED), [a_row(case) for case in PLAN[1:]]
+    folders = [
+        a_folder(tmp_path / str(n), rows, Shard(n, 2), allowed=written) for n, rows in enumerate(([changed], rest), 1)
+    ]
+    assert main(["merge", *map(str, folders), "-o", str(tmp_path / "out"), *given]) == status
+    strict = a_folder(tmp_path / "strict", rest, Shard(2, 2))
+    assert main(["merge", str(folders[0]), str(strict), "-o", str(tmp_path / "two"), *given]) == (0 if given else 1)
+
+
+def test_missing_cases_that_every_session_allowed_leave_the_whole_at_0(tmp_path: Path) -> None:
+    rows = [a_row(PLAN[0], None, reason="killed")]
+    one = a_folder(tmp_path / "one", rows)
+    assert main(["merge", str(one), "-o", str(tmp_path / "out")]) == 3
+    assert main(["merge", str(one), "-o", str(tmp_path / "given"), "--allow-missing"]) == 0
+    (one / "session.json").write_text(json.dumps({"command": "pytest --models m --allow-missing"}))
+    assert main(["merge", str(one), "-o", str(tmp_path / "allowed")]) == 0
 
 
 def test_shards_of_another_plan_are_refused(tmp_path: Path) -> None:

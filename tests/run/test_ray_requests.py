@@ -256,6 +256,21 @@ def test_a_task_is_held_to_what_the_session_began_with(tmp_path: Path, monkeypat
         assert runner.inputs == {"weights of m": "a"}
 
 
+def test_a_task_brings_every_built_model_that_its_cases_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tasks, "same_code", lambda task, runner: None)
+    brought: list[str] = []
+    monkeypatch.setattr(tasks, "bring", lambda name, depot: brought.append(name))
+    checkpoints = tmp_path / "cache" / "checkpoints"
+    driver = a_runner(tmp_path)
+    driver.needs = {"folders": {"m": str(checkpoints / "m-1"), "base": str(checkpoints / "base-2"), "own": "/own"}}
+    for reference, folders in (("fp32", ("m-1",)), ("fp32=base", ("m-1", "base-2")), ("fp32=own", ("m-1",))):
+        task = driver._errand([Asked(CASES[0]._replace(reference=reference))])
+        assert task.folders == folders
+    with tasks.runner_for(driver._errand([Asked(CASES[0]._replace(reference="fp32=base"))]), None, {}):
+        assert brought == ["m-1", "base-2"]
+
+
 def test_a_retried_task_is_told_what_the_driver_has() -> None:
     home = Depot(Path())
     home.note("a")

@@ -32,6 +32,7 @@ class Pretended:
             "protocol_id": "chunk",
             "token_hash": "tokens",
             "config": "10000",
+            "base": "weights",
             "environment": HERE,
             "code": "code",
             "repetitions": 10,
@@ -41,6 +42,8 @@ class Pretended:
         self.case = case
         identity = {"weights": facts["revision"], "config.rope_theta": facts["config"]}
         self.checkpoint = SimpleNamespace(revision="commit", identity=identity)
+        base = {**identity, "weights": facts["base"]}
+        self.reference_checkpoint = SimpleNamespace(revision="commit", identity=base)
         self.plan = dataclasses.make_dataclass("P", [("protocol_id", str), ("token_hash", str)])(
             facts["protocol_id"], facts["token_hash"]
         )
@@ -77,6 +80,7 @@ def key(wanted: Case | None = None, stop: Stop | None = None, **changed: Any) ->
         {"protocol_id": "stride"},
         {"token_hash": "other tokens"},
         {"config": "11000"},
+        {"base": "another model"},
         {"code": "a changed metric"},
         {"environment": dataclasses.replace(HERE, torch="2.14.0")},
         {"environment": dataclasses.replace(HERE, machine="another")},

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from harness import judge
 from harness.core.environment import Environment
 from harness.core.errors import HarnessError
 from harness.core.options import Declared, Options
-from harness.core.records import Case, Row
+from harness.core.records import Case, Row, Verdict
+from harness.results.directory import IDENTITIES
 from harness.run import group, local
 from harness.run.group import failure
-from harness.run.lifetime import end_with_controller
+from harness.run.lifetime import end_with_controller, work_told
 from harness.run.local import Died, Process, Runner
-from harness.run.messages import Reply
+from harness.run.messages import UNFIT, Reply
 
 if TYPE_CHECKING:
     from harness.run.messages import Job
@@ -58,6 +60,105 @@ def test_preparing_is_tried_twice(runner: Runner, monkeypatch: pytest.MonkeyPatc
     else:
         with pytest.raises(HarnessError, match="preparing tiny-gpt2 failed: killed"):
             runner.prepare(CASES, print)
+
+
+def cases_of(*models: str) -> list[Case]:
+    texts = (("", "", "memory.storage"), ("synthetic", "rolling:64", "perplexity"))
+    return [Case(model, "fp32", *text, "cpu") for model in models for text in texts]
+
+
+def test_a_model_that_cannot_be_had_costs_its_own_cases(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, told = cases_of("tiny-gpt2", "path:/nowhere", "tiny-olmo"), list[str]()
+    lost = [(cases[-1], "rolling needs a tokenizer with BOS")]  # as `group.prepare` answers
+    monkeypatch.setattr(runner, "consult", lambda verb, left, say: Reply("done", data={"a": "b", UNFIT: lost}))
+    assert runner.prepare(cases, told.append) == {"a": "b"}
+    assert set(runner.unfit) == {*cases[2:4], cases[-1]}
+    for case in runner.unfit:
+        row, trouble = runner.measure(case, {})
+        assert (row.value, row.verdict, row.reason, trouble) == (None, Verdict.MISSING, runner.unfit[case], "")
+    assert "/nowhere" in runner.unfit[cases[2]]
+    assert told == [
+        f"harness: 2 cases of path:/nowhere cannot be measured: {runner.unfit[cases[2]]}",
+        "harness: 1 case of tiny-olmo cannot be measured: rolling needs a tokenizer with BOS",
+    ]
+
+
+def test_a_text_that_cannot_be_had_costs_its_own_cases(runner: Runner) -> None:
+    cases = cases_of("tiny-gpt2")
+    runner.check_assets([cases[0], cases[1]._replace(dataset="text:nowhere.txt")])
+    assert [case.dataset for case in runner.unfit] == ["text:nowhere.txt"]
+
+
+def test_where_no_case_is_left_nothing_runs(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HarnessError, match=r"/nowhere.*; .*/neither"):
+        runner.prepare(cases_of("path:/nowhere", "path:/neither"), print)
+    cases = cases_of("tiny-gpt2")
+    lost = [(case, "unreadable") for case in cases]
+    monkeypatch.setattr(runner, "consult", lambda verb, left, say: Reply("done", data={UNFIT: lost}))
+    with pytest.raises(HarnessError, match=r"^unreadable$"):
+        runner.prepare(cases, print)
+
+
+def test_a_model_that_ends_the_process_is_prepared_apart(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def consult(verb: str, cases: list[Case], say: Any) -> Reply:
+        if any(case.model == "tiny-olmo" for case in cases):
+            raise HarnessError("killed")
+        return Reply("done", data={"weights": cases[0].model, UNFIT: [], IDENTITIES: {"x": {}}})
+
+    monkeypatch.setattr(runner, "consult", consult)
+    cases = cases_of("tiny-olmo", "tiny-gpt2")
+    assert runner.prepare(cases, lambda line: None) == {"weights": "tiny-gpt2"}
+    assert runner.unfit == dict.fromkeys(cases[:2], "killed")
+    assert runner.identities == {"x": {}}
+
+
+def test_a_figure_that_cannot_be_is_left_out(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    process: Any = SimpleNamespace(ask=lambda *words: Reply("left out", text="no words"), close=lambda: None)
+    monkeypatch.setattr(runner, "_process_for", lambda case: process)
+    row, trouble = runner.measure(CASES[0], {})
+    assert (row.value, row.left_out, row.reason, trouble) == (None, True, "left out: no words", "")
+    for strict in (True, False):
+        assert not judge.fails(row, require_baselines=strict, allow_missing=False)
+    assert judge.fails(local.missing(CASES[0], "gone"), require_baselines=False, allow_missing=False)
+
+
+def test_preparing_that_hangs_is_ended_named_and_not_tried_again(
+    forked: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, begun = forked._start, list[Process]()
+
+    def started(case: Case, inputs: Any) -> Process:
+        begun.append(start(case, inputs))
+        return begun[-1]
+
+    def said(line: str) -> None:
+        if line == "fetching it":
+            assert begun[-1].patience == 30 * 60
+            begun[-1].patience = 0.2
+
+    monkeypatch.setattr(forked, "_start", started)
+    with pytest.raises(HarnessError, match=r"preparing tiny-gpt2 failed: .* hung at fetching it: no step in"):
+        forked.prepare(CASES, said)
+    assert len(begun) == 1
+    assert begun[0].ended
+
+
+def test_what_a_process_writes_and_computes_is_a_step_and_waiting_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("harness.core.progress.alive", told.append)
+    monkeypatch.setattr("harness.run.lifetime.STEP_SECONDS", 1e9)
+    with work_told(lambda: "fetching it", every=0.01):
+        time.sleep(0.1)
+        assert told == []
+        (tmp_path / "weights").write_bytes(bytes(1 << 17))
+        time.sleep(0.1)
+    assert told == ["fetching it"]
+    monkeypatch.setattr("harness.run.lifetime.STEP_SECONDS", 0.0)
+    with work_told(lambda: "converting it", every=0.01):
+        time.sleep(0.1)
+    assert "converting it" in told
 
 
 def test_groups_are_held_to_what_was_prepared(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +226,7 @@ def test_a_process_that_cannot_be_started_is_a_missing_row(
         raise error
 
     monkeypatch.setattr("multiprocessing.forkserver.ensure_running", refused)
+    monkeypatch.setattr(local, "_server", {})  # else one of other variables, and a spawned process in its place
     row, trouble = runner.measure(CASES[0], {})
     assert row.value is None
     assert "could not be started" in row.reason
@@ -212,9 +314,15 @@ class Scripted:
         return Row.of(case, value=float(os.getpid()), detail=detail)
 
 
+def never_prepared(job: Job, cases: Any, line: Any) -> None:
+    line.send(Reply("said", text="fetching it"))
+    time.sleep(60)
+
+
 def scripted(job: Job, connection: Any) -> None:
     """The child's entry, its group replaced."""
     vars(group)["Group"] = Scripted
+    vars(group)["prepare"] = never_prepared
     group.serve(job, connection)
 
 
@@ -254,7 +362,7 @@ def test_only_a_device_error_ends_a_process(tmp_path: Path, blamed: str) -> None
     assert process.ended is (blamed == "device")
 
 
-def a_process(log: Path, *answers: Any, patience: float | None = None) -> Process:
+def a_process(log: Path, *answers: Any) -> Process:
     """A process that is pretended: its pipe holds these answers, and it dies when it is killed."""
     left, alive = list(answers), [True]
 
@@ -265,7 +373,7 @@ def a_process(log: Path, *answers: Any, patience: float | None = None) -> Proces
         send=lambda request: None, poll=lambda seconds: bool(left), recv=lambda: left.pop(0), close=lambda: None
     )
     process: Any = SimpleNamespace(is_alive=lambda: alive[0], join=lambda seconds: None, kill=kill)
-    return Process(process, connection, log, patience)
+    return Process(process, connection, log, patience=1.0)
 
 
 def test_an_answer_to_another_request_ends_the_process(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from harness.core.errors import BadSpecification, HarnessError, MissingAsset
+from harness.core.options import Declared, Options
 from harness.run.upgrade import driver
 from harness.run.upgrade.driver import parse, parse_all, reason_of
+from harness.run.upgrade.process import Remote, SideGone
 
 
 def test_a_release() -> None:
@@ -133,6 +135,17 @@ def test_a_failed_build_leaves_nothing(pip: Pip, tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match=r"bitsandbytes==9\.9 cannot be installed: No matching"):
         driver.build(parse("bitsandbytes==9.9"), print)
     assert not [path for path in (tmp_path / "environments").iterdir() if path.is_dir()]
+
+
+def test_what_a_side_said_stays_when_the_next_round_begins(tmp_path: Path) -> None:
+    """`echo` in Python's place: it says its arguments, and ends."""
+    log = tmp_path / "side.log"
+    for number in (1, 2):
+        remote = Remote(Path("/bin/echo"), Options(Declared(tmp_path)), 1, log)
+        with pytest.raises(SideGone, match=r"exit status 0 \(-m harness.run.upgrade.process"):
+            remote.ask("prepare", ())
+        remote.close()
+        assert log.read_text().count("-m harness.run.upgrade.process") == number
 
 
 def test_an_interrupted_build_is_made_anew(pip: Pip) -> None:

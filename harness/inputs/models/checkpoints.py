@@ -1,7 +1,8 @@
 """Plain model folders from whatever holds the weights, and models from plain folders.
 
-GGUF files are converted and quantized checkpoints unpacked once, into the cache: built in a folder of their own under a
-lock, renamed when whole. The random parts of a model are never filled in silently: a missing weight is an error.
+GGUF files are converted, quantized checkpoints unpacked and adapters merged once, into the cache: built in a folder of
+their own under a lock, renamed when whole. The random parts of a model are never filled in silently: a missing weight
+is an error.
 """
 
 from __future__ import annotations
@@ -9,34 +10,41 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import functools
+import math
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from harness.core import progress
 from harness.core.contracts import DTYPES, Checkpoint
-from harness.core.errors import reading
+from harness.core.errors import HarnessError, reading
 from harness.core.files import sha256_file
 from harness.core.identity import identity_of
 from harness.core.options import Declared, Options
 from harness.core.specification import Specification, parse
 from harness.inputs import hub
-from harness.inputs.models import folder, identity_facts, names
+from harness.inputs.models import adapters, folder, identity_facts, names, packed
 
 if TYPE_CHECKING:  # annotations only
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in DTYPES.items()}
-# Written out because the default follows what is installed. The fused kernel never holds the (L, L) scores, and every
-# architecture named in the README has it; eager attention differs from it by rounding only.
-ATTENTION = "sdpa"
-UNPACKING_VERSION = 1  # part of the cache's key
+# The fused kernel never holds the (L, L) scores; transformers takes eager attention where a class has no other, which
+# differs from it by rounding only. Asked for by name it would be refused there.
+ATTENTION: str | None = None
+UNPACKING_VERSION = 2  # part of the cache's key
 EXPANSION = 8  # fp32 bytes for a byte of GGUF at 4 bits: room asked of the disk before a conversion
 Say = Callable[[str], None]
 
@@ -93,41 +101,78 @@ def identified(checkpoint: Checkpoint, verify: bool = False) -> Checkpoint:
 
 
 def _plain(checkpoint: Checkpoint, say: Say, verify: bool) -> Checkpoint:
-    """The checkpoint; one that is quantized already as the plain fp32 folder that it stands for, in the cache.
+    """The checkpoint; the plain fp32 folder that it stands for, in the cache, where it is quantized or has an adapter.
 
-    transformers reads it with the library that wrote it. What is measured afterwards is the model that it holds.
+    What is quantized transformers reads with the library that wrote it. What is measured afterwards is the model that
+    it holds, with the adapter in its weights.
     """
     name, directory = checkpoint.specification, checkpoint.directory
     quantization = folder.check_quantization(directory, f"model '{name}'")
-    if quantization is None:
+    adapter = adapters.beside(directory, f"model '{name}'", allow_pickle=checkpoint.allow_pickle)
+    if quantization is None and adapter is None:
         return checkpoint
-    options: dict[str, Any] = {"trust_remote_code": checkpoint.trust_remote_code, "local_files_only": True}
-    kind, form = quantization["quant_method"], quantization.get("format")
-    if kind == "bitsandbytes":
-        form = "LLM.int8" if quantization.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type")
+    allowed = {"allow_pickle": checkpoint.allow_pickle}
 
     def build(destination: Path) -> dict[str, str]:
-        say(f"unpacking the quantized {name} to fp32 (once)")
-        unpacking = {}
-        if kind == "compressed-tensors":
-            from transformers import CompressedTensorsConfig
+        notes = []
+        with contextlib.ExitStack() as stack:
+            base = stack.enter_context(adapters.hidden(directory)) if adapter else directory
+            if quantization is not None:
+                say(f"unpacking the quantized {name} to fp32 (once)")
+                whole, base = base, destination
+                if adapter is not None:
+                    place = tempfile.TemporaryDirectory(dir=destination.parent, prefix=f"{destination.name}-")
+                    base = Path(stack.enter_context(place))
+                notes.append(_unpacked(checkpoint, whole, quantization, base))
+            if adapter is not None:
+                say(f"merging the adapter of {name} into its weights (once)")
+                with reading(f"the adapter of {name}"):
+                    base = stack.enter_context(folder.unpickled(base, destination, f"model '{name}'", **allowed))
+                    adapters.merge(base, adapter, destination, f"model '{name}'")
+                notes.append("the LoRA adapter beside its weights was merged into them")
+        return {"note": "; ".join(notes)}
 
-            unpacking = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
-        with quiet(), reading(f"the quantized {name}"):
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True, **unpacking, **options
-            )
-            folder.require_match(report, f"the weights in {directory}")
-            if kind == "bitsandbytes":
-                loaded = loaded.dequantize()
-            state = {name: tensor.float() for name, tensor in loaded.state_dict().items()}
-            folder.save_plain(loaded, state, destination)
-            AutoTokenizer.from_pretrained(directory, **options).save_pretrained(destination)
-        return {"note": f"weights were stored by {kind} ({form}) before they became this fp32 reference"}
-
-    plain, record = folder.built(f"unpacked-{identity_of(checkpoint)[:16]}-v{UNPACKING_VERSION}", build, verify)
+    kind = "unpacked" if quantization is not None else "merged"
+    plain, record = folder.built(f"{kind}-{identity_of(checkpoint)[:16]}-v{UNPACKING_VERSION}", build, verify)
     told = {"directory": plain, "revision": record["revision"], "note": _joined(checkpoint.note, record["note"])}
-    return identified(replace(checkpoint, **told))
+    found = identified(replace(checkpoint, **told))
+    merged = {fact: value for fact, value in checkpoint.identity.items() if fact.startswith("adapter.")}
+    return replace(found, identity={**found.identity, **merged})
+
+
+def _unpacked(checkpoint: Checkpoint, directory: Path, quantization: dict[str, Any], destination: Path) -> str:
+    """Write a quantized folder as a plain one; returns what a reader must know of it."""
+    options: dict[str, Any] = {"trust_remote_code": checkpoint.trust_remote_code, "local_files_only": True}
+    kind, form, name = quantization["quant_method"], quantization.get("format"), f"model '{checkpoint.specification}'"
+    if kind in folder.PACKED:
+        with quiet(), reading(f"the quantized {checkpoint.specification}"):
+            config = AutoConfig.from_pretrained(directory, **options)
+            turned = [at for at, one in sketch_model(config, "fp32").named_modules() if isinstance(one, Conv1D)]
+            with folder.unpickled(directory, destination, name, allow_pickle=checkpoint.allow_pickle) as plain:
+                packed.unpack(plain, quantization, destination, name, turned)
+        return f"weights were stored by {kind} ({quantization.get('bits', 8)} bits) before they became this reference"
+    if kind == "bitsandbytes":
+        form = "LLM.int8" if quantization.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type")
+        files = folder.weights_files(directory, name, allow_pickle=checkpoint.allow_pickle)
+        if all(file.suffix == ".safetensors" for file in files):
+            there = [one for file in files for one in folder.header(file, name)[1]]
+            folder.require_quantized(there, (".SCB", ".quant_state.bitsandbytes"), kind, name)
+    unpacking = {}
+    if kind == "compressed-tensors":
+        from transformers import CompressedTensorsConfig
+
+        unpacking = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    with quiet(), reading(f"the quantized {checkpoint.specification}"):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True, **unpacking, **options
+        )
+        folder.require_match(report, f"the weights in {checkpoint.directory}")
+        if kind == "bitsandbytes":
+            loaded = loaded.dequantize()
+        state = {at: tensor.float() for at, tensor in loaded.state_dict().items()}
+        folder.save_plain(loaded, state, destination)
+        AutoTokenizer.from_pretrained(directory, **options).save_pretrained(destination)
+    return f"weights were stored by {kind} ({form}) before they became this fp32 reference"
 
 
 def _converted(located: names.Located, say: Say, verify: bool) -> tuple[Path, dict[str, Any]]:
@@ -162,6 +207,21 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+    """Note each tensor that transformers loads, by the hook of its progress bars; its older versions have none."""
+    hook = getattr(logging, "set_tqdm_hook", lambda make: None)
+
+    def make(bar: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        return bar(*(progress.each("a tensor to load", items) for items in given[:1]), *given[1:], **named)
+
+    before = hook(make)
+    try:
+        yield
+    finally:
+        hook(before)
+
+
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration of a checkpoint, held to what its weights can be."""
     directory = checkpoint.directory
@@ -171,13 +231,8 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         )
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     folder.require_layers(directory, layers, allow_pickle=checkpoint.allow_pickle)
+    config.name_or_path = str(directory)  # `sketch_model` looks there for weights that are tied in name alone
     return config
-
-
-def attention_of(config: PretrainedConfig) -> str:
-    """The attention implementation that a model is built with: sdpa, or eager where its class has no other."""
-    known = AutoModelForCausalLM._model_mapping.get(type(config), None)  # None: remote code, which decides by itself
-    return ATTENTION if getattr(known, "_supports_sdpa", True) else "eager"
 
 
 def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_config: Any = None) -> nn.Module:
@@ -194,11 +249,11 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str, *, quantization_
         options["device_map"] = {"": device}  # straight to the device, one tensor at a time
     name = f"model '{checkpoint.specification}'"
     weights = folder.weights_files(checkpoint.directory, name, allow_pickle=checkpoint.allow_pickle)
-    with quiet(), reading(f"{name}: the model in {checkpoint.directory}"):
+    with quiet(), counted(), reading(f"{name}: the model in {checkpoint.directory}"):
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory,
             dtype=TORCH_DTYPES[dtype],
-            attn_implementation=attention_of(read_config(checkpoint)),
+            attn_implementation=ATTENTION,
             use_safetensors=weights[0].suffix == ".safetensors",
             local_files_only=True,
             trust_remote_code=checkpoint.trust_remote_code,
@@ -223,11 +278,62 @@ def sketch_model(config: PretrainedConfig, dtype: str, *, real_buffers: bool = F
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),  # building a model writes into it
             dtype=TORCH_DTYPES[dtype],
-            attn_implementation=attention_of(config),
+            attn_implementation=ATTENTION,
             trust_remote_code=trusted,
         )
     model.tie_weights()
+    if config.name_or_path:
+        _untie(model, Path(config.name_or_path))
+    kept = [] if dtype == "fp32" else list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    kept += list(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == "fp16" else []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()) if kept else ():
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept):  # as transformers reads them
+            tensor.data = tensor.data.float()
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _untie(model: Any, directory: Path) -> None:
+    """Part what config.json ties and a folder's weights hold twice, with other numbers: transformers loads both."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if not tied or not (directory / "config.json").is_file():
+        return
+    try:
+        files = folder.weights_files(directory, str(directory), allow_pickle=True)
+    except HarnessError:  # a configuration alone
+        return
+    there = {
+        name: file for file in files if file.suffix == ".safetensors" for name in folder.header(file, str(directory))[1]
+    }
+    for pair in tied.items():
+        names = [_as_stored(name, there) for name in pair]
+        if all(names) and _differ(*[(str(there[name]), name, there[name].stat().st_mtime_ns) for name in names]):
+            module, _, key = pair[0].rpartition(".")
+            home = model.get_submodule(module)
+            home._parameters[key] = nn.Parameter(torch.empty_like(home._parameters[key]), requires_grad=False)
+
+
+def _as_stored(name: str, there: Collection[str]) -> str:
+    """A parameter's name in a file, whose prefixes may be older ones; '' where it is not there, or not surely."""
+    if name in there:
+        return name
+    end = ".".join(name.split(".")[-2:])
+    found = [other for other in there if other == end or other.endswith(f".{end}")]
+    return found[0] if len(found) == 1 else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _differ(*places: tuple[str, str, int]) -> bool:
+    """Whether two tensors (file, name, when it was written) hold other numbers; read some rows at a time."""
+    with contextlib.ExitStack() as files:
+        one, other = (files.enter_context(safe_open(file, "pt")).get_slice(name) for file, name, _ in places)
+        shape = one.get_shape()
+        if shape != other.get_shape():
+            return True
+        step = max(1, 2**22 // max(1, math.prod(shape[1:])))
+        return any(
+            not torch.equal(one[start : start + step].float(), other[start : start + step].float())
+            for start in range(0, shape[0], step)
+        )
 
 
 def modules(checkpoint: Checkpoint, config: PretrainedConfig, dtype: str) -> dict[str, nn.Module]:

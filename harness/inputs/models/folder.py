@@ -14,13 +14,14 @@ import json
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from harness.core.errors import BadFile, HarnessError, MissingAsset, MissingPackage
-from harness.core.files import cache_dir, locked, read_plain, replace_text, sha256_file
+from harness.core.files import cache_folder, locked, read_plain, replace_text, sha256_file
 from harness.core.values import digest, parse_json
 
 SAFE = ("model.safetensors", "model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors"))
@@ -29,8 +30,10 @@ COUNTS = re.compile("layer|expert|label|block|depth|stage", re.IGNORECASE)  # ke
 KERNELS = re.compile("(attn|experts)_implementation|kernel", re.IGNORECASE)  # keys that can name code of the Hub
 MOST = 10_000  # of them; the largest models have some hundred
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no larger one
-QUANTIZED = ("bitsandbytes", "compressed-tensors")  # how checkpoints may be; the distribution that reads it is its name
+QUANTIZED = ("bitsandbytes", "compressed-tensors")  # how checkpoints may be: a distribution of that name reads them
+PACKED = ("gptq", "awq", "fp8")  # the same, unpacked here
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any one serves
+BESIDE = (".json", ".model", ".txt", ".jinja", ".py")  # ends of the files beside the weights
 RECORD = "harness.json"  # beside a built folder's weights: what it is, its files' sizes, times and hashes
 CHECK = "check"  # in it: a digest of all the rest
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -60,6 +63,11 @@ def chosen_weights(names: Iterable[str], model: str, *, allow_pickle: bool) -> t
 def check_names(names: Iterable[str], model: str, *, allow_pickle: bool) -> tuple[str, ...]:
     """Hold a list of file names to what a model folder needs; returns the weights' files."""
     there = set(names)
+    if "config.json" not in there and "adapter_config.json" in there:
+        raise MissingAsset(
+            f"{model} is an adapter without its model: copy it into that model's folder (config.json and weights), "
+            "and name that"
+        )
     if "config.json" not in there:
         raise MissingAsset(f"{model} has no config.json: name the folder that holds config.json and *.safetensors")
     weights = chosen_weights(there, model, allow_pickle=allow_pickle)
@@ -248,41 +256,111 @@ def check_whole(file: Path, model: str) -> None:
         raise BadFile(f"{model}: {file} has {size} bytes where its header promises {promised}: copy it again")
 
 
+def stated_quantization(directory: Path, config: Mapping[str, Any], model: str) -> Any:
+    """What config.json says of how a folder is quantized, or quantize_config.json of AutoGPTQ's first files beside it.
+
+    The latter counts only where weights are packed; None where neither says anything.
+    """
+    stated, beside = config.get("quantization_config"), directory / "quantize_config.json"
+    if stated is None and beside.is_file():
+        weights = [name for file in directory.glob("*.safetensors") for name in header(file, model)[1]]
+        if any(name.endswith(".qweight") for name in weights):
+            return {"quant_method": "gptq", **read_object(beside, model)}
+    return stated
+
+
 def check_quantization(directory: Path, model: str) -> dict[str, Any] | None:
-    """How a folder is quantized already, as its config.json has it; None where it is not.
+    """How a folder is quantized already, as its config.json has it, with its `quant_method`; None where it is not.
 
     Raises HarnessError where it is so in a way that cannot be read here; its library may be missing.
     """
-    stated = read_object(directory / "config.json", model).get("quantization_config")
+    stated = stated_quantization(directory, read_object(directory / "config.json", model), model)
     if not isinstance(stated, dict):
         return None
-    kind = str(stated.get("quant_method"))
+    kind = stated.get("quant_method")
+    if kind is None and (stated.get("load_in_4bit") or stated.get("load_in_8bit")):
+        kind = "bitsandbytes"  # whose first releases did not say so
+    if kind is None:
+        raise HarnessError(
+            f"{model} is quantized already, and its config.json does not say by what (quantization_config.quant_method)"
+            ": name the unquantized model, or write it there"
+        )
+    if kind in PACKED:
+        return stated
     if kind not in QUANTIZED:
         raise HarnessError(
-            f"{model} is quantized already, by '{kind}', which is not read here (known: {', '.join(QUANTIZED)}): "
+            f"{model} is quantized already, by '{kind}', which is not read here "
+            f"(known: {', '.join((*QUANTIZED, *PACKED))}): "
             "name the unquantized model"
         )
     try:
         distribution(kind)
     except PackageNotFoundError:
         raise MissingPackage(kind, model) from None
-    return stated
+    return {**stated, "quant_method": kind}
+
+
+def require_quantized(names: Iterable[str], marks: tuple[str, ...], kind: str, model: str) -> None:
+    """BadFile where no tensor's name has a mark of what config.json says its weights are quantized by."""
+    if not any(mark in name for name in names for mark in marks):
+        said = f"it says that it is quantized by {kind}, and no weight of it is"
+        raise BadFile(f"{model}: {said}: take quantization_config out of config.json")
 
 
 def save_plain(loaded: Any, state: Mapping[str, Any], directory: Path) -> None:
     """Write a model of transformers, with fp32 tensors in place of its own, as a folder that nothing has quantized.
 
-    A model that was loaded quantized, or from GGUF, refuses to be saved, so a fresh one is.
+    A model that was loaded quantized, or from GGUF, refuses to be saved, so a fresh one is. Quantized matrices come
+    back (out, in) where the architecture keeps them (in, out), as GPT-2 does.
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     facts = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     with torch.device("meta"):  # no random weights: every tensor is put in place below
         fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(facts), dtype=torch.float32)
+    state = dict(state)
+    for name, module in fresh.named_modules():
+        if isinstance(module, Conv1D) and isinstance(loaded.get_submodule(name), torch.nn.Linear):
+            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
     fresh.load_state_dict(state, assign=True)
     fresh.tie_weights()
     fresh.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def unpickled(directory: Path, room: Path, model: str, *, allow_pickle: bool) -> Iterator[Path]:
+    """The folder; where its weights are pickled and that is allowed, another with them in safetensors, within `room`.
+
+    It has links to what else lies in the folder. Tensors alone are read, no code is run.
+    """
+    files = weights_files(directory, model, allow_pickle=allow_pickle)
+    if all(file.suffix == ".safetensors" for file in files):
+        yield directory
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state |= torch.load(file, map_location="cpu", weights_only=True)
+    with tempfile.TemporaryDirectory(dir=room.parent, prefix=f"{room.name}-") as place:
+        for path in directory.iterdir():
+            if path.is_file() and path.suffix in BESIDE and path.name != PICKLED[1]:
+                (Path(place) / path.name).symlink_to(path.resolve())
+        # copies, since safetensors refuses tensors that share their storage
+        own = {name: state.pop(name).clone(memory_format=torch.contiguous_format) for name in list(state)}
+        save_file(own, Path(place) / SAFE[0], metadata={"format": "pt"})
+        del own
+        yield Path(place)
+
+
+def copy_beside(source: Path, destination: Path, leave: Iterable[str] = ()) -> None:
+    """Copy what lies beside a model's weights (config, tokenizer, code), but files of the names in `leave`."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in BESIDE and path.name not in (RECORD, *leave):
+            shutil.copyfile(path, destination / path.name)
 
 
 def no_room(error: BaseException) -> bool:
@@ -296,7 +374,7 @@ def built(name: str, build: Callable[[Path], dict[str, str]], verify: bool = Fal
     One process builds, others wait. What a killed process left unfinished, or a folder whose files are not what was
     recorded, is cleared away under the lock. Files are hashed where `verify` asks, and where a time or size changed.
     """
-    home = cache_dir() / "checkpoints"
+    home = cache_folder("checkpoints")
     folder = home / name
     try:
         record = _record(folder, verify)

@@ -1,10 +1,10 @@
 """What a model folder computes with, as the flat facts of `core.identity`. No torch at import.
 
     weights              digest over every tensor: name, dtype, shape and bytes, however they are cut into files
-    config.<key>         of config.json, nested keys with dots
+    config.<key>         of config.json, nested keys with dots; quantize_config.json as its quantization_config
     tokenizer.<part>     digests of tokenizer.json's parts, or of the vocabulary's files; what else changes encoding
     code.<file>          sha256 of the folder's *.py, where the model's own code is used
-    adapter.<key>        of adapter_config.json and its weights, where transformers would apply an adapter
+    adapter.<key>        of adapter_config.json and its weights, which are merged into the model's
 
 Of config.json everything is in that is not left out by name (`LEFT_OUT`, `SAMPLING`, `TRAINING`): an unknown key may
 matter. Numbers are canonical, so are the two ways of transformers 4 and 5 to write rotary positions. generation_config
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib.util
 import json
 import re
 import time
@@ -29,7 +28,7 @@ from harness.core.errors import BadFile
 from harness.core.files import cache_dir, replace_text, sha256_file
 from harness.core.identity import DEFAULT
 from harness.core.values import digest, parse_json, sha256_text
-from harness.inputs.models import folder
+from harness.inputs.models import adapters, folder
 
 LEFT_OUT = frozenset(  # at any depth: who wrote the file, how its numbers are stored (the loader says), labels, outputs
     """transformers_version _name_or_path name_or_path _commit_hash _from_model_config dtype torch_dtype
@@ -53,7 +52,6 @@ VOCABULARIES = (*folder.TOKENIZERS, "merges.txt", "added_tokens.json")  # where 
 ENCODING = """add_bos_token add_eos_token add_prefix_space bos_token eos_token unk_token pad_token sep_token cls_token
     mask_token do_lower_case do_basic_tokenize strip_accents tokenize_chinese_chars split_special_tokens legacy
     keep_accents remove_space""".split()  # of tokenizer_config.json
-ADAPTER, ADAPTED = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode")  # of an adapter: where it was trained, and how
 PIECE = 2**22  # bytes read at once
 Keys = tuple[str, ...]  # of a leaf of JSON objects: what leads there
@@ -66,9 +64,13 @@ def identified(
     """(`folder.revision`, facts) of a model folder.
 
     Found once for a state of its files: the cache keeps it by their names, sizes, times and inodes. `verify` reads them
-    again. Raises MissingAsset or BadFile, one line.
+    again, code is read anyway. Raises MissingAsset or BadFile, one line.
     """
-    asked = [allow_pickle, trust_remote_code, applies_adapters(), version("transformers"), CODE]
+    code = {}
+    if trust_remote_code:
+        config, words = folder.read_object(directory / "config.json", model), tokenizer_settings(directory, model)
+        code = code_facts(directory, config.get("auto_map"), words.get("auto_map"))
+    asked = [allow_pickle, trust_remote_code, code, version("transformers"), CODE]
     state, now = digest([asked, _files(directory)]), time.time_ns()
     kept = cache_dir() / "identities" / f"{sha256_text(str(directory.resolve()))}.json"
     if not verify and (found := _kept(kept, state)):
@@ -109,11 +111,34 @@ def facts_of(directory: Path, model: str, *, trust_remote_code: bool = False) ->
     """Every fact but the weights."""
     config = folder.read_object(directory / "config.json", model)
     words = tokenizer_settings(directory, model)
+    if (packed := folder.stated_quantization(directory, config, model)) is not None:
+        config = {**config, "quantization_config": packed}
     own = trust_remote_code and "auto_map" in config
     facts = config_facts(config, own_code=own) | tokenizer_facts(directory, words, model)
-    if own or (trust_remote_code and "auto_map" in words):
-        facts |= {f"code.{path.name}": sha256_file(path) for path in sorted(directory.glob("*.py"))}
+    if trust_remote_code:
+        facts |= code_facts(directory, config.get("auto_map"), words.get("auto_map"))
     return facts | adapter_facts(directory, model)
+
+
+def code_facts(directory: Path, *maps: Any) -> dict[str, str]:
+    """`code.<file>`: of a folder whose own code is used, and of repositories whose code an `auto_map` names instead.
+
+    The latter ('org/name--module.Class') as far as the Hub's cache holds them.
+    """
+    stated = [value for one in maps if one for _, value in leaves({"": one})]
+    if not stated:
+        return {}
+    facts = {f"code.{path.relative_to(directory)}": sha256_file(path) for path in sorted(directory.rglob("*.py"))}
+    classes = [name for value in stated for name in (value if isinstance(value, list) else [value])]
+    for name in sorted({str(name) for name in classes if "--" in str(name)}):
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, _, reference = name.partition("--")
+        with contextlib.suppress(ValueError):  # no name of a repository
+            found = try_to_load_from_cache(repository, f"{reference.rpartition('.')[0]}.py")
+            beside = sorted(Path(found).parent.glob("*.py")) if isinstance(found, str) else []
+            facts |= {f"code.{repository}/{path.name}": sha256_file(path) for path in beside}
+    return facts
 
 
 # weights
@@ -332,17 +357,12 @@ def _added(tokens: Any) -> Iterator[tuple[int, str]]:
 # adapter
 
 
-def applies_adapters() -> bool:
-    """Whether transformers here puts an adapter that lies beside a model into it: peft does."""
-    return importlib.util.find_spec("peft") is not None
-
-
 def adapter_facts(directory: Path, model: str) -> dict[str, str]:
-    """`adapter.<key>` and `adapter.weights`; {} where there is no adapter, or none that would be applied."""
-    file = directory / ADAPTER
-    if not file.is_file() or not applies_adapters():
+    """`adapter.<key>` and `adapter.weights`; {} where there is no adapter."""
+    file = directory / adapters.SETTINGS
+    if not file.is_file():
         return {}
     stated = dict(leaves(folder.read_object(file, model)))
     facts = {f"adapter.{'.'.join(path)}": text(value) for path, value in stated.items() if path[0] not in ELSEWHERE}
-    weights = [directory / name for name in ADAPTED if (directory / name).is_file()][:1]
+    weights = [directory / name for name in adapters.WEIGHTS if (directory / name).is_file()][:1]
     return facts | ({"adapter.weights": hashed(weights, model)[1]} if weights else {})

@@ -22,7 +22,7 @@ from harness.core.files import sha256_file
 from harness.core.options import Declared
 from harness.core.specification import Specification, parse
 from harness.inputs import hub
-from harness.inputs.models import folder
+from harness.inputs.models import adapters, folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -141,6 +141,7 @@ def locate(
         raise MissingAsset(f"{model}: {path} is no model folder and no .gguf file")
     folder.check_folder(path, model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     folder.check_quantization(path, model)
+    adapters.beside(path, model, allow_pickle=allow_pickle)
     return Located("folder", path)
 
 

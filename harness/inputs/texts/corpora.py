@@ -1,9 +1,12 @@
 """Where text comes from: known names, files, package files and the Hub. No torch.
 
 Specifications: `lee`, `lee-50` (other articles, for calibration), `wikitext-2`, `synthetic`, `ptb:FILE`, `text:FILE`,
-`package:DIST/FILE`, `hub:ORG/NAME[/CONFIG[/SPLIT]][@REVISION]` (split `test` unless named), a name declared under
-`[tool.harness.datasets]` (its files relative to that pyproject.toml) or by an entry point `harness.datasets`
-(an object that is one of these specifications as a string). Known names beat declared ones.
+`text-raw:FILE`, `package:DIST/FILE`, `hub:ORG/NAME[/CONFIG[/SPLIT]][@REVISION]` (split `test` unless named), a name
+declared under `[tool.harness.datasets]` (its files relative to that pyproject.toml) or by an entry point
+`harness.datasets` (an object that is one of these specifications as a string). Known names beat declared ones.
+
+`text:` and `package:` read a file as what its name says (`columns`), without a byte order mark; `text-raw:` reads UTF-8
+as it is, whatever the name. `:column=NAME` behind a table or a Hub dataset names the column that is the text.
 
 How each kind of dataset reaches each protocol, which documents and how they are joined, stands in the table `LAYOUTS`.
 An over-long text is cut by the protocol (`--max-tokens`, windows); a text of which nothing can be scored is
@@ -24,7 +27,7 @@ from harness.core import catalog
 from harness.core.errors import BadFile, BadSpecification, HarnessError, MissingAsset, UnknownName
 from harness.core.files import read_plain
 from harness.core.options import Declared
-from harness.core.specification import Specification, parse
+from harness.core.specification import COLUMN, Specification, parse, with_column
 from harness.inputs import hub
 
 JOINED = frozenset({"chunk", "stride", "gptq", "half"})  # protocols that read one running text
@@ -150,6 +153,7 @@ LEE_50_SHA256 = "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93
 GENSIM = "pip install --no-deps gensim==4.4.0"
 PTB_SHA256 = "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"
 PTB_LINES = 3761  # sentences of the test split
+SPECIAL = frozenset(".gz .bz2 .xz .json .jsonl .ndjson .csv .tsv .parquet".split())  # endings that `columns` reads
 WIKITEXT_2 = "Salesforce/wikitext/wikitext-2-raw-v1/test@b08601e04326c79dfdd32d625aee71d232d685c3"
 SYNTHETIC_TOKENS = 16384  # 64 windows of the tiny models' 256 positions
 PTB_ADVICE = (
@@ -191,12 +195,36 @@ def single(name: str, text: str) -> Corpus:
     return Corpus(name, (text,), "file", hashlib.sha256(text.encode()).hexdigest())
 
 
-def text_file(path: Path, name: str) -> Corpus:
-    """A file of UTF-8 as it is, its line ends untouched."""
+def plain(path: Path, name: str, data: bytes, encoding: str = "utf-8") -> Corpus:
+    """The bytes of a file of UTF-8 as they are, line ends untouched; with `utf-8-sig` but for a byte order mark."""
     try:
-        return single(name, read_bytes(path).decode("utf-8"))
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise BadFile(f"'{path}' is not UTF-8 text (byte {error.start}): convert it first") from error
+    if not text.strip():
+        raise BadFile(f"the text file '{path}' is empty")
+    return single(name, text)
+
+
+def text_file(argument: str, find: Callable[[str], Path], name: Callable[[str], str]) -> Corpus:
+    """A file, read as what its name says: text, packed text, or the column of a table, each row a document.
+
+    `find` gives the path and `name` the corpus's name of what the argument names without its column.
+    """
+    named, column = with_column(argument)
+    path = find(named)
+    data, ending = read_bytes(path), ""
+    if SPECIAL.intersection(map(str.lower, path.suffixes)):
+        from harness.inputs.texts import columns  # local: most texts are plain
+
+        data, ending = columns.unpacked(path, data)
+        if ending in columns.ROWS:
+            rows = columns.documents(path, data, ending, column)
+            revision = hashlib.sha256("\0".join(rows).encode()).hexdigest()
+            return Corpus(f"{name(named)}{COLUMN}{column}" if column else name(named), rows, "rows", revision)
+    if column:
+        raise BadSpecification(f"'{path}' is a text without columns: leave out '{COLUMN}{column}'")
+    return plain(path, name(named), data, "utf-8-sig")
 
 
 def package_file(argument: str) -> Path:
@@ -281,12 +309,24 @@ DATASETS: Mapping[str, Dataset] = {
     "synthetic": Dataset(lambda argument, root: held_out(), check=lambda argument, root: None),
     "ptb": Dataset(ptb, "FILE"),
     "text": Dataset(
-        lambda argument, root: text_file(root / Path(argument).expanduser(), f"text:{Path(argument).name}"), "FILE"
+        lambda argument, root: text_file(
+            argument, lambda named: root / Path(named).expanduser(), lambda named: f"text:{Path(named).name}"
+        ),
+        "FILE[:column=NAME]",
     ),
-    "package": Dataset(lambda argument, root: text_file(package_file(argument), f"package:{argument}"), "DIST/FILE"),
+    "text-raw": Dataset(
+        lambda argument, root: plain(
+            path := root / Path(argument).expanduser(), f"text-raw:{path.name}", read_bytes(path)
+        ),
+        "FILE",
+    ),
+    "package": Dataset(
+        lambda argument, root: text_file(argument, package_file, lambda named: f"package:{named}"),
+        "DIST/FILE[:column=NAME]",
+    ),
     "hub": Dataset(
-        lambda argument, root: hub_rows(argument, f"hub:{argument.partition('@')[0]}"),
-        "ORG/NAME[/CONFIG[/SPLIT]][@REVISION]",
+        lambda argument, root: hub_rows(argument, hub.name_of(argument)),
+        "ORG/NAME[/CONFIG[/SPLIT]][@REVISION][:column=NAME]",
         check=lambda argument, root: hub.check_text(argument),
         syntax=hub.parse_text,
     ),

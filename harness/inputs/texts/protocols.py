@@ -4,9 +4,9 @@ The six protocols stand in the table `FORMS`. A window's ids (L,) hold what is f
 model reads ids[:-1]. So rolling windows of W hold W + 1 ids and feed W tokens, like lm-evaluation-harness. A window may
 score nothing (a tail of one token, an empty document): it stands in the plan, is counted, and is never run.
 
-BOS: a tokenizer "adds one of itself" if it puts a token before a plain word. Then `chunk` and `sentence` begin every
-window with it; `stride` and `gptq` have it once before the text; `half` has it there too and over the first token of
-every window (llama.cpp); `rolling` begins each document with BOS, else EOS, whatever the tokenizer adds.
+BOS: a tokenizer "adds one of itself" if it puts a token before the measured text. Then `chunk` and `sentence` begin
+every window with it; `stride` and `gptq` have it once before the text; `half` has it there too and over the first token
+of every window (llama.cpp); `rolling` begins each document with BOS, else EOS, whatever the tokenizer adds.
 
 The token hash is over the planned ids of the text alone, after the limit, documents one after another: two tokenizers
 that cut a text alike agree, whatever their BOS. The BOS rule and its id stand in the protocol id.
@@ -186,10 +186,18 @@ class Protocol:
         """The short name, 'stride:512:256'."""
         return ":".join(str(part) for part in (self.name, self.width, self.step) if part is not None)
 
+    def within(self, context: int) -> Protocol:
+        """As a model runs it that reads `context` tokens at once: a narrower window keeps its share of overlap."""
+        if self.width is None or self.width <= context:
+            return self
+        step = None if self.step is None else max(1, self.step * context // self.width)
+        return Protocol(self.name, context, step)
+
 
 AGGREGATES = {"token": "exp(sum NLL / count)", "window": "exp(mean over windows of the window's mean NLL)"}
 WORD_SEPARATOR = r"\s+"  # lm-evaluation-harness splits at it; empty strings at the ends of a page count
 NUMBER = re.compile(r"[1-9][0-9]*")
+PROBED = 1000  # characters of a text that show what a tokenizer puts before it
 
 
 def parse(specification: Specification) -> Protocol:
@@ -221,15 +229,21 @@ def encode(tokenizer: Any, text: str) -> Ids:
 
 
 @functools.lru_cache(maxsize=4)
-def leading_token(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before a plain word of itself (BOS), or None."""
-    word = "harness"
-    plain = list(tokenizer(word, add_special_tokens=False)["input_ids"])
-    full = list(tokenizer(word)["input_ids"])
+def leading_token(tokenizer: Any, text: str) -> int | None:
+    """The token that the tokenizer puts before this text of itself (BOS), or None; of the text its beginning is read.
+
+    A probe word would not do: a tokenizer may have no token for any of its letters.
+    """
+    for size in (PROBED, len(text)):
+        plain = list(tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"])
+        full = list(tokenizer(text[:size], verbose=False)["input_ids"])
+        if plain:
+            break
     begins = [at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain]
-    if not begins or begins[0] > 1:
-        raise HarnessError(f"the tokenizer reads '{word}' as {full}, alone as {plain}: there is no rule for such a BOS")
-    return int(full[0]) if begins[0] else None
+    if plain and (not begins or begins[0] > 1):
+        shown = f"{full[:8]}, alone as {plain[:8]}"
+        raise HarnessError(f"the tokenizer begins the text with {shown}: there is no rule for such a BOS")
+    return int(full[0]) if plain and begins[0] else None
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -291,19 +305,19 @@ def normalisers(reading: Reading, documents: Sequence[Ids], cut: bool, tokenizer
 def plan(corpus: Corpus, protocol: Protocol, tokenizer: Any, *, context: int, max_tokens: int | None) -> TokenPlan:
     """The windows of a text under a protocol and tokenizer; TextTooShort where no token would be scored.
 
-    `context` is how many tokens the model can read at once: it caps the width. `max_tokens`: read the first so many
-    (document by document where those stand alone), None for all.
+    `context` is how many tokens the model can read at once: it caps the width, and the plan's `protocol` says so.
+    `max_tokens`: read the first so many (document by document where those stand alone), None for all.
     """
     form, reading = FORMS[protocol.name], corpus.joined(protocol.name)
     if context < form.least_width:
         raise BadSpecification(f"{protocol} cannot score under a model's context of {context} tokens")
-    width = min(protocol.width or context, context)
-    step = min(protocol.step or width, width)
-    used = Protocol(protocol.name, protocol.width and width, protocol.step and step)
+    used = protocol.within(context)
+    width = used.width or context
     documents, cut = planned(reading.texts, tokenizer, max_tokens or sys.maxsize)
-    bos = prefix_token(tokenizer) if used.name == "rolling" else leading_token(tokenizer)
+    first = next((text for text, ids in zip(reading.texts, documents, strict=False) if len(ids)), "")
+    bos = prefix_token(tokenizer) if used.name == "rolling" else leading_token(tokenizer, first)
     fed = [led(documents[0], bos)] if form.bos_once else documents
-    built = form.build(fed, width, step, bos)
+    built = form.build(fed, width, used.step or width, bos)
     if not any(window.scored for window in built):
         raise TextTooShort(
             f"the text '{corpus.name}' gives {sum(map(len, documents)):,} tokens, of which {used} scores none: "
@@ -322,7 +336,7 @@ def plan(corpus: Corpus, protocol: Protocol, tokenizer: Any, *, context: int, ma
             (
                 f"text: {corpus.name}{split}, revision {corpus.revision[:12]}, {reading.how}",
                 f"tokens: {limit}, tokenizer {tokenizer_identity(tokenizer)}, {lead}",
-                f"windows: {form.windows.format(width=width, step=step)}",
+                f"windows: {form.windows.format(width=width, step=used.step)}",
                 f"scored: {form.scored}",
                 f"aggregate: {AGGREGATES[form.aggregate]}",
                 f"normaliser: {', '.join(('token', *counts))}",

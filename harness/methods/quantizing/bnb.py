@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.core.contracts import AS_MODEL, DTYPES, Arguments, Checkpoint, Method, Parameter, QuantizedWeight
-from harness.core.errors import UnknownName
+from harness.core.errors import HarnessError, UnknownName
 
 if TYPE_CHECKING:  # annotations only
     from torch import Tensor, nn
@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # annotations only
 DEFAULT_THRESHOLD = 6.0  # activations beyond it are outliers (Dettmers et al. 2022, arXiv:2208.07339, section 3.2)
 
 BLOCK = 64  # weights under one absmax: the library's default, which transformers cannot change
+PIECE = 32  # outputs that its kernel for AVX512-BF16 takes at once
 NESTED_BLOCK = 256  # absmax values under one nested absmax, fixed in the library's quantize_4bit
 LEVELS = 16  # of a 4-bit code table
 NESTED_LEVELS = 256  # of the dynamic 8-bit code table of double quantization
@@ -171,15 +172,22 @@ def kept(model: nn.Module) -> list[str]:
 
 
 def targets(model: nn.Module, arguments: Arguments) -> list[str]:
-    """Every Linear and Conv1D outside the skip list, of the model before or after quantization."""
+    """Every Linear and Conv1D that transformers replaces, of the model before or after quantization.
+
+    No subclass of Linear, nothing on the skip list, nor what the architecture keeps in fp32.
+    """
+    hush()
+    from bitsandbytes import nn as library
     from torch import nn
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    skip = set(kept(model))
+    skip = [*kept(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    made = (Conv1D, library.Linear4bit, library.Linear8bitLt)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name not in skip  # bitsandbytes' modules are Linear too
+        if (type(module) is nn.Linear or isinstance(module, made)) and should_convert_module(name, skip)
     ]
 
 
@@ -188,9 +196,29 @@ def load(format: Format, checkpoint: Checkpoint, arguments: Arguments, device: s
     from harness.inputs.models import checkpoints
 
     plain = checkpoints.sketch_model(checkpoints.read_config(checkpoint), arguments.dtype)
+    if device == "cpu" and not format.int8:
+        refuse_unpackable(plain, targets(plain, arguments))
     config = configuration(options(format, arguments, kept(plain)))
     with quiet():
         return checkpoints.open_model(checkpoint, arguments.dtype, device, quantization_config=config)
+
+
+def refuse_unpackable(model: nn.Module, names: list[str]) -> None:
+    """HarnessError where the first forward would fail: AVX512-BF16's kernel takes PIECE outputs by BLOCK inputs."""
+    from bitsandbytes import functional
+    from transformers.pytorch_utils import Conv1D
+
+    if not getattr(functional, "has_avx512bf16", lambda: False)():  # releases without that kernel have no such question
+        return
+    for name in names:
+        module: Any = model.get_submodule(name)
+        outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        if outputs % PIECE or inputs % BLOCK:
+            raise HarnessError(
+                f"bitsandbytes multiplies 4-bit weights on processors with AVX512-BF16 in pieces of {PIECE} outputs by "
+                f"{BLOCK} inputs, and {name} has {outputs} by {inputs}: a limit of the library; measure it on another "
+                "processor, or take nf4, which has none"
+            )
 
 
 def sketch(format: Format, model: nn.Module, arguments: Arguments) -> None:

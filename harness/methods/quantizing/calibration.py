@@ -16,6 +16,7 @@ from harness.core.contracts import Arguments, Parameter
 from harness.core.errors import BadSpecification, HarnessError
 from harness.core.options import Declared
 from harness.core.specification import Specification
+from harness.inputs.models.context import context_of
 from harness.inputs.texts import corpora
 
 if TYPE_CHECKING:  # annotations only
@@ -91,8 +92,8 @@ def windows(model: Any, checkpoint: Checkpoint, arguments: Arguments) -> tuple[l
 
     values = arguments.values
     count, seed = int(values["windows"]), int(values["seed"])
-    context = getattr(model.config, "max_position_embeddings", None) or int(values["length"])
-    length = min(int(values["length"]), int(context) - 1)  # one token is fed to begin with
+    context = context_of(model.config) or int(values["length"])
+    length = min(int(values["length"]), context - 1)  # one token is fed to begin with
     if count < 1 or length < 2:
         raise BadSpecification("a calibration needs at least one window of two tokens")
     text = chosen(str(values["text"]), checkpoint)

@@ -40,6 +40,7 @@ class Codes(ABC):
         grain: 'row' or 'block' where no row, or block of `values["block"]` flattened weights, depends on another: the
             weight is then quantized some rows at a time, in the cache. '' quantizes it whole.
         compute: the argument that says what products are computed in; None where there is no choice.
+        rounds: whether products round activations too, which only a linear layer of ours does.
         uses_numba: whether loops are compiled for a CPU, where Numba is installed.
     """
 
@@ -47,6 +48,7 @@ class Codes(ABC):
     tables: Mapping[str, tuple[float, ...]] = {}
     grain: str = ""
     compute: Parameter | None = COMPUTE
+    rounds: bool = False
     uses_numba: bool = False
 
     @abstractmethod
@@ -76,7 +78,8 @@ class Functions(Codes):
 
     Attributes:
         quantize: (weight (out, in) fp32, **values) -> what is stored, by name. Conv1D weights come transposed, 1-D
-            weights as one row. Integers and fp32 scales; must work on meta tensors, which predicts the bytes.
+            weights as one row, packed experts one by one. Integers and fp32 scales; must work on meta tensors, which
+            predicts the bytes.
         dequantize: (stored, shape (out, in), **values) -> (out, in) fp32, a tensor of its own; runs at every forward.
         parameters, tables, grain: as of all codes.
     """

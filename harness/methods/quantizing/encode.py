@@ -39,6 +39,19 @@ def quantize(recipe: Recipe, rows: Tensor, dtype: torch.dtype) -> dict[str, Tens
     return whole
 
 
+def quantize_all(recipe: Recipe, matrices: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same of matrices (count, out, in), each by itself: tensors (count, ...), but for a single one."""
+    first = quantize(recipe, matrices[0], dtype)
+    if len(matrices) == 1:
+        return first
+    whole = {name: made.new_empty((len(matrices), *made.shape)) for name, made in first.items()}
+    for place in range(1 if matrices.is_meta else len(matrices)):  # equal shapes make equal bytes: one tells them all
+        made = quantize(recipe, matrices[place], dtype) if place else first
+        for name, tensor in made.items():
+            whole[name][place].copy_(tensor)
+    return whole
+
+
 def _by_loop(loop: Rounding, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """A compiled loop over the weight as it lies, a share a thread; over parts of it where they must be made."""
     outputs, inputs = rows.shape

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.core import progress
 from harness.core.errors import HarnessError
 from harness.methods.quantizing import stored
-from harness.methods.quantizing.arguments import decoder_layers
+from harness.methods.quantizing.arguments import layer_lists
 from harness.methods.quantizing.codes import Functions, Recipe, divide
 from harness.methods.quantizing.int4 import Steps4, pack
 
@@ -118,7 +118,10 @@ def apply(
         damp: likewise.
         act_order: likewise.
     """
-    stack, depth = decoder_layers(model)
+    lists = layer_lists(model)
+    if len(lists) > 1:
+        raise HarnessError(f"gptq-int4 walks one list of layers; {type(model).__name__} has {', '.join(lists)}")
+    ((stack, depth),) = lists.items()
     with torch.no_grad():
         calls = _calls(model, [model.get_submodule(f"{stack}.{number}") for number in range(depth)], windows)
         hidden = [given[0][0][0] for given in calls]  # (1, L, H) before the first layer, a window each

@@ -130,6 +130,7 @@ class Rows8By8(Rows8):
     """Symmetric rows, multiplied by activations that are rounded to int8 too: one scale a token."""
 
     compute = None
+    rounds = True
 
     def multiply(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
         """Sums of whole numbers."""

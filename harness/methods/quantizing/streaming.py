@@ -110,7 +110,7 @@ def quantized_model(
         checkpoint: the plain folder.
         dtype: 'fp32', 'bf16' or 'fp16', of everything that is not quantized.
         recipe: the method.
-        targets: names of the modules to quantize, asked of the model without weights.
+        targets: names of the weights to quantize, asked of the model without weights.
     """
     files = folder.weights_files(
         checkpoint.directory, f"model '{checkpoint.specification}'", allow_pickle=checkpoint.allow_pickle
@@ -124,27 +124,29 @@ def quantized_model(
     held = {id(state[name]) for name in there if name in state}
     if (
         getattr(model, "_keep_in_fp32_modules", None)
+        or getattr(model, "_keep_in_fp32_modules_strict", None)
         or not there.keys() <= state.keys()
         or not all(name in there or id(tensor) in held for name, tensor in state.items())  # tied ones at least once
         or any(state[name].shape != place.shape for name, place in there.items())
     ):
         return None
-    names, owners = targets(model), stored.weight_owners(model)
-    later = {f"{owner}.weight" for name in names for owner in owners[name]}
+    alike: dict[int, list[str]] = {}  # tied tensors have several names
+    for name, tensor in state.items():
+        alike.setdefault(id(tensor), []).append(name)
+    names = targets(model)
+    shared = {name: alike[id(state[stored.parameter_name(model, name)])] for name in names}
+    later = {other for group in shared.values() for other in group}
     kept = checkpoints.TORCH_DTYPES[dtype]
-    alike = {f"{name}.weight": [f"{owner}.weight" for owner in group] for name, group in owners.items()}
     whole = [name for name in there if name not in later]
-    sources = {name: next(f"{owner}.weight" for owner in owners[name] if f"{owner}.weight" in there) for name in names}
+    sources = {name: next(other for other in shared[name] if other in there) for name in names}
     queue = in_turn([there[name] for name in (*whole, *sources.values())])
-    for name in whole:
-        progress.note("a tensor to read")
-        group = alike.get(name) or next((group for group in alike.values() if name in group), [name])
-        _put(model, group, next(queue).tensor(mapped=False), kept)
+    for name in progress.each("a tensor to read", whole):
+        _put(model, alike[id(state[name])], next(queue).tensor(mapped=False), kept)
 
     def read(name: str) -> None:
         place = next(queue)
         assert place is there[sources[name]], "weights are quantized in another order than they are read in"
-        _put(model, [f"{name}.weight"], place.tensor(mapped=True))
+        _put(model, [stored.parameter_name(model, name)], place.tensor(mapped=True))
 
     stored.apply(model, recipe, names, read=read, dtype=kept)
     return model

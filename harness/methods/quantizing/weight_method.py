@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.contracts import AS_MODEL, Arguments, Checkpoint, Method, Parameter, QuantizedWeight, Scope
 from harness.core.errors import BadSpecification
 from harness.methods.quantizing import calibration
-from harness.methods.quantizing.arguments import select
+from harness.methods.quantizing.arguments import hold, reach, select
 from harness.methods.quantizing.codes import Codes, Functions, Recipe
 from harness.methods.quantizing.int4 import BLOCK
 
@@ -24,8 +24,13 @@ GROUP = Parameter(int, 64, "weights of a row that share a scale", choices=(16, 3
 
 
 def targets(model: nn.Module, arguments: Arguments) -> list[str]:
-    """The modules that the scope selects."""
+    """The weights that the scope selects."""
     return select(model, arguments.scope or Scope())
+
+
+def linear_targets(model: nn.Module, arguments: Arguments) -> list[str]:
+    """The linear layers that the scope selects: what is quantized a layer at a time, or by looking at its inputs."""
+    return select(model, arguments.scope or Scope(), linear=True)
 
 
 def opened(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
@@ -145,7 +150,7 @@ def calibrated_method(
     def projections(model: nn.Module, arguments: Arguments) -> list[str]:
         if arguments.scope and arguments.scope.part == "all":  # head, embeddings, norms: no inputs to calibrate on
             raise BadSpecification(f"{name} quantizes projections inside the layers: write linear, attention or mlp")
-        return targets(model, arguments)
+        return linear_targets(model, arguments)
 
     def sketch(model: nn.Module, arguments: Arguments) -> None:
         from harness.methods.quantizing import gptq, stored
@@ -157,7 +162,9 @@ def calibrated_method(
 
         model = opened(checkpoint, arguments, device)
         names = projections(model, arguments)
-        for target in names:  # refused before minutes of work
+        if not requires:  # refused before minutes of work
+            hold(name, reach(model, arguments.scope or Scope(), names))
+        for target in names:
             module: Any = model.get_submodule(target)
             inputs = getattr(module, "nx", None) or module.in_features  # nx: of Conv1D
             gptq.refuse_ragged(inputs, int(arguments.values["block"]), name)
@@ -231,12 +238,13 @@ def layer_method(
     def rebuild(model: nn.Module, arguments: Arguments, build: Callable[..., nn.Module] = sketch or replace) -> None:
         import torch
 
-        for target in targets(model, arguments):
+        for target in linear_targets(model, arguments):
             module = model.get_submodule(target)
             with torch.no_grad():  # what is made of a weight keeps no graph of how
                 replaced = build(as_linear(module), **arguments.values)
             replaced.original_kind = type(module).__name__  # type: ignore[assignment]
-            model.set_submodule(target, replaced)
+            for place in [name for name, other in model.named_modules(remove_duplicate=False) if other is module]:
+                model.set_submodule(place, replaced)  # a module may stand at several places
 
     def load(checkpoint: Checkpoint, arguments: Arguments, device: str) -> nn.Module:
         model = opened(checkpoint, arguments, device)
@@ -265,7 +273,7 @@ def layer_method(
         load,
         rebuild,
         quantized,
-        targets,
+        linear_targets,
         parameters or {},
         scoped=True,
         requires=requires,

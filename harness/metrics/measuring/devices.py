@@ -26,6 +26,7 @@ from harness.metrics.measuring.timing import Work
 PROC = Path("/proc/self")
 NAMES = ("cpu", "cuda")
 RESET_HIGH_WATER = "5"  # proc(5), clear_refs: sets VmHWM back to what is resident now
+REPETITION = "a timed repetition"  # what is being done, as it is told
 COPIES = ("Memcpy", "Memset")  # the profiler's names of device events that are no kernel
 
 
@@ -70,9 +71,9 @@ class Cpu:
     def time(self, *works: Work | Callable[[], object]) -> list[float]:
         """Wall seconds of each, by `perf_counter_ns`, the garbage collector off; `Work.prepare` is not counted."""
         seconds = []
-        with _no_collection():
-            for work in map(_as_work, works):
-                progress.note("a timed repetition")
+        with _no_collection(), progress.timing():
+            for at, work in enumerate(map(_as_work, works), 1):
+                progress.between(REPETITION, at, len(works))
                 work.prepare()
                 start = time.perf_counter_ns()
                 work.run()
@@ -91,7 +92,7 @@ class Cpu:
         self.release()
         self.peak_note = ""
         try:
-            (self._proc / "clear_refs").write_text(RESET_HIGH_WATER)
+            (self._proc / "clear_refs").write_text(RESET_HIGH_WATER, encoding="ascii")
             resident, high = self._status("VmRSS"), self._status("VmHWM")
         except OSError as error:
             self.peak_note = f"not resettable ({error.strerror}): peak of the whole process"
@@ -123,7 +124,7 @@ class Cpu:
 
     def _status(self, field: str) -> int:
         """Bytes of one line of /proc/self/status, 'VmHWM:   1234 kB'."""
-        for line in (self._proc / "status").read_text().splitlines():
+        for line in (self._proc / "status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
         raise OSError(0, f"no {field} in {self._proc / 'status'}")
@@ -152,11 +153,11 @@ class Cuda:
         and a work of many small kernels hides the launches that it waits for by itself. Gaps in which the device waits
         for the host to launch are part of the time; see `device_seconds` for the rest.
         """
-        with _no_collection():
-            return [self._timed(work) for work in map(_as_work, works)]
+        with _no_collection(), progress.timing():
+            return [self._timed(_as_work(work), at, len(works)) for at, work in enumerate(works, 1)]
 
-    def _timed(self, work: Work) -> float:
-        progress.note("a timed repetition")
+    def _timed(self, work: Work, at: int, of: int) -> float:
+        progress.between(REPETITION, at, of)
         start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
         work.prepare()
         self._cuda.synchronize()

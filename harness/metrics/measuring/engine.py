@@ -7,6 +7,10 @@ not `head(hidden)` (scaled, soft-capped) is found by a probe, and then asked for
 Short windows of a text may run two at a time, each on half of a CPU's cores: threads that split a small product wait
 for each other at every operation, two forwards beside each other do not.
 
+A window's figure is its own, whatever is scored with it or was before. Windows of several lengths share a batch where a
+probe finds that padding moves nothing; where rotary positions follow the longest row (dynamic NTK, LongRoPE), windows
+of one length alone do, one forward at a time, from frequencies as they were loaded.
+
 Two models run side by side over the same windows, one at a time, since some methods' numbers depend on the batch; the
 slices of both heads together hold no more.
 """
@@ -27,13 +31,19 @@ from torch import Tensor, nn
 from harness.core import progress
 from harness.core.contracts import Window
 from harness.core.stats import spans
+from harness.inputs.models.context import text_config
 from harness.methods.quantizing.cpu import quick_int8_products, quick_products
+from harness.metrics.measuring.decoding import carried
 
 LOGITS_BYTES = 32 * 2**20  # fp32 logits held at once: fills the cores, and glibc keeps blocks up to this for reuse
 PROBE_TOKENS = 16  # enough to show a scaled or capped head, and no work
 PASS_TOKENS = 512  # of one forward where the batch is chosen: fills two cores, and a window of it runs alone
+PADDING = 0  # any id of the vocabulary: it is masked, never attended to, never scored
 STREAMS = 2  # forwards at once where a method allows it: more would hold more activations
+WINDOW = "a window of text"  # what is being done, as it is told
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_pads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_growing: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # rotary modules that remember the longest
 
 
 def score(
@@ -42,7 +52,6 @@ def score(
     *,
     device: str,
     batch_size: int = 1,
-    padding_id: int = 0,
     concurrent: bool = False,
 ) -> NDArray[np.float32]:
     """NLL of every scored token.
@@ -52,7 +61,6 @@ def score(
         windows: what to feed and score; those that score nothing are not run.
         device: "cpu" or "cuda".
         batch_size: windows in one forward pass; 0 chooses: as many as PASS_TOKENS holds.
-        padding_id: any id of the vocabulary; padding is masked, never attended to, never scored.
         concurrent: a forward of this model changes nothing of it, so that STREAMS of them may run at once on a CPU.
 
     Returns:
@@ -68,17 +76,20 @@ def score(
     with torch.inference_mode(), quick_products(model), quick_int8_products():
         split = splits(model, windows[order[0]].ids[:PROBE_TOKENS], device)
         lengths = [len(windows[index].ids) - 1 for index in order]
-        parts = list(batches(lengths, batch_size if split else 1))
+        size = batch_size if split else 1
+        mixed = size == 1 or len(set(lengths)) == 1 or pads(model, windows[order[0]].ids, device)
+        parts = list(batches(lengths, size, mixed=mixed))
 
         def run(part: slice) -> None:
-            progress.note("a window of text")
+            progress.note(WINDOW, min(part.stop, len(order)), len(order))
             chosen = order[part]
-            scored = batch_nll(model, [windows[index] for index in chosen], device, padding_id, split)
+            scored = batch_nll(model, [windows[index] for index in chosen], device, split)
             for index, span in zip(chosen, spans(windows[index].scored for index in chosen), strict=True):
                 nll[places[index]] = scored[span]
 
         beside: list[slice] = []
-        if concurrent and device == "cpu" and torch.get_num_threads() >= STREAMS:
+        free = concurrent and not follows_length(model)
+        if free and device == "cpu" and torch.get_num_threads() >= STREAMS:
             beside = [part for part in parts if lengths[part][0] * len(lengths[part]) <= PASS_TOKENS]
         for part in parts[: len(parts) - len(beside)]:  # the longer ones come first
             run(part)
@@ -115,21 +126,24 @@ def in_streams(run: Callable[[slice], None], parts: Sequence[slice]) -> None:
         torch.set_num_threads(threads)
 
 
-def batches(lengths: Sequence[int], size: int) -> Iterator[slice]:
-    """Windows that run together, of those in falling order of length: `size` at a time, or by PASS_TOKENS where 0."""
+def batches(lengths: Sequence[int], size: int, *, mixed: bool = True) -> Iterator[slice]:
+    """Windows that run together, of those in falling order of length: `size` at a time, or by PASS_TOKENS where 0.
+
+    Unless lengths may be `mixed`, a batch ends where the next window is shorter.
+    """
     start = 0
     while start < len(lengths):
         step = size or max(1, PASS_TOKENS // lengths[start])
+        if not mixed:
+            step = sum(length == lengths[start] for length in lengths[start : start + step])
         yield slice(start, start + step)
         start += step
 
 
-def batch_nll(
-    model: nn.Module, windows: Sequence[Window], device: str, padding_id: int, split: bool
-) -> NDArray[np.float32]:
+def batch_nll(model: nn.Module, windows: Sequence[Window], device: str, split: bool) -> NDArray[np.float32]:
     """NLL of the scored tokens of windows run together: (sum of scored,), window after window."""
     longest = max(len(window.ids) for window in windows) - 1  # the last id is only predicted
-    fed = np.full((len(windows), longest), padding_id, dtype=np.int64)  # (B, L)
+    fed = np.full((len(windows), longest), PADDING, dtype=np.int64)  # (B, L)
     mask = np.zeros((len(windows), longest), dtype=np.int64)  # (B, L)
     scored = np.zeros((len(windows), longest), dtype=bool)  # (B, L)
     for row, window in enumerate(windows):
@@ -142,6 +156,7 @@ def batch_nll(
     if not mask.all():
         arguments["attention_mask"] = torch.from_numpy(mask).to(device)
     places = torch.from_numpy(scored).to(device)
+    unstretched(model)
     if split:
         hidden = backbone(model)(**arguments).last_hidden_state[places]  # (N, H)
         return sliced_nll(hidden, targets, model.get_output_embeddings())  # type: ignore[operator]
@@ -195,7 +210,70 @@ def _splits_now(model: nn.Module, ids: Tensor) -> bool:
     whole = model(input_ids=ids, use_cache=False).logits  # (1, L, V)
     output = backbone(model)(input_ids=ids, use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)  # (1, L, H)
-    return hidden is not None and torch.equal(head(hidden), whole)
+    fits = hidden is not None and getattr(head, "in_features", hidden.shape[-1]) == hidden.shape[-1]
+    return fits and torch.equal(head(hidden), whole)  # RemBERT's head reads what a layer of its own makes of them
+
+
+def pads(model: nn.Module, ids: NDArray[np.int64], device: str) -> bool:
+    """Whether a window keeps its logits when it is padded beside a longer one; asked once a model."""
+    if model not in _pads:
+        fed = torch.from_numpy(ids[None, :PROBE_TOKENS].copy()).to(device)  # (1, L)
+        _pads[model] = not follows_length(model) and _pads_now(model, fed)
+    return _pads[model]
+
+
+def _pads_now(model: nn.Module, ids: Tensor) -> bool:
+    half = ids.shape[1] // 2
+    if not half:
+        return False
+    mask = torch.ones_like(ids).repeat(2, 1)  # (2, L)
+    mask[0, half:] = 0
+    both = torch.cat([ids.where(mask[:1] == 1, PADDING), ids])  # (2, L)
+    together = model(input_ids=both, attention_mask=mask, use_cache=False).logits[:1, :half]
+    return not moved(model(input_ids=ids[:, :half], use_cache=False).logits, together)
+
+
+def looks_ahead(model: nn.Module, ids: NDArray[np.int64], device: str) -> bool:
+    """Whether a later token moves an earlier prediction, as in a bidirectional model: no likelihood comes of it.
+
+    The second half of a few tokens, ids (L,), is replaced by others of the vocabulary; the logits of the first are
+    compared.
+    """
+    fed = torch.from_numpy(ids[None, :PROBE_TOKENS].copy()).to(device)  # (1, L)
+    half, other = fed.shape[1] // 2, fed.clone()
+    other[:, half:] = (fed[:, half:] + 1) % (max(1, int(fed.max())) + 1)
+    with torch.inference_mode():
+        before, after = (model(input_ids=each, use_cache=False).logits[:, :half] for each in (fed, other))
+    return moved(before, after)
+
+
+def moved(before: Tensor, after: Tensor) -> bool:
+    """Whether logits differ by more than rounding: by the root of their dtype's epsilon, of the largest of them."""
+    limit = torch.finfo(before.dtype).eps ** 0.5 * before.abs().max()
+    return bool(((before - after).abs() > limit).any())
+
+
+def follows_length(model: nn.Module) -> bool:
+    """Whether rotary frequencies depend on the longest row of a batch: dynamic NTK and LongRoPE."""
+    text = text_config(getattr(model, "config", None))
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]  # one for each type of layer
+    names = [str(each.get("rope_type") or each.get("type") or "") for each in kinds]
+    return any("dynamic" in name or name in ("longrope", "su") for name in names)
+
+
+def unstretched(model: nn.Module) -> None:
+    """Set rotary frequencies that grew with the longest window so far (dynamic NTK) back to those of a short one."""
+    if model not in _growing:
+        every = model.modules() if follows_length(model) else ()
+        _growing[model] = [module for module in every if hasattr(module, "max_seq_len_cached")]
+    for module in _growing[model]:
+        for name in [*module._buffers, *vars(module)]:
+            prefix, original, _ = name.partition("original_inv_freq")  # before it: a type of layer, where each has one
+            if original:
+                current = getattr(module, f"{prefix}inv_freq")
+                setattr(module, f"{prefix}inv_freq", getattr(module, name).to(current.device).clone())
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 @dataclass(frozen=True)
@@ -220,8 +298,7 @@ def compare_predictions(
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.inference_mode(), quick_products(reference), quick_products(candidate):
-        for window in windows:
-            progress.note("a window of text")
+        for window in progress.each(WINDOW, windows):
             if window.scored:
                 theirs, ours = (scored_rows(model, window, device) for model in (reference, candidate))
                 targets = torch.from_numpy(window.ids[-window.scored :].copy()).to(device)  # (k,)
@@ -233,7 +310,9 @@ def compare_predictions(
 def scored_rows(model: nn.Module, window: Window, device: str) -> tuple[Tensor, Any]:
     """What predicts a window's scored tokens: (k, H) hidden states and the head, or (k, V) logits and None."""
     ids = torch.from_numpy(window.ids[None, :-1].copy()).to(device)  # (1, L - 1): the last id is only predicted
-    if splits(model, window.ids[:PROBE_TOKENS], device):
+    split = splits(model, window.ids[:PROBE_TOKENS], device)
+    unstretched(model)
+    if split:
         hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state  # (1, L - 1, H)
         return hidden[0, -window.scored :], model.get_output_embeddings()  # type: ignore[operator]
     return model(input_ids=ids, use_cache=False).logits[0, -window.scored :], None
@@ -287,7 +366,7 @@ def first_divergence(
 ) -> int:
     """Tokens on which two greedy continuations agree before they part.
 
-    Both are decoded token by token with a cache, in step, past any end of text, until they differ.
+    Both are decoded token by token, in step, past any end of text, until they differ.
 
     Args:
         reference: causal, on `device`.
@@ -300,14 +379,15 @@ def first_divergence(
         0 where the first tokens differ already, `new` where none does.
     """
     fed = torch.from_numpy(prompt[None].copy()).to(device)  # (1, L), later (1, 1)
-    caches: list[Any] = [None, None]
+    states: list[dict[str, Any]] = [{}, {}]
+    for model in (reference, candidate):
+        unstretched(model)
     with torch.inference_mode(), quick_products(reference), quick_products(candidate):
-        for agreed in range(new):
-            progress.note("a continued token")
+        for agreed in progress.each("a continued token", range(new)):
             choices = []
             for side, model in enumerate((reference, candidate)):
-                output = model(input_ids=fed, past_key_values=caches[side], use_cache=True)
-                caches[side] = output.past_key_values
+                output = model(input_ids=fed, use_cache=True, **states[side])
+                states[side] = carried(model, output)
                 choices.append(output.logits[:, -1].argmax(-1))  # (1,)
             if choices[0] != choices[1]:
                 return agreed

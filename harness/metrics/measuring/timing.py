@@ -120,7 +120,7 @@ class Usage:
         cores = usable_cores()
         busy, tick = None, os.sysconf("SC_CLK_TCK")
         if STAT.is_file():
-            lines = [line.split() for line in STAT.read_text().splitlines() if line.startswith("cpu")]
+            lines = [line.split() for line in STAT.read_text(encoding="ascii").splitlines() if line.startswith("cpu")]
             ticks = {name: [int(value) for value in values[:8]] for name, *values in lines}
             counted = [ticks[f"cpu{core}"] for core in cores if f"cpu{core}" in ticks]
             busy = sum(sum(each) - each[3] - each[4] for each in counted) / tick  # all but idle and waiting for a disk

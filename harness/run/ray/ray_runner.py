@@ -40,6 +40,7 @@ from harness.results.directory import LOSSES
 from harness.run import fingerprints
 from harness.run.local import Runner, missing
 from harness.run.messages import Asked, Stop
+from harness.run.plan import models_of
 from harness.run.ray.tasks import Came, Depot, Errand, Losses, measure_group, reference_losses
 from harness.run.shards import longest_first
 
@@ -226,16 +227,19 @@ class RayRunner(Runner):
         if self.options.stop_early and any(case.device == "cuda" for case in cases) and not gpus.cuda_devices():
             raise HarnessError("--stop-early looks at this device's record: start the session on a node with a card")
         self.check_assets(cases)  # what the user must mend is said before a cluster is reached
+        self.fit(cases)
         self.ray = connect(self.options.ray_address, self.threads)
         inputs = super().prepare(cases, say)
-        self.needs = self.consult("needs", cases, say).data or {}
-        self.code = self.consult("code", cases, say).text
+        left = self.fit(cases)
+        self.needs = self.consult("needs", left, say).data or {}
+        self.code = self.consult("code", left, say).text
         nodes = living(self.ray)
         say(f"Ray: {len(nodes)} node{'s' * (len(nodes) != 1)}, {sum(node.cpus for node in nodes):g} CPUs")
         return inputs
 
     def begin(self, cases: Sequence[Case], ask: Callable[[Case], Asked]) -> None:
         """Hand out every group, the dearest first."""
+        cases = [case for case in cases if case not in self.unfit]
         here = self.ray.get_runtime_context().get_node_id()
         beside = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
         self.depot = self.ray.remote(Depot).options(num_cpus=0, scheduling_strategy=beside).remote(cache_dir())
@@ -250,6 +254,8 @@ class RayRunner(Runner):
 
     def measure(self, case: Case, resumable: Mapping[str, Row], stop: Stop | None = None) -> tuple[Row, str]:
         """The case's row, waited for; one that was not handed out ahead is now."""
+        if case in self.unfit:
+            return missing(case, self.unfit[case]), ""
         if self.depot is None:
             self.prepare([case], lambda line: None)
             self.begin([case], lambda case: Asked(case, resumable.get(case.id), stop))
@@ -285,9 +291,10 @@ class RayRunner(Runner):
         )
 
     def _errand(self, asked: Sequence[Asked]) -> Errand:
-        folder = Path(self.needs.get("folders", {}).get(asked[0].case.model, "/"))
-        name = folder.name if folder.parent == cache_dir() / "checkpoints" else ""
-        return Errand(self.options, self.threads, self.code, name, tuple(asked), fingerprints.portable(self.inputs))
+        known = self.needs.get("folders", {})
+        folders = [Path(known[model]) for model in models_of(one.case for one in asked) if model in known]
+        names = tuple(folder.name for folder in folders if folder.parent == cache_dir() / "checkpoints")
+        return Errand(self.options, self.threads, self.code, names, tuple(asked), fingerprints.portable(self.inputs))
 
     def _submit(
         self, cases: Sequence[Case], ask: Callable[[Case], Asked], reference: tuple[Any, Request] | None
@@ -309,7 +316,7 @@ class RayRunner(Runner):
                 wanted.setdefault((group[0].model, group[0].device), []).append(reading)
         folder, before = self.options.report_dir / LOSSES, dict[str, bytes]()  # what an earlier session computed
         for index in folder.glob("reference-*") if self.options.resume else ():
-            path = folder / f"{index.read_text()}.npz"
+            path = folder / f"{index.read_text('utf-8', 'replace')}.npz"
             if path.is_file():
                 before |= {index.name: index.read_bytes(), path.name: path.read_bytes()}
         kept = self.ray.put(before) if before else {}

@@ -35,7 +35,7 @@ class Errand:
     options: Options
     threads: int
     code: str  # digest of the driver's harness and of packages that bring methods: a node must have the same
-    folder: str  # of the cache's checkpoints, '' where the model is not a built one
+    folders: tuple[str, ...]  # of the cache's checkpoints: the built ones of the models that the cases read
     asked: tuple[Asked, ...]
     inputs: Mapping[str, str] = field(default_factory=dict)  # what the session began with, as far as nodes share it
 
@@ -95,7 +95,8 @@ def runner_for(errand: Errand, depot: Any, losses: Losses) -> Iterator[Runner]:
             (folder / LOSSES).mkdir()
             for name, content in losses.items():
                 (folder / LOSSES / name).write_bytes(content)
-            bring(errand.folder, depot)
+            for name in errand.folders:
+                bring(name, depot)
             same_code(errand, runner)
             yield runner
         finally:
@@ -177,5 +178,4 @@ def bring(name: str, depot: Any) -> None:
         record.unlink()
         return {key: value for key, value in facts.items() if key not in ("files", CHECK)}
 
-    if name:
-        built(name, build)
+    built(name, build)

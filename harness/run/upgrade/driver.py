@@ -171,7 +171,9 @@ def build(side: Side, say: Say) -> tuple[Path, dict[str, str]]:
             variables = {**os.environ, "PIP_CONSTRAINT": str(constraints)}
             variables.pop("PYTHONPATH", None)
             command = [str(python), "-m", "pip", "install", "--no-input", side.install]
-            done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", env=variables, check=False
+            )
             if done.returncode:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise HarnessError(f"{side.label} cannot be installed: {reason_of(done.stdout + done.stderr)}")

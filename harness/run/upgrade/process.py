@@ -21,6 +21,7 @@ from typing import Any
 import harness
 from harness.core.errors import HarnessError
 from harness.core.options import Options
+from harness.judge.baselines import now
 from harness.run.lifetime import end_with_controller
 from harness.run.local import Died, server_environment
 from harness.run.session import Session
@@ -45,7 +46,10 @@ class Remote:
         self.log = log
         variables = {name: value for name, value in os.environ.items() if name not in DROPPED}
         variables |= server_environment(threads) | {"PYTHONPATH": str(Path(harness.__file__).parents[1])}
-        with theirs, log.open("w") as output:
+        with theirs, log.open("a", encoding="utf-8") as output:
+            output.write(f"-- {now()}: {python}\n")  # what an earlier round said stays above
+            output.flush()
+            self._begun = output.tell()
             self._process = subprocess.Popen(
                 [str(python), "-m", "harness.run.upgrade.process", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
@@ -86,7 +90,8 @@ class Remote:
 
     def last_words(self) -> str:
         """The last line that the side printed, in brackets; an import that fails says there what failed."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+        said = self.log.read_bytes()[self._begun :].decode("utf-8", "replace") if self.log.is_file() else ""
+        lines = said.strip().splitlines()
         return f" ({lines[-1].strip()[:200]})" if lines else ""
 
     def close(self) -> None:
@@ -125,7 +130,7 @@ def main() -> int:
                     answer = row, trouble, dict(session.world(row)) if row.environment else {}
                 else:
                     reply = session.runner.ask(argument.case, verb, argument)
-                    if reply.kind == "error":
+                    if reply.kind in ("error", "left out"):
                         raise HarnessError(reply.text)
                     if reply.kind == "bug":
                         raise RuntimeError(reply.text)

@@ -1,12 +1,12 @@
 """The model architectures that are read from GGUF and written to it: tensors, facts and layouts in both's words.
 
-One table serves both directions: from transformers' names to GGUF's, and backwards. Names and keys are those that
-llama.cpp loads (its architectures llama, gpt2, olmo and phi3); what an architecture's graph in llama.cpp does not
-compute is refused by name rather than left out.
+One table serves both directions: from transformers' names to GGUF's, and backwards. Names are those that llama.cpp
+loads (its architectures llama, granite, gpt2, olmo and phi3); keys are `hyperparameters`' affair. What an
+architecture's graph in llama.cpp does not compute is refused by name rather than left out.
 
 `convert` makes a GGUF file a plain model folder (fp32 safetensors, config.json, tokenizer.json): one of these
-architectures directly, in seconds; whatever else a file holds, its weights or its tokenizer go through transformers,
-which takes about a minute (and reads no OLMo).
+architectures directly, in seconds; the weights of others, and tokenizers of other kinds, go through transformers, which
+takes about a minute. Either way every tensor and every key of the file is computed with, or the file is refused.
 """
 
 from __future__ import annotations
@@ -21,32 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM
 
 from harness.core.errors import BadFile, HarnessError
 from harness.inputs.models import folder
-from harness.inputs.models.gguf_format import tokenizers
+from harness.inputs.models.gguf_format import hyperparameters, tokenizers
 from harness.inputs.models.gguf_format.file import GgufFile
 
-VERSION = 2  # of the conversion: part of the cache's key
+VERSION = 3  # of the conversion: part of the cache's key
 GRIDS = {"Q4_0": "affine4:32", "Q4_1": "affine4:32"}  # values d (q - 8) and d q + m: both affine 4-bit grids
 STORED = {"Q4_0": "Q4_0, symmetric 4-bit in blocks of 32,", "Q4_1": "Q4_1, affine 4-bit in blocks of 32,"}
-# attribute of the configuration -> a tensor that is there where it is true (OLMo and Llama may have biases)
-BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 PLAIN = ("F32", "F16", "BF16")  # not quantized
-ROTARY_BASE = "rope_theta"  # lies in transformers' rope_parameters, not on the configuration itself
-COUNTS = {  # key below the architecture's name -> attribute of transformers' configuration
-    "vocab_size": "vocab_size",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "rope.dimension_count": "head_dim",
-    "rope.freq_base": ROTARY_BASE,
-}
 GATED_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 SPLIT_ATTENTION = {
     "attn_q": "self_attn.q_proj",
@@ -66,11 +51,7 @@ class Architecture:
     name: str  # of GGUF and of transformers' model type
     outer: Mapping[str, str]  # GGUF module -> transformers module, outside the layers
     inner: Mapping[str, str]  # the same inside a layer
-    layers: str  # prefix of a layer in transformers
-    facts: Mapping[str, str]  # key below `architecture` -> attribute of the configuration
-    optional: Mapping[str, str] = field(default_factory=dict)  # the same, where the attribute is not None
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # attributes that llama.cpp's graph takes for granted
-    constants: Mapping[str, float] = field(default_factory=dict)  # keys that llama.cpp asks for, fixed in transformers
+    layers: str = "model.layers"  # prefix of a layer in transformers
     interleaved: Mapping[str, str] = field(default_factory=dict)  # module with rotary rows -> its heads' attribute
     conv1d: bool = False  # transformers keeps the layers' matrices (in, out)
 
@@ -108,24 +89,12 @@ class Architecture:
         return int(getattr(config, attribute)) if attribute else 0
 
 
-LLAMA = Architecture(
-    "llama",
-    OUTER,
-    {**NORMS, **SPLIT_ATTENTION, **GATED_MLP},
-    "model.layers",
-    {**COUNTS, "attention.layer_norm_rms_epsilon": "rms_norm_eps"},
-    fixed={"hidden_act": "silu"},
-    interleaved=QUERIES,
-)
+LLAMA = Architecture("llama", OUTER, {**NORMS, **SPLIT_ATTENTION, **GATED_MLP}, interleaved=QUERIES)
+GRANITE = Architecture("granite", OUTER, LLAMA.inner, interleaved=QUERIES)
 OLMO = Architecture(
     "olmo",
     {name: module for name, module in OUTER.items() if name != "output_norm"},  # its norms have no weights
     {**SPLIT_ATTENTION, **GATED_MLP},
-    "model.layers",
-    COUNTS,
-    optional={"attention.clamp_kqv": "clip_qkv"},
-    fixed={"hidden_act": "silu"},
-    constants={"attention.layer_norm_epsilon": 1e-5},
     interleaved=QUERIES,
 )
 PHI3 = Architecture(
@@ -138,14 +107,6 @@ PHI3 = Architecture(
         "ffn_up": "mlp.gate_up_proj",
         "ffn_down": "mlp.down_proj",
     },
-    "model.layers",
-    {
-        **COUNTS,
-        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-        "rope.scaling.original_context_length": "original_max_position_embeddings",
-    },
-    optional={"attention.sliding_window": "sliding_window"},
-    fixed={"hidden_act": "silu"},
 )
 GPT2 = Architecture(
     "gpt2",
@@ -164,24 +125,9 @@ GPT2 = Architecture(
         "ffn_down": "mlp.c_proj",
     },
     "transformer.h",
-    {
-        "vocab_size": "vocab_size",
-        "context_length": "n_positions",
-        "embedding_length": "n_embd",
-        "feed_forward_length": "n_inner",
-        "block_count": "n_layer",
-        "attention.head_count": "n_head",
-        "attention.layer_norm_epsilon": "layer_norm_epsilon",
-    },
-    fixed={
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    },
     conv1d=True,
 )
-ARCHITECTURES = {one.name: one for one in (LLAMA, GPT2, OLMO, PHI3)}
+ARCHITECTURES = {one.name: one for one in (LLAMA, GRANITE, GPT2, OLMO, PHI3)}
 
 
 def of_config(config: Any) -> Architecture:
@@ -193,7 +139,7 @@ def of_config(config: Any) -> Architecture:
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise HarnessError(f"no GGUF is written for '{config.model_type}' models: {known} are known")
-    for name, value in architecture.fixed.items():
+    for name, value in hyperparameters.KNOWN[architecture.name].fixed.items():
         if getattr(config, name) != value:
             raise HarnessError(
                 f"no GGUF is written for this {config.model_type} model: its {name} is {getattr(config, name)!r}, and "
@@ -209,8 +155,8 @@ def of_config(config: Any) -> Architecture:
 
 def fact(config: Any, attribute: str) -> Any:
     """One attribute of a configuration, those that transformers derives or nests included."""
-    if attribute == ROTARY_BASE:
-        return config.rope_parameters[ROTARY_BASE]
+    if attribute == hyperparameters.ROTARY_BASE:
+        return config.rope_parameters[attribute]
     value = getattr(config, attribute, None)
     if value is None and attribute == "head_dim":
         return config.hidden_size // config.num_attention_heads
@@ -221,47 +167,20 @@ def fact(config: Any, attribute: str) -> Any:
 
 def metadata(architecture: Architecture, config: Any) -> dict[str, int | float]:
     """Every hyperparameter of the file by its full key."""
-    written = {key: fact(config, name) for key, name in {**architecture.facts, **architecture.optional}.items()}
-    written |= architecture.constants
+    keys = hyperparameters.KNOWN[architecture.name]
+    written = {key: fact(config, name) for key, name in {**keys.facts, **keys.optional}.items()}
+    written = {key: value for key, value in written.items() if value is not None}
+    written = {key: float(value) if key in hyperparameters.REAL else value for key, value in written.items()}
+    written |= keys.constants
     head = fact(config, "head_dim") if architecture is not GPT2 else 0
     if head and head * config.num_attention_heads != config.hidden_size:
         written |= {"attention.key_length": head, "attention.value_length": head}
-    return {f"{architecture.name}.{key}": value for key, value in written.items() if value is not None}
+    return {f"{architecture.name}.{key}": value for key, value in written.items()}
 
 
 def architecture_of(file: GgufFile) -> Architecture | None:
-    """The architecture whose tensors and facts cover the whole file, with nothing left out; None where none does."""
-    architecture = ARCHITECTURES.get(str(file.metadata.get("general.architecture")))
-    if architecture is None or "mistral" in str(file.metadata.get("general.name", "")).lower():
-        return None  # a Mistral's attention window is not stated in its file
-    prefix = f"{architecture.name}."
-    stated = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
-    known = {*architecture.facts, *architecture.optional, *architecture.constants}
-    if "rope.dimension_count" in architecture.facts:
-        known |= {"attention.key_length", "attention.value_length"}  # derived from it
-    whole = stated <= known and stated >= architecture.facts.keys() and all(map(architecture.tensor, file.tensors))
-    return architecture if whole else None
-
-
-def configuration(architecture: Architecture, file: GgufFile) -> Any:
-    """The file's facts as transformers' configuration; a head that is not stored is tied."""
-    named = {**architecture.facts, **architecture.optional}
-    stated = {name: file.metadata.get(f"{architecture.name}.{key}") for key, name in named.items()}
-    if ROTARY_BASE in stated:
-        stated["rope_parameters"] = {"rope_type": "default", ROTARY_BASE: stated.pop(ROTARY_BASE)}
-    if architecture.name in ("olmo", "phi3"):
-        del stated["head_dim"]  # derived by their classes
-    specials = {name: key for name, key in tokenizers.TOKENS.items() if name != "unk"}
-    config = AutoConfig.for_model(
-        architecture.name,
-        **stated,
-        **{f"{name}_token_id": file.metadata.get(key) for name, key in specials.items()},
-        tie_word_embeddings="output.weight" not in file.tensors,
-        dtype="float32",
-        **{name: True for name, tensor in BIASES.items() if architecture.interleaved and tensor in file.tensors},
-    )
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.name]]
-    return config
+    """The architecture of a file whose tensors are placed here; None where transformers places them."""
+    return ARCHITECTURES.get(str(file.metadata.get("general.architecture")))
 
 
 def halves_apart(weight: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -291,34 +210,16 @@ def convert(path: Path, destination: Path) -> dict[str, str]:
     """Write a GGUF file's model into the folder `destination`.
 
     Returns {'note', 'grid'}: what a reader must know of how the weights were stored, and the quantization grid that
-    most of them lie on ('' for none). BadFile where neither this module nor transformers can read the file.
+    most of them lie on ('' for none). BadFile where the file states or holds what would be left out, and where neither
+    this module nor transformers can read it.
     """
     file = GgufFile(path)
+    hyperparameters.require_model(str(path), file.metadata)
     if (architecture := architecture_of(file)) is not None:
-        config, state = configuration(architecture, file), {}
-        config.save_pretrained(destination)
-        for name, tensor in file.tensors.items():
-            weight = in_layout(tensor.dequantize(), name, architecture, config)
-            state[architecture.tensor(name)] = torch.from_numpy(np.array(weight, order="C"))  # a copy to write into
-        save_file(state, destination / "model.safetensors", metadata={"format": "pt"})
+        _place(file, architecture, path, destination)
     else:
-        try:
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
-        except (ValueError, KeyError, NotImplementedError) as error:
-            detail = str(error).splitlines()[0]
-            raise BadFile(f"{path} holds a model that transformers does not read from GGUF ({detail})") from error
-        folder.require_match(report, f"the weights in {path}, as transformers reads them,")
-        folder.save_plain(loaded, loaded.state_dict(), destination)
-    if tokenizers.is_known(file.metadata):
-        tokenizers.write(file.metadata, destination)
-    else:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(destination)
+        _through_transformers(file, path, destination)
+    tokenizers.convert(path, file.metadata, destination)
     elements: Counter[str] = Counter()
     for name, tensor in file.tensors.items():
         if name.startswith("blk."):
@@ -326,3 +227,48 @@ def convert(path: Path, destination: Path) -> dict[str, str]:
     kind = elements.most_common(1)[0][0] if elements else "F32"
     stored = f"weights were stored as {STORED.get(kind, f'{kind},')} before they became this fp32 reference"
     return {"note": "" if kind in PLAIN else stored, "grid": GRIDS.get(kind, "")}
+
+
+def _place(file: GgufFile, architecture: Architecture, path: Path, destination: Path) -> None:
+    """The model of an architecture that is known here."""
+    config = hyperparameters.configuration(str(path), file.metadata, file.tensors)
+    weights = {name: tensor for name, tensor in file.tensors.items() if name not in hyperparameters.POSITIONS}
+    if lost := [name for name in weights if not architecture.tensor(name)]:
+        raise BadFile(f"{path} holds {lost[0]}, which has no place in transformers' {architecture.name}")
+    config.save_pretrained(destination)
+    state = {}
+    for name, tensor in weights.items():
+        weight = in_layout(tensor.dequantize(), name, architecture, config)
+        state[architecture.tensor(name)] = torch.from_numpy(np.array(weight, order="C"))  # a copy to write into
+    save_file(state, destination / "model.safetensors", metadata={"format": "pt"})
+
+
+def _through_transformers(file: GgufFile, path: Path, destination: Path) -> None:
+    """The model of an architecture whose tensors transformers places: with every key and every tensor, or refused."""
+    given: dict[str, Any] = {}
+    if file.metadata.get("general.architecture") in hyperparameters.KNOWN:
+        given["config"] = hyperparameters.configuration(str(path), file.metadata, file.tensors)
+    else:
+        hyperparameters.require_translated(str(path), file.metadata, file.tensors)
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **given,
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        detail = str(error).splitlines()[0]
+        raise BadFile(f"{path} holds a model that transformers does not read from GGUF ({detail})") from error
+    folder.require_match(report, f"the weights in {path}, as transformers reads them,")
+    # its loader drops a tensor that it has no name for, without a word in the report
+    held = sum(int(np.prod(one.shape)) for name, one in file.tensors.items() if name not in hyperparameters.POSITIONS)
+    placed = {tensor.data_ptr(): tensor.numel() for tensor in loaded.state_dict().values()}
+    if given and held > sum(placed.values()):
+        raise BadFile(
+            f"{path} holds {held - sum(placed.values()):,} numbers more than transformers' {type(loaded).__name__} "
+            "has places for, which would be left out"
+        )
+    folder.save_plain(loaded, loaded.state_dict(), destination)

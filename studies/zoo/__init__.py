@@ -1,0 +1,1 @@
+"""Every causal architecture of the installed transformers, small, against a plain loop."""
