@@ -101,7 +101,8 @@ def closing(collector: Collector, config: pytest.Config) -> list[str]:
     if collector.report_path is None:
         waits = collector.state.session.directory.waits
         return [*lines, *([f"nothing was measured: {options.report_dir} stays as it was"] if waits else [])]
-    lines.append(f"report: {collector.report_path}, and for a browser {collector.report_path.with_name(PAGE)}")
+    lines.append(f"report: {collector.report_path}")  # the path alone: scripts read this line
+    lines.append(f"browser: {collector.report_path.with_name(PAGE)}")
     step = following(collector, config)
     return [*lines, *([f"next: {step}"] if step else [])]
 

@@ -126,7 +126,7 @@ def test_the_last_lines_have_a_table_the_report_and_the_next_command(
     narrow = [line for line in closed(collected(found, tmp_path)) if line.startswith(("method", "fp32", "m"))]
     assert narrow[0].endswith("decode x  verdict")
     assert [line.rpartition("  ")[2] for line in narrow[1:]] == ["unrecorded", "worse (quality)", "unrecorded"]
-    assert lines[-2] == "report: out/report.md, and for a browser out/report.html"
+    assert lines[-3:-1] == ["report: out/report.md", "browser: out/report.html"]
     assert (
         lines[-1] == "next: to see what would be recorded if these changes are meant: python -m harness rebaseline out"
     )
